@@ -45,19 +45,17 @@ except ImportError:  # a plain torch installation: PACK=auto then chooses betwee
 
 SIZE_LIMIT_BYTES = 16_000_000  # code + artifact
 BUDGET_SECONDS = 600.0  # for training, and again for evaluation
+GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly, however many are taken
 
 
 class InputError(ValueError):
     """Something the user gave is wrong: one line that names the value, the place and the remedy."""
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Hyperparameters
-# ----------------------------------------------------------------------------------------------------------------------
+# == Hyperparameters ===================================================================================================
 
 
-def knob(group: str, default, meaning: str, unit: str = "", low=None, high=None, choices: Sequence[str] = ()):
-    """A hyperparameter: the environment variable is its name in capitals; `low` and `high` are inclusive."""
+def knob(group: str, default, meaning: str, unit: str = "", low=0, high=math.inf, choices: Sequence[str] = ()):
+    """A hyperparameter: the environment variable is its name in capitals; numbers lie in [low, high]."""
     metadata = dict(group=group, meaning=meaning, unit=unit, low=low, high=high, choices=tuple(choices))
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -87,73 +85,67 @@ class Hyperparameters:
 
     preset: str = knob("run", "mdlm", "named configuration; the other variables override it", choices=tuple(PRESETS))
     run_id: str = knob("run", "", "names logs/<RUN_ID>.txt and logs/<RUN_ID>.mdlm; empty: start time and preset")
-    seed: int = knob("run", 1337, "seeds initial weights, masks and mask times", low=0)
+    seed: int = knob("run", 1337, "seeds initial weights, mask times and masks")
     eval_only: str = knob("run", "", "path of an artifact to score instead of training")
     data_path: str = knob("data", "./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
     tokenizer_path: str = knob("data", "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
 
     objective: str = knob("model", "mdlm", "masked diffusion, or causal next-token prediction", choices=("mdlm", "ar"))
     vocab_size: int = knob("model", 1024, "real tokens V; MASK is token V", "tokens", low=2, high=65_534)
-    train_seq_len: int = knob("model", 1024, "length of a training and of a scoring window L", "tokens", low=1)
+    train_seq_len: int = knob("model", 1024, "length L of a training and of a scoring window", "tokens", low=1)
     num_layers: int = knob("model", 8, "transformer blocks; the first half feeds skips to the second", low=1)
     model_dim: int = knob("model", 576, "width D of the residual stream", low=2)
     num_heads: int = knob("model", 8, "attention heads H", low=1)
-    num_kv_heads: int = knob("model", 4, "key/value heads, shared by groups of query heads", low=1)
+    num_kv_heads: int = knob("model", 4, "key/value heads, each shared by a group of query heads", low=1)
     mlp_mult: int = knob("model", 2, "hidden width of the ReLU² MLP", "× MODEL_DIM", low=1)
     tie_embeddings: bool = knob("model", True, "output head = first V rows of the embedding")
-    rope_base: float = knob("model", 10_000.0, "base of the rotary frequencies", low=1.0)
-    logit_softcap: float = knob("model", 30.0, "logits are cap·tanh(logits/cap); 0 leaves them alone", low=0.0)
-    qk_gain_init: float = knob("model", 1.5, "initial per-head gain of the normalised queries")
-    tied_embed_init_std: float = knob("model", 0.005, "standard deviation of the initial tied embedding", low=0.0)
+    rope_base: float = knob("model", 10_000.0, "base of the rotary frequencies", low=1)
+    logit_softcap: float = knob("model", 30.0, "logits are cap·tanh(logits/cap); 0 leaves them alone")
+    qk_gain_init: float = knob("model", 1.5, "initial gain of the normalised queries")
+    tied_embed_init_std: float = knob("model", 0.005, "standard deviation of the initial tied embedding")
 
-    masking: str = knob("noise", "bernoulli", "mask each token independently, or exactly k tokens",
-                        choices=("bernoulli", "count"))
+    masking: str = knob("noise", "bernoulli", "each token alone, or exactly k tokens", choices=("bernoulli", "count"))
     time_sampling: str = knob("noise", "stratified", "spread of mask times over the global batch",
                               choices=("stratified", "antithetic", "uniform"))
-    mask_eps: float = knob("noise", 0.001, "smallest mask probability", low=0.0, high=1.0)
-    mask_max: float = knob("noise", 1.0, "largest mask probability", low=0.0, high=1.0)
-    loss_weight: str = knob("noise", "elbo", "weight of a masked token: 1 / mask probability, or 1",
-                            choices=("elbo", "flat"))
-    weight_clamp: float = knob("noise", 100.0, "largest ELBO weight", low=0.0)
+    mask_eps: float = knob("noise", 0.001, "smallest mask probability", high=1)
+    mask_max: float = knob("noise", 1.0, "largest mask probability", high=1)
+    loss_weight: str = knob("noise", "elbo", "of a masked token: 1 / mask probability, or 1", choices=("elbo", "flat"))
+    weight_clamp: float = knob("noise", 100.0, "largest ELBO weight")
 
-    iterations: int = knob("training", 20_000, "optimizer steps at most", "steps", low=0)
-    max_wallclock_seconds: float = knob("training", 600.0, "training time at most; 0: no limit", "s", low=0.0)
-    warmup_steps: int = knob("training", 20, "compile warm-up; weights and optimizer are restored after it", "steps",
-                             low=0)
-    warmdown_iters: int = knob("training", 1200, "linear decay of the learning rates to 0 at the end", "steps", low=0)
+    iterations: int = knob("training", 20_000, "optimizer steps at most", "steps")
+    max_wallclock_seconds: float = knob("training", 600.0, "training time at most; 0: no limit", "s")
+    warmup_steps: int = knob("training", 20, "compile warm-up, undone before training starts", "steps")
+    warmdown_iters: int = knob("training", 1200, "linear decay of the learning rates to 0 at the end", "steps")
     train_batch_tokens: int = knob("training", 524_288, "tokens of the global batch", "tokens", low=1)
     micro_batch_tokens: int = knob("training", 65_536, "tokens of one pass of one process at most", "tokens", low=1)
-    compute_dtype: str = knob("training", "auto", "activations; auto: bfloat16 on GPUs, the faster one on CPU",
+    compute_dtype: str = knob("training", "auto", "of activations; auto: bfloat16 on GPUs, the faster one on CPU",
                               choices=("auto", "float32", "bfloat16"))
-    train_log_every: int = knob("training", 200, "steps between log lines (and after each of the first 10)", "steps",
-                                low=0)
-    val_loss_every: int = knob("training", 1000, "steps between validations; 0: only at the end", "steps", low=0)
+    train_log_every: int = knob("training", 200, "between log lines (the first 10 steps always log; 0: none)", "steps")
+    val_loss_every: int = knob("training", 1000, "between validations; 0: only at the end", "steps")
 
-    matrix_lr: float = knob("optimizer", 0.02, "Muon learning rate of the block matrices", low=0.0)
-    tied_embed_lr: float = knob("optimizer", 0.05, "Adam learning rate of a tied embedding", low=0.0)
-    embed_lr: float = knob("optimizer", 0.6, "Adam learning rate of an untied embedding", low=0.0)
-    head_lr: float = knob("optimizer", 0.008, "Adam learning rate of an untied head", low=0.0)
-    scalar_lr: float = knob("optimizer", 0.04, "Adam learning rate of gains, scales and skips", low=0.0)
-    muon_momentum: float = knob("optimizer", 0.95, "Nesterov momentum of Muon", low=0.0, high=1.0)
-    muon_momentum_warmup_start: float = knob("optimizer", 0.85, "Muon momentum at step 0", low=0.0, high=1.0)
-    muon_momentum_warmup_steps: int = knob("optimizer", 500, "steps to reach MUON_MOMENTUM", "steps", low=0)
+    matrix_lr: float = knob("optimizer", 0.02, "Muon learning rate of the block matrices")
+    tied_embed_lr: float = knob("optimizer", 0.05, "Adam learning rate of a tied embedding")
+    embed_lr: float = knob("optimizer", 0.6, "Adam learning rate of an untied embedding")
+    head_lr: float = knob("optimizer", 0.008, "Adam learning rate of an untied head")
+    scalar_lr: float = knob("optimizer", 0.04, "Adam learning rate of gains, scales and skips")
+    muon_momentum: float = knob("optimizer", 0.95, "Nesterov momentum of Muon", high=1)
+    muon_momentum_warmup_start: float = knob("optimizer", 0.85, "Muon momentum at step 0", high=1)
+    muon_momentum_warmup_steps: int = knob("optimizer", 500, "until MUON_MOMENTUM is reached", "steps")
     muon_backend_steps: int = knob("optimizer", 5, "Newton-Schulz iterations", low=1)
-    beta1: float = knob("optimizer", 0.9, "Adam", low=0.0, high=1.0)
-    beta2: float = knob("optimizer", 0.95, "Adam", low=0.0, high=1.0)
-    adam_eps: float = knob("optimizer", 1e-8, "Adam", low=0.0)
-    grad_clip_norm: float = knob("optimizer", 1.0, "largest norm of the whole gradient; 0: no limit", low=0.0)
-    ema_decay: float = knob("optimizer", 0.999, "decay a step of the averaged weights; 0: no averaging", low=0.0,
-                            high=1.0)
-    ema_start_frac: float = knob("optimizer", 0.1, "fraction of the run after which averaging starts", low=0.0, high=1.0)
+    beta1: float = knob("optimizer", 0.9, "Adam", high=1)
+    beta2: float = knob("optimizer", 0.95, "Adam", high=1)
+    adam_eps: float = knob("optimizer", 1e-8, "Adam")
+    grad_clip_norm: float = knob("optimizer", 1.0, "largest norm of the whole gradient; 0: no limit")
+    ema_decay: float = knob("optimizer", 0.999, "decay a step of the averaged weights; 0: no averaging", high=1)
+    ema_start_frac: float = knob("optimizer", 0.1, "fraction of the run after which averaging starts", high=1)
 
     quant_mode: str = knob("export", "fp8", "storage of matrices and embeddings", choices=("fp8", "fp16", "fp32"))
-    pack: str = knob("export", "auto", "compressor of the artifact; auto: the smallest",
-                     choices=("auto", "zlib", "lzma", "zstd"))
+    pack: str = knob("export", "auto", "compressor; auto: the smallest", choices=("auto", "zlib", "lzma", "zstd"))
 
     nelbo_passes: int = knob("scoring", 4, "masks a sequence of the final any-order NELBO", low=1)
-    eval_max_seqs: int = knob("scoring", 4096, "windows of a validation during training; 0: all", "windows", low=0)
-    final_eval_max_seqs: int = knob("scoring", 0, "windows of the final score, evenly spaced; 0: all", "windows", low=0)
-    final_eval_t_samples: int = knob("scoring", 0, "points of PR 1699's t-grid score, beside ours; 0: none", low=0)
+    eval_max_seqs: int = knob("scoring", 4096, "of a validation during training, evenly spaced; 0: all", "windows")
+    final_eval_max_seqs: int = knob("scoring", 0, "of the final score, evenly spaced; 0: all", "windows")
+    final_eval_t_samples: int = knob("scoring", 0, "points of PR 1699's t-grid score, beside ours; 0: none")
     val_batch_size: int = knob("scoring", 524_288, "tokens of one scoring pass of all processes", "tokens", low=1)
 
     def __init__(self, preset: str = "mdlm", **overrides):
@@ -195,22 +187,10 @@ class Hyperparameters:
         value = getattr(self, name)
         return f"{name.upper()}={int(value) if isinstance(value, bool) else value}"
 
-    @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
-
-    @property
-    def mask_id(self) -> int:
-        return self.vocab_size
-
-    @property
-    def pad_id(self) -> int:
-        return self.vocab_size + 1
-
-    @property
-    def batch_rows(self) -> int:
-        """Sequences of the global batch."""
-        return self.train_batch_tokens // self.train_seq_len
+    head_dim = property(lambda self: self.model_dim // self.num_heads)
+    mask_id = property(lambda self: self.vocab_size)
+    pad_id = property(lambda self: self.vocab_size + 1)
+    batch_rows = property(lambda self: self.train_batch_tokens // self.train_seq_len, doc="sequences a global batch")
 
 
 def checked_value(spec: dataclasses.Field, value):
@@ -230,10 +210,8 @@ def checked_value(spec: dataclasses.Field, value):
         raise InputError(f"{name}={value} is not {wanted}") from None
     if limits["choices"] and value not in limits["choices"]:
         raise InputError(f"{name}={value} is not one of {', '.join(limits['choices'])}")
-    if limits["low"] is not None and value < limits["low"]:
-        raise InputError(f"{name}={value} is below {limits['low']}")
-    if limits["high"] is not None and value > limits["high"]:
-        raise InputError(f"{name}={value} is above {limits['high']}")
+    if kind in (int, float) and not limits["low"] <= value <= limits["high"]:
+        raise InputError(f"{name}={value} is not between {limits['low']} and {limits['high']}")
     return value
 
 
@@ -267,10 +245,7 @@ def help_text() -> str:
         lines += [f"    {value:<36} {notes[0]}"] + [f"    {'':<36}   {note}" for note in notes[1:]]
     return "\n".join(lines)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Ranks, clock and log
-# ----------------------------------------------------------------------------------------------------------------------
+# == Ranks, clock and log ==============================================================================================
 
 
 def world_size() -> int:
@@ -379,10 +354,7 @@ class Log:
         print("\r\x1b[K" + (line if fraction < 1.0 else ""), end="", flush=True)
         self.bar_drawn = now
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data and bytes
-# ----------------------------------------------------------------------------------------------------------------------
+# == Data and bytes ====================================================================================================
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
@@ -518,10 +490,7 @@ def load_tokenizer(path: str, vocab_size: int):
         raise InputError(f"{path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
     return sp
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Noise: when and what to mask
-# ----------------------------------------------------------------------------------------------------------------------
+# == Noise: when and what to mask ======================================================================================
 
 
 def seeded(device: torch.device | str, *key) -> torch.Generator:
@@ -530,23 +499,15 @@ def seeded(device: torch.device | str, *key) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def coprime_stride(rows: int) -> int:
-    """A stride near rows/φ that visits every stratum once, so that any few neighbouring rows are spread evenly too."""
-    stride = max(round(rows * 0.6180339887498949), 1)
-    while math.gcd(stride, rows) != 1:
-        stride += 1
-    return stride
-
-
 def sample_times(kind: str, u: Tensor) -> Tensor:
     """Mask times t in [0, 1] of a global batch from independent uniform draws u (B,).
 
-    stratified: one offset, one row in each of B equal strata (Sahoo et al. 2024, low-discrepancy sampler);
-    antithetic: pairs t, 1 − t; uniform: independent. Each row alone is uniform but for its stratum.
+    stratified: one offset, one row in each of B equal strata (Sahoo et al. 2024, low-discrepancy sampler), in the order
+    of multiples of the golden ratio, so that any few neighbouring rows are spread evenly too; antithetic: pairs t, 1 − t.
     """
     rows = len(u)
     if kind == "stratified":
-        strata = torch.arange(rows, device=u.device) * coprime_stride(rows) % rows
+        strata = (torch.arange(rows, dtype=torch.float64, device=u.device) * GOLDEN % 1).argsort().argsort()
         return (strata + u[0]) / rows
     if kind == "antithetic":
         return torch.stack([u[: rows // 2], 1 - u[: rows // 2]], dim=1).flatten()
@@ -590,10 +551,7 @@ def masked_capacity(hp: Hyperparameters, rows: int) -> int:
     slack = rows if hp.masking == "count" else 4 * math.sqrt(positions)
     return min(positions, math.ceil(float(max(ends)) * hp.train_seq_len + slack))
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Model
-# ----------------------------------------------------------------------------------------------------------------------
+# == Model =============================================================================================================
 
 NORM_EPS = torch.finfo(torch.float32).eps
 
@@ -729,27 +687,19 @@ def build_model(hp: Hyperparameters) -> Model:
 
 
 def faster_dtype(hp: Hyperparameters, device: torch.device) -> torch.dtype:
-    """Resolves COMPUTE_DTYPE: bfloat16 on GPUs; on a CPU only where it wins clearly, so that the choice is stable."""
-    if hp.compute_dtype != "auto":
-        return getattr(torch, hp.compute_dtype)
-    if device.type == "cuda":
-        return torch.bfloat16
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(1024, hp.model_dim, dtype=dtype), torch.ones(hp.model_dim, 4 * hp.model_dim, dtype=dtype)
-        trials = []
-        for _ in range(4):
-            start = time.perf_counter()
-            F.relu(a @ b).sum()
-            trials.append(time.perf_counter() - start)
-        seconds[dtype] = min(trials)
-    votes = all_reduce(torch.tensor([1.0 if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else 0.0]))
-    return torch.bfloat16 if votes.item() == world_size() else torch.float32
+    """Resolves COMPUTE_DTYPE: bfloat16 on GPUs, and on a CPU where it wins a trial on every process by a clear margin."""
+    if hp.compute_dtype != "auto" or device.type == "cuda":
+        return getattr(torch, "bfloat16" if hp.compute_dtype == "auto" else hp.compute_dtype)
+    seconds = {torch.float32: [], torch.bfloat16: []}
+    for dtype in 4 * list(seconds):
+        started = time.perf_counter()
+        F.relu(torch.ones(1024, hp.model_dim, dtype=dtype) @ torch.ones(hp.model_dim, 4 * hp.model_dim, dtype=dtype))
+        seconds[dtype].append(time.perf_counter() - started)
+    wins = all_reduce(torch.tensor(float(min(seconds[torch.bfloat16]) < 0.7 * min(seconds[torch.float32]))))
+    return torch.bfloat16 if wins.item() == world_size() else torch.float32
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Loss
-# ----------------------------------------------------------------------------------------------------------------------
+# == Loss ==============================================================================================================
 
 
 class Batch(NamedTuple):
@@ -796,10 +746,7 @@ def batch_loss(model: Model, batch: Batch) -> Tensor:
     h = model.hidden(batch.z).flatten(0, 1)[batch.positions]
     return (F.cross_entropy(model.head(h), batch.targets, reduction="none") * batch.weights).sum()
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimizers and EMA
-# ----------------------------------------------------------------------------------------------------------------------
+# == Optimizers and EMA ================================================================================================
 
 
 class Kind(NamedTuple):
@@ -950,18 +897,26 @@ class EMA:
             weights.copy_(self.average)
             self.average.copy_(held)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Artifact
-# ----------------------------------------------------------------------------------------------------------------------
+# == Artifact ==========================================================================================================
 
 # packed( MAGIC · u32 header length · JSON header · tensor bytes · SHA-256 of all before )
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"MDLMgolf", 1
+ARTIFACT_MAGIC, ARTIFACT_VERSION, MAX_HEADER_BYTES = b"MDLMgolf", 1, 1 << 22
 STORAGES = {"fp8": torch.float8_e4m3fn, "fp16": torch.float16, "fp32": torch.float32}
-PACKERS: dict[str, tuple[bytes, Callable[[bytes], bytes]]] = {  # name: first bytes of the file, compress
-    "zlib": (b"\x78\xda", lambda raw: zlib.compress(raw, 9)),
-    "lzma": (b"\xfd7zXZ\x00", lambda raw: lzma.compress(raw, preset=6)),
-    "zstd": (b"\x28\xb5\x2f\xfd", lambda raw: zstandard.ZstdCompressor(level=22).compress(raw)),
+
+
+class Packer(NamedTuple):
+    magic: bytes  # the first bytes of its files
+    pack: Callable[[bytes], bytes]
+    unpack: Callable[[bytes, int], bytes]  # (packed, limit): at most `limit` bytes, however many there are
+
+
+PACKERS = {
+    "zlib": Packer(b"\x78\xda", lambda raw: zlib.compress(raw, 9),
+                   lambda packed, limit: zlib.decompressobj().decompress(packed, limit)),
+    "lzma": Packer(b"\xfd7zXZ\x00", lambda raw: lzma.compress(raw, preset=6),
+                   lambda packed, limit: lzma.LZMADecompressor().decompress(packed, limit)),
+    "zstd": Packer(b"\x28\xb5\x2f\xfd", lambda raw: zstandard.ZstdCompressor(level=22).compress(raw),
+                   lambda packed, limit: zstandard.ZstdDecompressor().stream_reader(packed).read(limit)),
 }
 
 
@@ -992,7 +947,7 @@ def save_artifact(model: Model, hp: Hyperparameters, path: str | Path) -> dict:
     if hp.pack == "zstd" and zstandard is None:
         raise InputError("PACK=zstd needs the zstandard package: pip install -r requirements.txt, or PACK=auto")
     names = [n for n in PACKERS if n == hp.pack or (hp.pack == "auto" and (n != "zstd" or zstandard))]
-    packed = {name: PACKERS[name][1](raw) for name in names}
+    packed = {name: PACKERS[name].pack(raw) for name in names}
     smallest = min(packed.values(), key=len)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1003,67 +958,34 @@ def save_artifact(model: Model, hp: Hyperparameters, path: str | Path) -> dict:
                 packed_bytes={name: len(blob) for name, blob in packed.items()})
 
 
-class Unpacker:
-    """Reads a packed artifact piece by piece, so that no more is unpacked than was asked for."""
-
-    def __init__(self, blob: bytes, path: Path):
-        self.path = path
-        self.packer = next((name for name, (magic, _) in PACKERS.items() if blob.startswith(magic)), None)
-        if self.packer is None:
-            raise InputError(f"{path}: not an artifact of train_mdlm.py")
-        if self.packer == "zstd" and zstandard is None:
-            raise InputError(f"{path}: packed with zstd; pip install zstandard")
-        if self.packer == "zstd":
-            self.source = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(blob))
-        elif self.packer == "lzma":
-            self.source = lzma.LZMAFile(io.BytesIO(blob))
-        else:
-            self.source, self.rest = zlib.decompressobj(), blob
-
-    def read(self, count: int) -> bytes:
-        """Exactly `count` bytes, or InputError."""
-        data = b""
-        try:
-            while len(data) < count:
-                if self.packer == "zlib":
-                    piece = self.source.decompress(self.rest, count - len(data))
-                    self.rest = self.source.unconsumed_tail
-                else:
-                    piece = self.source.read(count - len(data))
-                if not piece:
-                    break
-                data += piece
-        except (zlib.error, lzma.LZMAError, EOFError, *((zstandard.ZstdError,) if zstandard else ())):
-            data = b""
-        if len(data) != count:
-            raise InputError(f"{self.path}: damaged or truncated artifact")
-        return data
-
-
 def read_artifact(path: str | Path) -> tuple[dict, bytes, str]:
-    """Header, tensor bytes and packer of an artifact, verified; InputError (one line) for anything else."""
-    path = Path(path)
+    """Header, tensor bytes and packer of an artifact, verified; InputError (one line) for anything else.
+
+    What is unpacked first is the length of the header, then the header, then as much as the header accounts for.
+    """
     try:
-        unpacker = Unpacker(path.read_bytes(), path)
+        packed = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    start = unpacker.read(len(ARTIFACT_MAGIC) + 4)
-    if not start.startswith(ARTIFACT_MAGIC):
-        raise InputError(f"{path}: not an artifact of train_mdlm.py")
-    header_bytes = unpacker.read(min(struct.unpack("<I", start[-4:])[0], 1 << 22))
+    packer = next((name for name, packer in PACKERS.items() if packed.startswith(packer.magic)), "")
+    if packer == "zstd" and zstandard is None:
+        raise InputError(f"{path}: is packed with zstd: pip install -r requirements.txt")
     try:
-        header = json.loads(header_bytes)
+        start = PACKERS[packer].unpack(packed, 12)
+        body_at = 12 + struct.unpack("<8xI", start)[0]
+        if not start.startswith(ARTIFACT_MAGIC) or body_at > MAX_HEADER_BYTES:
+            raise ValueError
+        header = json.loads(PACKERS[packer].unpack(packed, body_at)[12:])
         sizes = [math.prod(entry["shape"]) * STORAGES[entry["storage"]].itemsize for entry in header["tensors"]]
         offsets = [entry["offset"] for entry in header["tensors"]]
-        ordered = header["version"] == ARTIFACT_VERSION and offsets == [sum(sizes[:i]) for i in range(len(sizes))]
-    except (ValueError, KeyError, TypeError):
-        ordered = False
-    if not ordered:
-        raise InputError(f"{path}: damaged header, or an artifact of another version of train_mdlm.py")
-    body = unpacker.read(sum(sizes))
-    if hashlib.sha256(start + header_bytes + body).digest() != unpacker.read(32):
-        raise InputError(f"{path}: checksum mismatch, the artifact is damaged")
-    return header, body, unpacker.packer
+        if header["version"] != ARTIFACT_VERSION or offsets != [sum(sizes[:i]) for i in range(len(sizes))]:
+            raise ValueError
+        raw = PACKERS[packer].unpack(packed, body_at + sum(sizes) + 32)
+        if len(raw) != body_at + sum(sizes) + 32 or hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
+            raise ValueError
+    except Exception:  # the decompressors and the parser each have their own errors; they all mean the same here
+        raise InputError(f"{path}: not an artifact of this version of train_mdlm.py, or damaged") from None
+    return header, raw[body_at:-32], packer
 
 
 def artifact_label(path: str | Path) -> str:
@@ -1089,13 +1011,7 @@ def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
         raise InputError(f"{path}: the tensors do not fit the hyperparameters: {str(error).splitlines()[0]}") from None
     return model, hp
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Scoring
-# ----------------------------------------------------------------------------------------------------------------------
-
-GOLDEN = (math.sqrt(5) - 1) / 2
-
+# == Scoring ===========================================================================================================
 
 @torch.no_grad()
 def masked_nll(model: Model, x0: Tensor, mask: Tensor) -> Tensor:
@@ -1244,10 +1160,7 @@ def score_artifact(path: Path, hp: Hyperparameters, val: TokenStream, luts: Byte
             val, luts, hp, hp.final_eval_max_seqs, lambda fraction: log.progress("t-grid", fraction))
         log(f"score:tgrid points:{hp.final_eval_t_samples} biased:1 {grid.line()}")
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
+# == Training ==========================================================================================================
 
 
 def progress(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
@@ -1362,10 +1275,7 @@ def train(trainer: Trainer, val: TokenStream, luts: ByteTables, log: Log) -> Mod
     trainer.ema.swap(trainer.optimizer.weights)
     return trainer.model
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Main
-# ----------------------------------------------------------------------------------------------------------------------
+# == Main ==============================================================================================================
 
 
 def hardware(device: torch.device) -> str:

@@ -16,6 +16,7 @@ import ast
 import gzip
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import lzma
@@ -104,21 +105,20 @@ def is_validation(number: int, text: str, val_docs: int, val_fraction: float) ->
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < val_fraction * 2.0**64
 
 
-def train_tokenizer(docs: Iterable[str], prefix: Path, vocab_size: int, normalization: str) -> None:
+def train_tokenizer(docs: Iterable[str], path: Path, vocab_size: int, normalization: str) -> None:
     """BPE with byte fallback and the challenge's options, on the first TOKENIZER_SAMPLE_BYTES of the documents."""
-
-    def lines() -> Iterator[str]:
-        budget = TOKENIZER_SAMPLE_BYTES
-        for text in docs:
-            yield from (line for line in text.split("\n") if line)
-            budget -= len(text)
-            if budget < 0:
-                return
-
-    prefix.parent.mkdir(parents=True, exist_ok=True)
+    lines, budget = [], TOKENIZER_SAMPLE_BYTES
+    for text in docs:
+        lines += [line for line in text.split("\n") if line]
+        budget -= len(text)
+        if budget < 0:
+            break
+    if not lines:
+        raise InputError("the train split is empty; change --val-docs or --val-fraction")
+    model = io.BytesIO()  # not a file: the trainer would write its name into the model
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines(), model_prefix=str(prefix), model_type="bpe", vocab_size=vocab_size,
+            sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
             byte_fallback=True, split_digits=True, add_dummy_prefix=False, character_coverage=0.999,
             normalization_rule_name=normalization, remove_extra_whitespaces=normalization != "identity",
             allow_whitespace_only_pieces=normalization == "identity", hard_vocab_limit=True,
@@ -127,6 +127,8 @@ def train_tokenizer(docs: Iterable[str], prefix: Path, vocab_size: int, normaliz
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise InputError(f"a tokenizer of {vocab_size} pieces cannot be trained on this text: {reason}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.getvalue())
 
 
 class ShardWriter:
@@ -224,11 +226,10 @@ def prepare(arguments: argparse.Namespace, log: Log) -> None:
         except (OSError, RuntimeError):
             raise InputError(f"{model_path}: not a SentencePiece model") from None
     else:
-        prefix = arguments.out / "tokenizers" / f"{name}_{arguments.vocab_size}_bpe"
+        model_path = arguments.out / "tokenizers" / f"{name}_{arguments.vocab_size}_bpe.model"
         log(f"training a tokenizer of {arguments.vocab_size} pieces …")
-        train_tokenizer((text for i, text in enumerate(documents()) if not chosen(i, text)), prefix,
+        train_tokenizer((text for i, text in enumerate(documents()) if not chosen(i, text)), model_path,
                         arguments.vocab_size, arguments.normalization)
-        model_path = prefix.with_suffix(".model")
         sp = sentencepiece.SentencePieceProcessor(model_file=str(model_path))
     vocab_size = sp.vocab_size()
     folder = arguments.out / "datasets" / f"{name}_sp{vocab_size}"

@@ -1,0 +1,106 @@
+"""Mask times, masks and batches: their distributions, and that a batch depends on (seed, step) alone."""
+
+import pytest
+import torch
+import train_mdlm as tm
+
+
+def hp_of(**overrides):
+    return tm.Hyperparameters(**(dict(preset="demo", vocab_size=384, train_seq_len=32, train_batch_tokens=32 * 24) | overrides))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 24, 512])
+def test_stratified_times_hit_every_stratum_once(rows):
+    t = tm.sample_times("stratified", torch.rand(rows, generator=torch.Generator().manual_seed(rows)))
+    assert sorted((t * rows).long().tolist()) == list(range(rows)) and 0 <= t.min() and t.max() < 1
+
+
+def test_any_slice_of_stratified_times_is_balanced():
+    t = tm.sample_times("stratified", torch.full((512,), 0.5))
+    for rows in (8, 16, 64, 256):  # what a rank or a micro-batch gets
+        assert (t.view(-1, rows).mean(1) - 0.5).abs().max() < 2 / rows  # independent draws: 0.3 / sqrt(rows)
+
+
+def test_antithetic_and_uniform_times():
+    u = torch.rand(24, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(tm.sample_times("uniform", u), u)
+    pairs = tm.sample_times("antithetic", u).view(-1, 2)
+    assert torch.allclose(pairs.sum(1), torch.ones(12))
+
+
+@pytest.mark.parametrize("sampling", ["stratified", "antithetic", "uniform"])
+@pytest.mark.parametrize("masking", ["bernoulli", "count"])
+def test_masks_have_the_promised_probability_and_weight(sampling, masking):
+    hp = hp_of(time_sampling=sampling, masking=masking, mask_eps=0.1, mask_max=0.9, loss_weight="elbo")
+    masks, weights = zip(*(tm.sample_masks(hp, tm.seeded("cpu", 0, step)) for step in range(300)))
+    masks, weights = torch.stack(masks).float(), torch.stack(weights)
+    assert abs(masks.mean() - 0.5) < 0.03
+    assert (masks.mean((0, 1)) - 0.5).abs().max() < 0.06  # every position alike
+    # the weight is 1 / probability: the weighted mask averages to 1
+    assert abs((masks.mean(2) * weights).mean() - 1) < 0.02
+    if masking == "count":
+        assert torch.allclose(masks.sum(2) * weights, torch.tensor(32.0))
+    flat = tm.sample_masks(hp_of(loss_weight="flat"), tm.seeded("cpu", 0, 0))[1]
+    assert torch.equal(flat, torch.ones(24))
+
+
+def test_weights_are_clamped():
+    hp = hp_of(mask_eps=0.001, masking="bernoulli", loss_weight="elbo", weight_clamp=3.0)
+    assert tm.sample_masks(hp, tm.seeded("cpu", 0, 0))[1].max() == 3.0
+
+
+def test_mask_exactly_masks_the_smallest_keys_even_with_ties():
+    keys = torch.tensor([[0.3, 0.1, 0.2, 0.4], [0.5, 0.5, 0.5, 0.5]])
+    mask = tm.mask_exactly(torch.tensor([2, 3]), keys)
+    assert mask[0].tolist() == [False, True, True, False] and mask[1].sum() == 3
+
+
+@pytest.mark.parametrize("sampling", ["stratified", "antithetic", "uniform"])
+@pytest.mark.parametrize("masking", ["bernoulli", "count"])
+@pytest.mark.parametrize("rows", [24, 8, 3, 2])
+def test_head_capacity_is_never_exceeded(sampling, masking, rows):
+    if sampling == "antithetic" and rows == 3:
+        return
+    hp = hp_of(time_sampling=sampling, masking=masking)
+    capacity = tm.masked_capacity(hp, rows)
+    most = max(tm.sample_masks(hp, tm.seeded("cpu", 1, step))[0].view(-1, rows * 32).sum(1).max() for step in range(500))
+    assert most <= capacity <= rows * 32
+
+
+def test_head_capacity_saves_work_at_the_published_shape():
+    for overrides in ({}, dict(masking="count")):
+        assert tm.masked_capacity(tm.Hyperparameters(**overrides), 64) < 0.53 * 64 * 1024
+
+
+def test_compact_lists_the_masked_positions():
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    positions, used = tm.compact(mask, 4)
+    assert positions[used].tolist() == [0, 2, 5] and used.tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("objective", ["mdlm", "ar"])
+def test_a_batch_depends_on_seed_and_step_only(tiny_env, objective):
+    hp = hp_of(objective=objective, seed=7)
+    stream, cpu = tm.TokenStream(tiny_env["DATA_PATH"], "train"), torch.device("cpu")
+    whole = tm.training_batch(hp, stream, 5, range(24), 24 * 32, cpu)
+    parts = [tm.training_batch(hp, stream, 5, range(at, at + 8), 8 * 32, cpu) for at in (0, 8, 16)]
+    assert torch.equal(torch.cat([part.z for part in parts]), whole.z)
+
+    def scored(batch, first_row=0):
+        used = batch.weights > 0
+        rows = zip((batch.positions + first_row * 32)[used].tolist(), batch.targets[used].tolist(), batch.weights[used].tolist())
+        return list(rows)
+
+    assert sum((scored(part, at) for at, part in zip((0, 8, 16), parts)), []) == scored(whole)
+    other = tm.training_batch(hp_of(objective=objective, seed=8), stream, 5, range(24), 24 * 32, cpu)
+    assert torch.equal(other.z, whole.z) is (objective == "ar")
+
+
+def test_the_loss_of_a_uniform_model_is_the_uniform_code(tiny_env):
+    """ELBO weights and exact counts: every row pays L·ln V however many tokens are masked."""
+    hp = hp_of(loss_weight="elbo", mask_eps=0.0)
+    model = tm.build_model(hp)
+    torch.nn.init.zeros_(model.tok_emb.weight)
+    stream = tm.TokenStream(tiny_env["DATA_PATH"], "train")
+    batch = tm.training_batch(hp, stream, 0, range(24), tm.masked_capacity(hp, 24), torch.device("cpu"))
+    assert abs(tm.batch_loss(model, batch).item() - torch.tensor(384.0).log().item()) < 1e-5

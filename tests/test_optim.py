@@ -1,0 +1,121 @@
+"""Muon against an SVD, the flat optimizer against PyTorch's, EMA and schedules against closed forms."""
+
+import copy
+
+import pytest
+import torch
+import train_mdlm as tm
+from conftest import random_model, tiny_hp
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 6, 24), (2, 24, 6)])
+def test_orthogonalize_against_svd(shape):
+    stack = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    out = tm.orthogonalize(stack, 5)
+    for g, x in zip(stack, out):
+        u, s, vt = torch.linalg.svd(g.double(), full_matrices=False)
+        # Newton-Schulz keeps the singular vectors and maps each singular value through the quintic five times
+        s = s / g.double().norm()
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        assert torch.allclose(x.double(), u @ torch.diag(s) @ vt, atol=1e-4)
+        assert s.min() > 0.3 and s.max() < 1.3
+
+
+def test_batched_equals_one_by_one():
+    stack = torch.randn(5, 12, 7, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(tm.orthogonalize(stack, 5), torch.cat([tm.orthogonalize(m[None], 5) for m in stack]), atol=1e-5)
+
+
+def test_three_steps_equal_separate_optimizers():
+    """Muon written out per matrix, and torch.optim.Adam per tensor, on the same gradients."""
+    hp = tiny_hp(tie_embeddings=False, muon_momentum_warmup_steps=2, head_lr=0.1)
+    model = random_model(hp)
+    other = copy.deepcopy(model)
+    optimizer = tm.Optimizer(model, hp)
+    rates = {"embed": hp.embed_lr, "head": hp.head_lr, "gain": hp.scalar_lr}
+    named = dict(other.named_parameters())
+    adam = torch.optim.Adam([dict(params=[p], lr=0.5 * rates[tm.kind_of(n).name]) for n, p in named.items()
+                             if tm.kind_of(n).optimizer == "adam"], betas=(0.9, 0.95), eps=1e-8)
+    velocity = {n: torch.zeros_like(p) for n, p in named.items() if tm.kind_of(n).optimizer == "muon"}
+    assert len(velocity) == 3 * 6
+    z = torch.randint(0, 4, (4, 4), generator=torch.Generator().manual_seed(0))
+    for step, momentum in enumerate((0.85, 0.9, 0.95)):
+        for m in (model, other):
+            (m(z).logsumexp(-1).sum() * 30).backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+        optimizer.step(step, 0.5)
+        adam.step()
+        with torch.no_grad():
+            for name, v in velocity.items():
+                p = named[name]
+                v.mul_(momentum).add_(p.grad)
+                update = tm.orthogonalize((p.grad + momentum * v)[None], 5)[0]
+                p -= 0.5 * hp.matrix_lr * max(1, p.shape[0] / p.shape[1]) ** 0.5 * update
+        other.zero_grad()
+        for name, p in model.named_parameters():
+            assert torch.allclose(p, named[name], atol=1e-5), (step, name)
+            assert p.grad.abs().max() == 0
+
+
+def test_parameters_are_views_of_one_buffer_in_every_kind():
+    model = random_model(tiny_hp())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = tm.Optimizer(model, tiny_hp())
+    start, end = optimizer.weights.data_ptr(), optimizer.weights.data_ptr() + 4 * len(optimizer.weights)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) and start <= p.data_ptr() < end
+    optimizer.weights.zero_()
+    assert all(p.abs().max() == 0 for p in model.parameters())
+
+
+def test_reset_forgets_everything():
+    hp = tiny_hp()
+    model = random_model(hp)
+    optimizer = tm.Optimizer(model, hp)
+    initial = optimizer.weights.clone()
+    z = torch.tensor([[0, 3, 1, 3]])
+
+    def three_steps():
+        for step in range(3):
+            model(z).logsumexp(-1).sum().backward()
+            optimizer.step(step, 1.0)
+        return optimizer.weights.clone()
+
+    first = three_steps()
+    optimizer.reset(initial)
+    assert torch.equal(three_steps(), first)
+
+
+def test_ema_closed_form():
+    ema, d = tm.EMA(0.9), 0.9
+    weights = [torch.randn(7, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    for w in weights:
+        ema.update(w)
+    expected = d**5 * weights[0] + (1 - d) * sum(d ** (5 - i) * weights[i] for i in range(1, 6))
+    assert torch.allclose(ema.average, expected, atol=1e-6)
+    live = weights[-1].clone()
+    ema.swap(live)
+    assert torch.allclose(live, expected, atol=1e-6)
+    ema.swap(live)
+    assert torch.equal(live, weights[-1])
+    tm.EMA(0.9).swap(live)
+    assert torch.equal(live, weights[-1])
+
+
+def test_ema_moves_where_bfloat16_would_freeze():
+    ema = tm.EMA(0.999)
+    ema.update(torch.ones(3, dtype=torch.bfloat16))
+    for _ in range(1000):
+        ema.update(torch.full((3,), 1.01, dtype=torch.bfloat16))
+    assert ema.average.dtype == torch.float32 and ema.average[0] > 1.004  # of 1.0078, what bfloat16 makes of 1.01
+
+
+def test_learning_rate_schedules():
+    hp = tm.Hyperparameters(iterations=100, warmdown_iters=40, max_wallclock_seconds=0)
+    assert [tm.lr_scale(hp, s, 0.0) for s in (0, 60, 80, 100)] == [1.0, 1.0, 0.5, 0.0]
+    timed = tm.dataclasses.replace(hp, max_wallclock_seconds=10.0)  # 100 ms a step: 100 steps fit
+    assert tm.lr_scale(timed, 50, 5_000.0) == 1.0
+    assert tm.lr_scale(timed, 50, 9_000.0) == pytest.approx(1_000 / 180 / 40)  # 180 ms a step: 5.6 steps are left
+    assert tm.progress(timed, 50, 9_000.0) == 0.9 and tm.progress(timed, 95, 9_000.0) == 0.95
+    assert tm.progress(hp, 50, 1e9) == 0.5 and tm.progress(timed, 0, 11_000.0) == 1.0

@@ -1,0 +1,170 @@
+"""The script as its users run it: subprocesses, torchrun, one and two processes, two groups, restarts of a score."""
+
+import re
+import socket
+
+import numpy as np
+import pytest
+import train_mdlm as tm
+from conftest import ROOT, run_python, torchrun
+
+
+def losses(text: str) -> list[float]:
+    return [float(x) for x in re.findall(r"train_loss:(\S+)", text)]
+
+
+def exact(text: str) -> list[float]:
+    return [float(x) for x in re.search(r"_exact val_loss:(\S+) val_bpb:(\S+)", text).groups()]
+
+
+def finish(*processes) -> list[str]:
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def single(tiny_env, tmp_path_factory):
+    """One run of one process: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("single")
+    return folder, run_python("train_mdlm.py", cwd=folder, RUN_ID="one", **tiny_env).stdout
+
+
+def test_run_trains_packs_reloads_and_scores(single):
+    folder, printed = single
+    log = (folder / "logs/one.txt").read_text(encoding="utf-8")
+    source = (ROOT / "train_mdlm.py").read_text(encoding="utf-8")
+    assert log.startswith(source + "\n" + "=" * 100 + "\n")
+    for pattern in (r"^model_params:\d+$", r"^world_size:1 grad_accum_steps:1 ", r"^hyperparameters: .*ITERATIONS=12 ",
+                    r"^overridden: .*VOCAB_SIZE=384", r"^step:12/12 train_loss:\S+ train_time:\d+ms step_avg:\S+ms$",
+                    r"^step:12/12 val_loss:\S+ val_bpb:\S+ ", r"^peak memory allocated: \d+ MiB", r"^Code size: (\d+) bytes$",
+                    r"^Serialized model fp8\+\w+: \d+ bytes", r"^Total submission size fp8\+\w+: \d+ bytes$",
+                    r"^final_fp8_\w+_roundtrip val_loss:\S+ val_bpb:\S+ stderr:\S+ eval_time:\d+ms$",
+                    r"^final_fp8_\w+_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$",
+                    r"^score:nelbo bpb:\S+ stderr:\S+ seqs:\d+ tokens:\d+ bytes:\d+ time:\d+ms$", r"^ema:started step:2 "):
+        assert re.search(pattern, log, re.MULTILINE), pattern
+    code, model = (int(re.search(p, log, re.MULTILINE)[1]) for p in (r"^Code size: (\d+)", r"^Serialized model \S+: (\d+)"))
+    assert code == len(source.encode()) and model == (folder / "logs/one.mdlm").stat().st_size
+    assert f": {code + model} bytes\nfinal_" in log
+    assert losses(printed)[-1] < losses(printed)[0] and "\r" not in printed
+    assert sorted(path.name for path in (folder / "logs").iterdir()) == ["one.mdlm", "one.txt"]
+
+
+def test_eval_only_gives_the_same_score(single, tiny_env):
+    folder, printed = single
+    env = {name: tiny_env[name] for name in ("DATA_PATH", "TOKENIZER_PATH", "VAL_BATCH_SIZE")}
+    again = run_python("train_mdlm.py", cwd=folder, EVAL_ONLY="logs/one.mdlm", RUN_ID="again", FINAL_EVAL_T_SAMPLES="8",
+                       **env).stdout
+    assert exact(again) == pytest.approx(exact(printed), abs=1e-6)
+    assert re.search(r"^score:tgrid points:8 biased:1 bpb:", again, re.MULTILINE) and "train_loss" not in again
+
+
+def test_a_used_run_id_is_refused(single, tiny_env):
+    folder, _ = single
+    before = (folder / "logs/one.txt").read_bytes()
+    done = run_python("train_mdlm.py", cwd=folder, check=False, RUN_ID="one", **tiny_env)
+    assert done.returncode == 2 and "RUN_ID=one was used before" in done.stderr
+    assert (folder / "logs/one.txt").read_bytes() == before
+
+
+def test_the_same_run_gives_the_same_artifact(single, tiny_env, tmp_path):
+    run_python("train_mdlm.py", cwd=tmp_path, RUN_ID="twin", WARMUP_STEPS="2", **{k: v for k, v in tiny_env.items() if k != "WARMUP_STEPS"})
+    assert (tmp_path / "logs/twin.mdlm").read_bytes() == (single[0] / "logs/one.mdlm").read_bytes()
+
+
+def test_accumulation_does_not_change_the_run(single, tiny_env, tmp_path):
+    printed = run_python("train_mdlm.py", cwd=tmp_path, MICRO_BATCH_TOKENS="128", **tiny_env).stdout
+    assert "grad_accum_steps:4" in printed
+    assert losses(printed) == pytest.approx(losses(single[1]), abs=2e-3)
+    assert exact(printed)[1] == pytest.approx(exact(single[1])[1], abs=0.02)
+
+
+def test_two_processes_do_not_change_the_run(single, tiny_env, tmp_path):
+    printed, = finish(torchrun("--standalone", "--nproc_per_node=2", cwd=tmp_path, **tiny_env))
+    assert "world_size:2 grad_accum_steps:1" in printed and printed.count("step:1/12 train_loss") == 1
+    assert losses(printed) == pytest.approx(losses(single[1]), abs=2e-3)
+    assert exact(printed)[1] == pytest.approx(exact(single[1])[1], abs=0.02)
+
+
+def test_two_groups_on_one_machine_train_one_model(single, tiny_env, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = []
+    for node in range(2):
+        (tmp_path / str(node)).mkdir()
+        nodes.append(torchrun("--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1", "--master_addr=127.0.0.1",
+                              f"--master_port={port}", cwd=tmp_path / str(node), OBJECTIVE="ar", **tiny_env))
+    outputs = finish(*nodes)
+    assert "world_size:2" in outputs[0] and "train_loss" not in outputs[1]
+    printed = run_python("train_mdlm.py", cwd=tmp_path, OBJECTIVE="ar", **tiny_env).stdout
+    assert losses(outputs[0]) == pytest.approx(losses(printed), abs=2e-3) and "score:ar " in printed
+
+
+def test_wall_clock_cap_stops_early_and_says_so(tiny_env, tmp_path):
+    env = tiny_env | dict(MAX_WALLCLOCK_SECONDS="1.5", ITERATIONS="100000", TRAIN_LOG_EVERY="0")
+    printed = run_python("train_mdlm.py", cwd=tmp_path, **env).stdout
+    assert re.search(r"^stopping_early: wallclock_cap train_time:1[5-9]\d\dms step:\d+/100000$", printed, re.MULTILINE)
+
+
+def test_over_the_size_limit_is_loud_and_still_finishes(tiny_env, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tm, "SIZE_LIMIT_BYTES", 90_000)
+    tm.run(tiny_env | dict(ITERATIONS="1", RUN_ID="big"))
+    log = (tmp_path / "logs/big.txt").read_text(encoding="utf-8")
+    body = log.split("\n" + "=" * 100 + "\n")[1]
+    assert re.search(r"^OVER BUDGET: \d+ bytes is \d+ more than the 90000 allowed$", body, re.MULTILINE) and "_exact" in body
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(DATA_PATH="empty"), "python data/prepare_text.py --source docs"),
+    (dict(TOKENIZER_PATH="missing.model"), "no tokenizer at TOKENIZER_PATH=missing.model"),
+    (dict(TOKENIZER_PATH="bad/fineweb_val_000000.bin"), "not a SentencePiece model"),
+    (dict(VOCAB_SIZE="512"), "has 384 pieces, but VOCAB_SIZE=512"),
+    (dict(DATA_PATH="bad"), "bad/fineweb_val_000000.bin: the header says"),
+    (dict(DATA_PATH="big"), "big/fineweb_train_000000.bin: holds token 500, but VOCAB_SIZE=384"),
+    (dict(TRAIN_SEQ_LEN="16384", TRAIN_BATCH_TOKENS="16384"), "less than a window of TRAIN_SEQ_LEN=16384"),
+    (dict(MICRO_BATCH_TOKENS="16"), "MICRO_BATCH_TOKENS=16 is less than one sequence"),
+    (dict(EVAL_ONLY="bad/fineweb_val_000000.bin"), "not an artifact"),
+])
+def test_what_is_wrong_is_said_before_training(tiny_env, tmp_path, change, message):
+    for name in ("empty", "bad", "big"):
+        (tmp_path / name).mkdir()
+    tm.write_shard(tmp_path / "bad/fineweb_val_000000.bin", np.arange(100))
+    raw = (tmp_path / "bad/fineweb_val_000000.bin").read_bytes()
+    (tmp_path / "bad/fineweb_val_000000.bin").write_bytes(raw[:-7])
+    tm.write_shard(tmp_path / "big/fineweb_val_000000.bin", np.arange(100))
+    tm.write_shard(tmp_path / "big/fineweb_train_000000.bin", np.full(100, 500))
+    done = run_python("train_mdlm.py", cwd=tmp_path, check=False, **(tiny_env | change))
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_world_that_does_not_divide_the_batch_is_refused(tiny_env, tmp_path):
+    env = tiny_env | dict(TRAIN_BATCH_TOKENS=str(32 * 5))
+    process = torchrun("--standalone", "--nproc_per_node=2", cwd=tmp_path, **env)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert output.count("= 5 sequences cannot be shared by 2 processes; choose a multiple of 64 tokens") == 1
+
+
+def test_progress_bar_on_a_terminal_only(tiny_env, tmp_path):
+    import os
+    import pty
+    import subprocess
+    import sys
+
+    from conftest import clean_env
+    leader, follower = pty.openpty()
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_mdlm.py")], cwd=tmp_path, stdout=follower, stderr=follower,
+                               env=clean_env(**(tiny_env | dict(ITERATIONS="60", TRAIN_LOG_EVERY="0"))))
+    os.close(follower)
+    shown = b""
+    try:
+        while piece := os.read(leader, 4096):
+            shown += piece
+    except OSError:  # the other end is closed: the run is over
+        pass
+    assert process.wait(60) == 0
+    text = shown.decode()
+    assert re.search(r"train █+░* +\d+ % \d+:\d\d left", text) and "final_fp8" in text
