@@ -9,9 +9,9 @@ causal baseline on the same trunk; PRESET=demo trains in minutes on two CPU core
     torchrun --standalone --nproc_per_node=8 train_mdlm.py              8xH100, after data/fetch_fineweb.py
     EVAL_ONLY=logs/<run>.mdlm torchrun ... train_mdlm.py                score an artifact again
 
-Sections: hyperparameters · ranks, clock and log · data and bytes · noise · model · loss · optimizers and EMA · artifact ·
-scoring · training · main. Importing has no side effect. Shape letters: B sequences, L positions, D width, H heads,
-V real tokens, N scored positions of a batch. MASK is token V: it has an embedding and is never predicted.
+Sections: hyperparameters · ranks, clock and log · data and bytes · noise · model · loss · optimizers and EMA ·
+artifact · scoring · training · main. Importing has no side effect. Shape letters: B sequences, L positions, D width,
+H heads, V real tokens, N scored positions of a batch. MASK is token V: it has an embedding and is never predicted.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import dataclasses
 import difflib
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import math
@@ -51,8 +52,8 @@ GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly, how
 class InputError(ValueError):
     """Something the user gave is wrong: one line that names the value, the place and the remedy."""
 
-# == Hyperparameters ===================================================================================================
 
+# == Hyperparameters ===================================================================================================
 
 def knob(group: str, default, meaning: str, unit: str = "", low=0, high=math.inf, choices: Sequence[str] = ()):
     """A hyperparameter: the environment variable is its name in capitals; numbers lie in [low, high]."""
@@ -67,10 +68,11 @@ PRESETS: dict[str, dict] = {
     ),
     "demo": dict(  # two CPU cores, a few minutes, the documentation of the installed packages
         data_path="./data/datasets/docs_sp1024", tokenizer_path="./data/tokenizers/docs_1024_bpe.model",
-        num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, train_seq_len=128, train_batch_tokens=4096,
-        iterations=1000, max_wallclock_seconds=240.0, warmup_steps=0, warmdown_iters=400, ema_decay=0.0,
-        muon_momentum_warmup_steps=100, masking="count", loss_weight="flat", mask_eps=0.3,
-        val_loss_every=250, eval_max_seqs=128, val_batch_size=16384, train_log_every=50,
+        num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, train_seq_len=128, rope_base=100.0,
+        tied_embed_init_std=0.05, masking="count", mask_eps=0.15, mask_max=0.65, loss_weight="flat",
+        iterations=1400, warmdown_iters=900, max_wallclock_seconds=270.0, warmup_steps=0, train_batch_tokens=2048,
+        matrix_lr=0.04, tied_embed_lr=0.005, scalar_lr=0.01, muon_momentum=0.9, muon_momentum_warmup_steps=100,
+        ema_decay=0.0, train_log_every=100, val_loss_every=200, eval_max_seqs=256, val_batch_size=16384,
     ),
 }
 
@@ -178,7 +180,7 @@ class Hyperparameters:
         if self.loss_weight == "elbo" and self.objective == "mdlm" and self.weight_clamp == 0:
             raise InputError(f"{self.shown('weight_clamp')} must be positive, or LOSS_WEIGHT=flat")
         if self.time_sampling == "antithetic" and self.batch_rows % 2:
-            raise InputError(f"TIME_SAMPLING=antithetic needs an even number of sequences a batch, not {self.batch_rows}")
+            raise InputError(f"TIME_SAMPLING=antithetic needs an even batch, not one of {self.batch_rows} sequences")
         if self.run_id and not re.fullmatch(r"[\w.+=@-]+", self.run_id):
             raise InputError(f"{self.shown('run_id')} may hold letters, digits and . _ + = @ - only")
 
@@ -245,8 +247,8 @@ def help_text() -> str:
         lines += [f"    {value:<36} {notes[0]}"] + [f"    {'':<36}   {note}" for note in notes[1:]]
     return "\n".join(lines)
 
-# == Ranks, clock and log ==============================================================================================
 
+# == Ranks, clock and log ==============================================================================================
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -354,6 +356,7 @@ class Log:
         print("\r\x1b[K" + (line if fraction < 1.0 else ""), end="", flush=True)
         self.bar_drawn = now
 
+
 # == Data and bytes ====================================================================================================
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
@@ -372,19 +375,9 @@ def open_shard(path: Path) -> np.ndarray:
                          "fetch it again with data/fetch_fineweb.py")
     count = int(header[2])
     if count < 1 or size != header_bytes + 2 * count:
-        raise InputError(f"{path}: the header says {count} tokens, so {header_bytes + 2 * count} bytes, but the file has "
-                         f"{size}; it is truncated or damaged, make or fetch it again")
+        raise InputError(f"{path}: the header says {count} tokens, so {header_bytes + 2 * count} bytes, but the file "
+                         f"has {size}; it is truncated or damaged, make or fetch it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
-
-
-def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Writes 1-D `tokens` (< 65536) as a shard, under a temporary name first."""
-    header = np.zeros(SHARD_HEADER_INTS, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        file.write(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
-    os.replace(part, path)
 
 
 class TokenStream:
@@ -465,7 +458,7 @@ def build_sentencepiece_luts(sp, vocab_size: int, device: torch.device | str = "
 
 
 def count_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
-    """Exact UTF-8 bytes of the text that `tokens` (…, L) add after the token `prev` (…) before tokens[…, 0]; (…) int64."""
+    """(…) int64: exact UTF-8 bytes of the text that tokens (…, L) add after the token `prev` (…) before them."""
     tokens = torch.as_tensor(tokens, dtype=torch.int64, device=luts.base_bytes.device)
     first = torch.as_tensor(prev, dtype=torch.int64, device=tokens.device).expand(tokens.shape[:-1])
     before = torch.cat([first[..., None], tokens[..., :-1]], dim=-1)
@@ -490,8 +483,8 @@ def load_tokenizer(path: str, vocab_size: int):
         raise InputError(f"{path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
     return sp
 
-# == Noise: when and what to mask ======================================================================================
 
+# == Noise: when and what to mask ======================================================================================
 
 def seeded(device: torch.device | str, *key) -> torch.Generator:
     """A generator that depends on `key` only, for example (seed, "train", step)."""
@@ -503,7 +496,7 @@ def sample_times(kind: str, u: Tensor) -> Tensor:
     """Mask times t in [0, 1] of a global batch from independent uniform draws u (B,).
 
     stratified: one offset, one row in each of B equal strata (Sahoo et al. 2024, low-discrepancy sampler), in the order
-    of multiples of the golden ratio, so that any few neighbouring rows are spread evenly too; antithetic: pairs t, 1 − t.
+    of multiples of the golden ratio, so that any few neighbours are spread evenly too; antithetic: pairs t, 1 − t.
     """
     rows = len(u)
     if kind == "stratified":
@@ -550,6 +543,7 @@ def masked_capacity(hp: Hyperparameters, rows: int) -> int:
     ends = [mask_probability(hp, torch.full((hp.batch_rows,), end)).view(-1, rows).sum(1).max() for end in (0.0, 1.0)]
     slack = rows if hp.masking == "count" else 4 * math.sqrt(positions)
     return min(positions, math.ceil(float(max(ends)) * hp.train_seq_len + slack))
+
 
 # == Model =============================================================================================================
 
@@ -680,14 +674,14 @@ class Model(nn.Module):
 
 
 def build_model(hp: Hyperparameters) -> Model:
-    """A new model on the CPU in float32; the initial weights depend on hp.seed only, the global generator on nothing."""
+    """A new model on the CPU, in float32; its weights depend on hp.seed only, and no global state changes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hp.seed)
         return Model(hp)
 
 
 def faster_dtype(hp: Hyperparameters, device: torch.device) -> torch.dtype:
-    """Resolves COMPUTE_DTYPE: bfloat16 on GPUs, and on a CPU where it wins a trial on every process by a clear margin."""
+    """Resolves COMPUTE_DTYPE: bfloat16 on GPUs, and on CPUs where it clearly wins a trial on every process."""
     if hp.compute_dtype != "auto" or device.type == "cuda":
         return getattr(torch, "bfloat16" if hp.compute_dtype == "auto" else hp.compute_dtype)
     seconds = {torch.float32: [], torch.bfloat16: []}
@@ -700,7 +694,6 @@ def faster_dtype(hp: Hyperparameters, device: torch.device) -> torch.dtype:
 
 
 # == Loss ==============================================================================================================
-
 
 class Batch(NamedTuple):
     """One micro-batch, with static shapes."""
@@ -725,15 +718,15 @@ def compact(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
 
 def training_batch(hp: Hyperparameters, stream: TokenStream, step: int, rows: range, capacity: int,
                    device: torch.device) -> Batch:
-    """Rows `rows` of the global batch of `step`: a function of (seed, step, rows), whoever computes it and how often."""
+    """Rows `rows` of the global batch of `step`: a function of (seed, step, rows), whoever computes it."""
     first = step * hp.batch_rows
     window = stream.windows(range(first + rows.start, first + rows.stop), hp.train_seq_len)
     if device.type == "cuda":
         window = window.pin_memory().to(device, non_blocking=True)
     if hp.objective == "ar":
         targets = window[:, 1:].flatten()
-        every = torch.arange(len(targets), device=device)
-        return Batch(window[:, :-1], every, targets, torch.full(targets.shape, 1 / hp.train_batch_tokens, device=device))
+        weights = torch.full(targets.shape, 1 / hp.train_batch_tokens, device=device)
+        return Batch(window[:, :-1], torch.arange(len(targets), device=device), targets, weights)
     mask, weight = (full[rows.start:rows.stop] for full in sample_masks(hp, seeded(device, hp.seed, "train", step)))
     x0 = window[:, 1:]
     positions, used = compact(mask, capacity)
@@ -746,8 +739,8 @@ def batch_loss(model: Model, batch: Batch) -> Tensor:
     h = model.hidden(batch.z).flatten(0, 1)[batch.positions]
     return (F.cross_entropy(model.head(h), batch.targets, reduction="none") * batch.weights).sum()
 
-# == Optimizers and EMA ================================================================================================
 
+# == Optimizers and EMA ================================================================================================
 
 class Kind(NamedTuple):
     """A kind of parameter: what it is called, how it is trained and how it is stored."""
@@ -800,37 +793,30 @@ class Optimizer:
     """
 
     def __init__(self, model: Model, hp: Hyperparameters):
-        self.hp = hp
-        kinds = {name: kind_of(name) for name, _ in model.named_parameters()}
-        parameters = sorted(model.named_parameters(), key=lambda item: (KINDS.index(kinds[item[0]]), item[1].shape))
-        runs: list[list] = []  # neighbours that one call updates: [kind, shape, first, end]
-        end = 0
-        for name, parameter in parameters:
-            shape = parameter.shape if kinds[name].optimizer == "muon" else None
-            if not runs or runs[-1][:2] != [kinds[name], shape]:
-                end = -(-end // 64) * 64  # aligned for the GPU's widest loads
-                runs.append([kinds[name], shape, end, end])
-            end += parameter.numel()
-            runs[-1][3] = end
-        device = parameters[0][1].device
-        self.weights, self.grads = torch.zeros(end, device=device), torch.zeros(end, device=device)
-        self.muon, adam = [], []
-        for kind, shape, first, last in runs:
-            weights, grads = self.weights[first:last], self.grads[first:last]
-            if shape is not None:
-                stack = (-1, *shape)
+        def stacked(item: tuple[str, nn.Parameter]) -> tuple:
+            kind = kind_of(item[0])
+            return KINDS.index(kind), tuple(item[1].shape) if kind.optimizer == "muon" else ()
+
+        groups = [list(g) for _, g in itertools.groupby(sorted(model.named_parameters(), key=stacked), key=stacked)]
+        sizes = [sum(p.numel() for _, p in group) for group in groups]
+        ends = list(itertools.accumulate(-(-size // 64) * 64 for size in sizes))  # aligned for the widest loads
+        self.hp, self.muon, adam = hp, [], []
+        self.weights = torch.zeros(ends[-1], device=groups[0][0][1].device)
+        self.grads = torch.zeros_like(self.weights)
+        for group, size, first in zip(groups, sizes, [0, *ends[:-1]], strict=True):
+            kind, parameters = kind_of(group[0][0]), [p for _, p in group]
+            weights, grads = self.weights[first:first + size], self.grads[first:first + size]
+            counts = [p.numel() for p in parameters]
+            for p, w, g in zip(parameters, weights.split(counts), grads.split(counts), strict=True):
+                w.copy_(p.detach().flatten())
+                p.data, p.grad = w.view(p.shape), g.view(p.shape)
+            if kind.optimizer == "muon":
+                stack = (len(parameters), *parameters[0].shape)
                 self.muon.append((weights.view(stack), grads.view(stack), torch.zeros_like(weights).view(stack)))
             else:
                 flat = nn.Parameter(weights)
                 flat.grad = grads
-                adam.append(dict(params=[flat], lr=base_learning_rate(kind, hp), base_lr=base_learning_rate(kind, hp)))
-            at = first
-            for name, parameter in parameters:
-                if kinds[name] is kind and (shape is None or parameter.shape == shape):
-                    weights[at - first:][: parameter.numel()].view_as(parameter).copy_(parameter.detach())
-                    parameter.data = weights[at - first:][: parameter.numel()].view_as(parameter)
-                    parameter.grad = grads[at - first:][: parameter.numel()].view_as(parameter)
-                    at += parameter.numel()
+                adam.append(dict(params=[flat], base_lr=base_learning_rate(kind, hp)))
         self.adam = torch.optim.Adam(adam, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True)
 
     @torch.no_grad()
@@ -854,14 +840,14 @@ class Optimizer:
 
     def _orthogonalize_shared(self, stack: Tensor) -> Tensor:
         """Each process orthogonalizes its share of the stack (n, rows, cols); all of them get the whole."""
-        if world_size() == 1:
-            return orthogonalize(stack, self.hp.muon_backend_steps)
         share = -(-len(stack) // world_size())
-        mine = orthogonalize(stack[rank() * share:][:share], self.hp.muon_backend_steps)
-        gathered = mine.new_zeros(world_size() * share, *stack.shape[1:])
-        padded = F.pad(mine, (0, 0, 0, 0, 0, share - len(mine))).contiguous()
-        dist.all_gather_into_tensor(gathered, padded)
-        return gathered[: len(stack)]
+        mine = slice(rank() * share, (rank() + 1) * share)
+        part = orthogonalize(stack[mine], self.hp.muon_backend_steps)
+        if world_size() == 1:
+            return part
+        whole = part.new_zeros(stack.shape)
+        whole[mine] = part
+        return all_reduce(whole)
 
     @torch.no_grad()
     def reset(self, weights: Tensor) -> None:
@@ -896,6 +882,7 @@ class EMA:
             held = weights.clone()
             weights.copy_(self.average)
             self.average.copy_(held)
+
 
 # == Artifact ==========================================================================================================
 
@@ -934,7 +921,7 @@ def stored_fields() -> list[str]:
 
 
 def save_artifact(model: Model, hp: Hyperparameters, path: str | Path) -> dict:
-    """Quantizes, packs and writes the model; returns artifact_bytes, label (from the file) and the bytes by packer."""
+    """Quantizes, packs and writes the model; returns artifact_bytes, label, raw_bytes and packed_bytes by packer."""
     table, body = [], io.BytesIO()
     for name, tensor in sorted(model.state_dict().items(), key=lambda item: (KINDS.index(kind_of(item[0])), item[0])):
         storage = kind_of(name).storage or hp.quant_mode
@@ -954,19 +941,30 @@ def save_artifact(model: Model, hp: Hyperparameters, path: str | Path) -> dict:
     part = path.with_suffix(path.suffix + ".part")
     part.write_bytes(smallest)
     os.replace(part, path)
-    return dict(artifact_bytes=len(smallest), label=artifact_label(path), raw_bytes=len(raw),
+    written = path.read_bytes()
+    return dict(artifact_bytes=len(written), label=unpack_artifact(written, path)[2], raw_bytes=len(raw),
                 packed_bytes={name: len(blob) for name, blob in packed.items()})
 
 
-def read_artifact(path: str | Path) -> tuple[dict, bytes, str]:
-    """Header, tensor bytes and packer of an artifact, verified; InputError (one line) for anything else.
-
-    What is unpacked first is the length of the header, then the header, then as much as the header accounts for.
-    """
+def read_file_everywhere(path: str | Path) -> bytes:
+    """The first process's file, on every process: other machines need not have it."""
+    content, problem = [None], None
     try:
-        packed = Path(path).read_bytes()
+        content = [Path(path).read_bytes() if rank() == 0 else None]
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        problem = InputError(f"{path}: cannot be read: {error.strerror}")
+    raise_everywhere(problem)
+    if world_size() > 1:
+        dist.broadcast_object_list(content, src=0, device=torch.device("cpu"))
+    return content[0]
+
+
+def unpack_artifact(packed: bytes, path: str | Path) -> tuple[dict, bytes, str]:
+    """Header, tensor bytes and label of an artifact, verified; InputError (one line, with `path`) for anything else.
+
+    What is unpacked first is the length of the header, then the header, then as much as the header accounts for. The
+    label says how the matrices are stored and how the file is packed, for example fp8+lzma.
+    """
     packer = next((name for name, packer in PACKERS.items() if packed.startswith(packer.magic)), "")
     if packer == "zstd" and zstandard is None:
         raise InputError(f"{path}: is packed with zstd: pip install -r requirements.txt")
@@ -978,6 +976,7 @@ def read_artifact(path: str | Path) -> tuple[dict, bytes, str]:
         header = json.loads(PACKERS[packer].unpack(packed, body_at)[12:])
         sizes = [math.prod(entry["shape"]) * STORAGES[entry["storage"]].itemsize for entry in header["tensors"]]
         offsets = [entry["offset"] for entry in header["tensors"]]
+        storages = {entry["storage"] for entry in header["tensors"] if not kind_of(entry["name"]).storage}
         if header["version"] != ARTIFACT_VERSION or offsets != [sum(sizes[:i]) for i in range(len(sizes))]:
             raise ValueError
         raw = PACKERS[packer].unpack(packed, body_at + sum(sizes) + 32)
@@ -985,19 +984,15 @@ def read_artifact(path: str | Path) -> tuple[dict, bytes, str]:
             raise ValueError
     except Exception:  # the decompressors and the parser each have their own errors; they all mean the same here
         raise InputError(f"{path}: not an artifact of this version of train_mdlm.py, or damaged") from None
-    return header, raw[body_at:-32], packer
-
-
-def artifact_label(path: str | Path) -> str:
-    """For example fp8+lzma: how the matrices are stored and how the file is packed, read from the file."""
-    header, _, packer = read_artifact(path)
-    storages = {entry["storage"] for entry in header["tensors"] if not kind_of(entry["name"]).storage}
-    return "+".join([*sorted(storages), packer])
+    return header, raw[body_at:-32], "+".join([*sorted(storages), packer])
 
 
 def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
-    """A fresh model with the weights on disk, and its hyperparameters; InputError (a ValueError) if it is not sound."""
-    header, body, _ = read_artifact(path)
+    """A fresh model with the weights on disk, and its hyperparameters; InputError (a ValueError) if it is not sound.
+
+    In a group of processes all of them call it, and get what the first one reads.
+    """
+    header, body, _ = unpack_artifact(read_file_everywhere(path), path)
     try:
         hp = Hyperparameters(**header["hyperparameters"], train_batch_tokens=header["hyperparameters"]["train_seq_len"])
         model = build_model(hp)
@@ -1010,6 +1005,7 @@ def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InputError(f"{path}: the tensors do not fit the hyperparameters: {str(error).splitlines()[0]}") from None
     return model, hp
+
 
 # == Scoring ===========================================================================================================
 
@@ -1025,9 +1021,9 @@ def masked_nll(model: Model, x0: Tensor, mask: Tensor) -> Tensor:
 def any_order_nelbo(model: Model, x0: Tensor, passes: int, times: Tensor, draw: Callable[[], Tensor]) -> Tensor:
     """(B,) float64 nats: mean over passes of (L/k)·masked_nll with exactly k masked, k = 1 + ⌊t·L⌋.
 
-    Pass p uses t = frac(times + p/passes); `draw` returns fresh uniform keys (B, L). With each of `times` (B,) uniform on
-    [0, 1) this is an unbiased estimate of E_k E_mask (L/k)·nll, the code length of x0 averaged over all orders (the
-    continuous-time bound of Sahoo et al. 2024 without discretisation; Ou et al. 2024, eq. 10).
+    Pass p uses t = frac(times + p/passes); `draw` returns fresh uniform keys (B, L). With each of `times` (B,) uniform
+    on [0, 1) this is an unbiased estimate of E_k E_mask (L/k)·nll, the code length of x0 averaged over all orders: the
+    continuous-time bound of Sahoo et al. 2024, without its discretisation.
     """
     length, nats = x0.shape[1], 0.0
     for p in range(passes):
@@ -1144,7 +1140,7 @@ def score_artifact(path: Path, hp: Hyperparameters, val: TokenStream, luts: Byte
     """Scores the weights on disk, read into a fresh model, and logs the headline and the scores that were asked for."""
     model, _ = load_artifact(path)
     model.to(luts.base_bytes.device).compute_dtype = dtype
-    label = artifact_label(path).replace("+", "_")
+    label = unpack_artifact(read_file_everywhere(path), path)[2].replace("+", "_")
     score = score_windows(headline_estimator(model, hp, hp.nelbo_passes), val, luts, hp, hp.final_eval_max_seqs,
                           lambda fraction: log.progress("score", fraction))
     log(f"final_{label}_roundtrip val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} stderr:{score.stderr:.4f} "
@@ -1160,8 +1156,8 @@ def score_artifact(path: Path, hp: Hyperparameters, val: TokenStream, luts: Byte
             val, luts, hp, hp.final_eval_max_seqs, lambda fraction: log.progress("t-grid", fraction))
         log(f"score:tgrid points:{hp.final_eval_t_samples} biased:1 {grid.line()}")
 
-# == Training ==========================================================================================================
 
+# == Training ==========================================================================================================
 
 def progress(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
     """How much of the run is done, in [0, 1]: of its steps or of its time, whichever is nearer to its end."""
@@ -1275,8 +1271,8 @@ def train(trainer: Trainer, val: TokenStream, luts: ByteTables, log: Log) -> Mod
     trainer.ema.swap(trainer.optimizer.weights)
     return trainer.model
 
-# == Main ==============================================================================================================
 
+# == Main ==============================================================================================================
 
 def hardware(device: torch.device) -> str:
     """For example 8xNVIDIA_H100_80GB_HBM3 or 2xCPU_AMD_EPYC_(2_cores)."""
@@ -1302,10 +1298,10 @@ def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) 
     """Starts the log with the source of this file and the resolved hyperparameters; settles RUN_ID."""
     if not hp.run_id:
         hp = dataclasses.replace(hp, run_id=time.strftime("%Y%m%d-%H%M%S_") + hp.preset)
-    log = Log(Path("logs") / f"{hp.run_id}.txt")
+    log, problem = Log(Path("logs") / f"{hp.run_id}.txt"), None
     if log.path and log.path.exists():
-        raise_everywhere(InputError(f"{log.path} is there already: {hp.shown('run_id')} was used before; choose another"))
-    raise_everywhere(None)
+        problem = InputError(f"{log.path} is there already: {hp.shown('run_id')} was used before; choose another")
+    raise_everywhere(problem)
     log(Path(__file__).read_text(encoding="utf-8"), screen=False)
     log("=" * 100, screen=False)
     log(f"run_id:{hp.run_id} started:{time.strftime('%Y-%m-%dT%H:%M:%S')} log:{log.path}")
@@ -1331,7 +1327,8 @@ def write_artifact(model: Model, hp: Hyperparameters, path: Path, log: Log) -> N
             log(f"Serialized model {label}: {info['artifact_bytes']} bytes (raw:{info['raw_bytes']} {packers})")
             log(f"Total submission size {label}: {total} bytes")
             if total > SIZE_LIMIT_BYTES:
-                log(f"OVER BUDGET: {total} bytes is {total - SIZE_LIMIT_BYTES} more than the {SIZE_LIMIT_BYTES} allowed")
+                over = total - SIZE_LIMIT_BYTES
+                log(f"OVER BUDGET: {total} bytes is {over} more than the {SIZE_LIMIT_BYTES} allowed")
     except (InputError, OSError) as error:
         problem = InputError(f"{path}: the artifact could not be written: {error}")
     raise_everywhere(problem)

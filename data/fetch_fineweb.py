@@ -1,6 +1,6 @@
 """Fetches the challenge's published FineWeb shards and tokenizer, as their manifest lists them.
 
-    python data/fetch_fineweb.py                                    sp1024: the whole validation split, 80 training shards
+    python data/fetch_fineweb.py                                    sp1024: the validation split, 80 training shards
     python data/fetch_fineweb.py --train-shards 1                   one training shard (100 M tokens) to try things out
     python data/fetch_fineweb.py --variant sp4096 --train-shards 10
 
@@ -83,7 +83,7 @@ def read_manifest(path: Path) -> dict:
 def fetch_variant(fetcher: Fetcher, variant: str, train_shards: int) -> tuple[Path, list[Path]]:
     """The data set of a variant with its tokenizer; returns their local places."""
     manifest = read_manifest(fetcher.fetch("manifest.json", read_manifest, refresh=True))
-    dataset = next((manifest["datasets"][name] for name in (f"fineweb10B_{variant}", variant) if name in manifest["datasets"]), None)
+    dataset = manifest["datasets"].get(f"fineweb10B_{variant}", manifest["datasets"].get(variant))
     if dataset is None:
         raise InputError(f"--variant {variant} is not one of {', '.join(sorted(manifest['datasets']))}")
     try:
@@ -102,13 +102,14 @@ def fetch_variant(fetcher: Fetcher, variant: str, train_shards: int) -> tuple[Pa
     val_tokens = sum(len(open_shard(path)) for path in found[:stats["files_val"]])
     if tokens_val and val_tokens != tokens_val:
         raise InputError(f"the validation split has {val_tokens} tokens, the manifest says {tokens_val}")
-    fetcher.log(f"{dataset['name']}: {val_tokens:,} validation tokens, {train_shards} of {stats['files_train']} training shards")
+    fetcher.log(f"{dataset['name']}: {val_tokens:,} validation tokens, "
+                f"{train_shards} of {stats['files_train']} training shards")
     return found[0].parent, tokenizers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="sp1024", help="sp1024 (default), sp512, sp2048, … or a data set's full name")
+    parser.add_argument("--variant", default="sp1024", help="sp1024 (default), sp512, …, or a full name")
     parser.add_argument("--train-shards", type=int, default=80, help="training shards, the first N (default 80)")
     parser.add_argument("--repo", default=REPO, help=f"hub data set (default {REPO})")
     parser.add_argument("--remote-root", default=REMOTE_ROOT, help="folder of manifest.json in it")

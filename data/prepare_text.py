@@ -4,9 +4,9 @@
     python data/prepare_text.py --source a.txt b.md --name mine       text files, one document each
     python data/prepare_text.py --source books.jsonl.xz --name books  JSON lines {"text": ...}, plain, .gz or .xz
 
-Writes <out>/tokenizers/<name>_<vocab>_bpe.model and <out>/datasets/<name>_sp<vocab>/fineweb_{train,val}_*.bin and prints
-the two variables that point train_mdlm.py at them. The same input and options give the same bytes. Nothing is held in
-memory but one batch of documents (for --source docs: the documents, some 15 MB).
+Writes <out>/tokenizers/<name>_<vocab>_bpe.model and <out>/datasets/<name>_sp<vocab>/fineweb_{train,val}_*.bin and
+prints the two variables that point train_mdlm.py at them. The same input and options give the same bytes. Held in memory
+are one batch of documents and one shard, the sample that trains the tokenizer and, for --source docs, the documents.
 """
 
 from __future__ import annotations
@@ -32,7 +32,15 @@ import numpy as np
 import sentencepiece
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_mdlm import InputError, Log, build_sentencepiece_luts, count_bytes, write_shard  # noqa: E402
+from train_mdlm import (  # noqa: E402
+    SHARD_HEADER_INTS,
+    SHARD_MAGIC,
+    SHARD_VERSION,
+    InputError,
+    Log,
+    build_sentencepiece_luts,
+    count_bytes,
+)
 
 # What `pip install -r requirements.txt` brings on every platform; naming them keeps the corpus the same when other
 # packages are installed beside them. The standard library comes with every Python.
@@ -131,6 +139,16 @@ def train_tokenizer(docs: Iterable[str], path: Path, vocab_size: int, normalizat
     path.write_bytes(model.getvalue())
 
 
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Writes 1-D `tokens` (< 65536) as a shard, under a temporary name first."""
+    header = np.zeros(SHARD_HEADER_INTS, dtype="<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        file.write(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+    os.replace(part, path)
+
+
 class ShardWriter:
     """Collects the tokens of a split and writes them in shards of `shard_tokens`."""
 
@@ -177,8 +195,8 @@ def encode(docs: Iterable[str], sp, vocab_size: int, exact: bool, choose: Callab
                 continue
             true_bytes, counted = len(decoded.encode()), int(count_bytes(tokens, bos, luts))
             if counted != true_bytes:
-                raise InputError(f"document {number}: the byte tables of this tokenizer count {counted} bytes where the "
-                                 f"decoded text has {true_bytes}; scores would be wrong, so it is refused")
+                raise InputError(f"document {number}: the byte tables of this tokenizer count {counted} bytes where "
+                                 f"the decoded text has {true_bytes}; scores would be wrong, so it is refused")
             choose(number - 1, text).add(np.array([bos, *tokens], dtype=np.uint16), true_bytes)
         note(number)
     return left_out
@@ -194,11 +212,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--normalization", default="identity", choices=("identity", "nmt_nfkc"),
                         help="identity keeps every byte; nmt_nfkc is the challenge's")
     parser.add_argument("--val-docs", type=int, default=0, help="the first N documents are the validation split")
-    parser.add_argument("--val-fraction", type=float, default=0.04, help="or this share of them, by hash (default 0.04)")
+    parser.add_argument("--val-fraction", type=float, default=0.04, help="or this share of them, by hash (0.04)")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens a shard (default 100,000,000)")
     arguments = parser.parse_args()
     if arguments.val_docs < 0 or not 0 < arguments.val_fraction < 1 or arguments.shard_tokens < 1:
-        raise InputError("--val-docs must not be negative, --val-fraction lies between 0 and 1, --shard-tokens is positive")
+        raise InputError("--val-docs must not be negative, --val-fraction lies between 0 and 1, --shard-tokens is at "
+                         "least 1")
     if arguments.vocab_size > 65_534:
         raise InputError(f"--vocab-size {arguments.vocab_size}: shards hold 16-bit tokens")
     return arguments
@@ -250,7 +269,8 @@ def prepare(arguments: argparse.Namespace, log: Log) -> None:
             f"{writer.bytes / writer.tokens:.3f} bytes/token, {writer.shards} shards")
     if left_out:
         log(f"left out: {left_out} documents that the tokenizer cannot give back unchanged")
-    log(f"DATA_PATH={os.path.relpath(folder)} TOKENIZER_PATH={os.path.relpath(model_path)}" + ("" if vocab_size == 1024 else f" VOCAB_SIZE={vocab_size}"))
+    log(f"DATA_PATH={os.path.relpath(folder)} TOKENIZER_PATH={os.path.relpath(model_path)}"
+        + ("" if vocab_size == 1024 else f" VOCAB_SIZE={vocab_size}"))
 
 
 if __name__ == "__main__":

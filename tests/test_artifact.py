@@ -100,10 +100,10 @@ def test_foreign_files_and_edited_headers_are_refused(tmp_path):
 
 
 def test_published_model_fits_the_limit(tmp_path):
-    """Random weights of the published shape and of trained size compress like the published artifact: 15.8 MB."""
+    """Random weights of the published shape and of trained size compress to some 6.1 bits each: they fit, whatever the seed."""
     model = tm.build_model(tm.Hyperparameters())
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
             p.copy_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
     info = tm.save_artifact(model, tm.Hyperparameters(pack="lzma"), tmp_path / "a.mdlm")
-    assert 15.0e6 < info["artifact_bytes"] < 16.0e6 and info["label"] == "fp8+lzma"
+    assert 14.0e6 < info["artifact_bytes"] < 16.0e6 and info["label"] == "fp8+lzma"

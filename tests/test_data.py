@@ -5,6 +5,7 @@ import json
 import lzma
 
 import numpy as np
+import prepare_text
 import pytest
 import torch
 import train_mdlm as tm
@@ -20,8 +21,6 @@ AWKWARD = [
 
 @pytest.fixture(scope="module", params=["identity", "nmt_nfkc"])
 def tokenizer(request, tmp_path_factory):
-    import prepare_text
-
     path = tmp_path_factory.mktemp("tokenizer") / "t.model"
     prepare_text.train_tokenizer([text_of(i, 400) for i in range(20)], path, 400, request.param)
     return request.param, tm.load_tokenizer(str(path), 400)
@@ -64,7 +63,7 @@ def test_published_tokenizer_rule_for_a_space_after_a_boundary():
 
 
 def shard(path, tokens):
-    tm.write_shard(path, np.array(tokens))
+    prepare_text.write_shard(path, np.array(tokens))
     return path
 
 
@@ -165,8 +164,6 @@ def test_prepare_explains_bad_input(tmp_path, arguments, message):
 
 
 def test_a_tokenizer_with_a_wrong_byte_table_is_refused(dataset, tmp_path, monkeypatch):
-    import prepare_text
-
     sp = tm.load_tokenizer(str(dataset / "tokenizers/tiny_384_bpe.model"), 384)
     honest = prepare_text.build_sentencepiece_luts
 
@@ -182,8 +179,6 @@ def test_a_tokenizer_with_a_wrong_byte_table_is_refused(dataset, tmp_path, monke
 
 
 def test_documents_that_cannot_come_back_are_left_out(dataset, tmp_path):
-    import prepare_text
-
     sp = tm.load_tokenizer(str(dataset / "tokenizers/tiny_384_bpe.model"), 384)
     writer = prepare_text.ShardWriter(tmp_path, "train", 1000)
     left_out = prepare_text.encode(["fine", "a literal \u2581 sign", ""], sp, 384, True, lambda number, text: writer, lambda number: None)
@@ -191,8 +186,6 @@ def test_documents_that_cannot_come_back_are_left_out(dataset, tmp_path):
 
 
 def test_documentation_source_reads_docstrings_in_an_order_of_their_own(tmp_path):
-    import prepare_text
-
     (tmp_path / "m.py").write_text('"""' + "Module text. " * 20 + '"""\ndef f():\n    """' + "About f. " * 30 + '"""\n')
     text = prepare_text.module_text(tmp_path / "m.py")
     assert text.startswith("Module text.") and "\n\nAbout f." in text
