@@ -5,8 +5,8 @@
     python data/prepare_text.py --source books.jsonl.xz --name books  JSON lines {"text": ...}, plain, .gz or .xz
 
 Writes <out>/tokenizers/<name>_<vocab>_bpe.model and <out>/datasets/<name>_sp<vocab>/fineweb_{train,val}_*.bin and
-prints the two variables that point train_mdlm.py at them. The same input and options give the same bytes. Held in memory
-are one batch of documents and one shard, the sample that trains the tokenizer and, for --source docs, the documents.
+prints the two variables that point train_mdlm.py at them. The same input and options give the same bytes. Held in
+memory are one batch of documents, one shard, the sample that trains the tokenizer and, for --source docs, the text.
 """
 
 from __future__ import annotations

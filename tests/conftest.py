@@ -1,4 +1,4 @@
-"""Shared by all tests: the script as a module, a tiny model with random weights, and a small data set of real shards."""
+"""Shared by all tests: the script as a module, a tiny model with random weights, and small real shards."""
 
 import os
 import random
@@ -19,7 +19,8 @@ which one you were her all she there would their we him been has when who will m
 into than them can only other new some could time these two may then do first any my now such like our over man me even
 most made after also did many before must through years where much your way well down should because each just those
 people mr how too little state good very make world still own see men work long get here between both life being under
-never day same another know while last might us great old year off come since against go came right used take three""".split()
+never day same another know while last might us great old year off come since against go came right used take
+three""".split()
 
 
 def text_of(seed: int, words: int) -> str:
@@ -39,19 +40,48 @@ def dataset(tmp_path_factory):
     for i in range(60):
         files.append(root / f"doc{i:02d}.txt")
         files[-1].write_text(text_of(i, 300), encoding="utf-8")
-    run_python("data/prepare_text.py", "--source", *files, "--name", "tiny", "--out", root, "--vocab-size", "384",
-               "--val-docs", "10", "--shard-tokens", "20000", cwd=root)
+    run_python(
+        "data/prepare_text.py",
+        "--source",
+        *files,
+        "--name",
+        "tiny",
+        "--out",
+        root,
+        "--vocab-size",
+        "384",
+        "--val-docs",
+        "10",
+        "--shard-tokens",
+        "20000",
+        cwd=root,
+    )
     return root
 
 
 @pytest.fixture(scope="session")
 def tiny_env(dataset):
     """Environment of a run that takes seconds."""
-    return dict(DATA_PATH=str(dataset / "datasets/tiny_sp384"),
-                TOKENIZER_PATH=str(dataset / "tokenizers/tiny_384_bpe.model"), VOCAB_SIZE="384", NUM_LAYERS="3",
-                MODEL_DIM="32", NUM_HEADS="4", NUM_KV_HEADS="2", TRAIN_SEQ_LEN="32", TRAIN_BATCH_TOKENS="512",
-                ITERATIONS="12", WARMDOWN_ITERS="6", WARMUP_STEPS="0", MAX_WALLCLOCK_SECONDS="0", TRAIN_LOG_EVERY="1",
-                VAL_LOSS_EVERY="0", EVAL_MAX_SEQS="16", VAL_BATCH_SIZE="2048", COMPUTE_DTYPE="float32")
+    return dict(
+        DATA_PATH=str(dataset / "datasets/tiny_sp384"),
+        TOKENIZER_PATH=str(dataset / "tokenizers/tiny_384_bpe.model"),
+        VOCAB_SIZE="384",
+        NUM_LAYERS="3",
+        MODEL_DIM="32",
+        NUM_HEADS="4",
+        NUM_KV_HEADS="2",
+        TRAIN_SEQ_LEN="32",
+        TRAIN_BATCH_TOKENS="512",
+        ITERATIONS="12",
+        WARMDOWN_ITERS="6",
+        WARMUP_STEPS="0",
+        MAX_WALLCLOCK_SECONDS="0",
+        TRAIN_LOG_EVERY="1",
+        VAL_LOSS_EVERY="0",
+        EVAL_MAX_SEQS="16",
+        VAL_BATCH_SIZE="2048",
+        COMPUTE_DTYPE="float32",
+    )
 
 
 def clean_env(**extra) -> dict:
@@ -63,17 +93,28 @@ def clean_env(**extra) -> dict:
 def run_python(*arguments, cwd, check=True, **extra) -> subprocess.CompletedProcess:
     """Runs `python <script of this project> …` in `cwd`; environment variables as keywords."""
     script, *rest = map(str, arguments)
-    done = subprocess.run([sys.executable, str(ROOT / script), *rest], cwd=cwd, env=clean_env(**extra),
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *rest],
+        cwd=cwd,
+        env=clean_env(**extra),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
 
 def torchrun(*options, cwd, **extra) -> subprocess.Popen:
     """Starts `torchrun <options> train_mdlm.py` in `cwd`, one thread a process."""
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train_mdlm.py")],
-                            cwd=cwd, env=clean_env(OMP_NUM_THREADS="1", **extra), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train_mdlm.py")],
+        cwd=cwd,
+        env=clean_env(OMP_NUM_THREADS="1", **extra),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def tiny_hp(**overrides) -> tm.Hyperparameters:

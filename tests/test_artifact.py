@@ -7,6 +7,7 @@ import zlib
 
 import pytest
 import torch
+
 import train_mdlm as tm
 from conftest import random_model, tiny_hp
 
@@ -37,8 +38,14 @@ def test_without_zstandard(tmp_path, monkeypatch):
     hp = tiny_hp(pack="zstd")
     tm.save_artifact(random_model(hp), hp, tmp_path / "a.mdlm")
     monkeypatch.setattr(tm, "zstandard", None)
-    assert set(tm.save_artifact(random_model(tiny_hp()), tiny_hp(), tmp_path / "b.mdlm")["packed_bytes"]) == {"zlib", "lzma"}
-    for action in (lambda: tm.save_artifact(random_model(hp), hp, tmp_path / "c.mdlm"), lambda: tm.load_artifact(tmp_path / "a.mdlm")):
+    assert set(tm.save_artifact(random_model(tiny_hp()), tiny_hp(), tmp_path / "b.mdlm")["packed_bytes"]) == {
+        "zlib",
+        "lzma",
+    }
+    for action in (
+        lambda: tm.save_artifact(random_model(hp), hp, tmp_path / "c.mdlm"),
+        lambda: tm.load_artifact(tmp_path / "a.mdlm"),
+    ):
         with pytest.raises(ValueError, match="pip install"):
             action()
 
@@ -67,7 +74,7 @@ def test_every_flipped_byte_and_truncation_is_refused(tmp_path):
         for at in range(0, len(good), 7):
             bad.write_bytes(good[:at])
             refused(bad)
-            bad.write_bytes(good[:at] + bytes([good[at] ^ 0x10]) + good[at + 1:])
+            bad.write_bytes(good[:at] + bytes([good[at] ^ 0x10]) + good[at + 1 :])
             try:  # a flip in a container's own check value may go unnoticed; then the content is untouched
                 model, _ = tm.load_artifact(bad)
             except ValueError:
@@ -86,11 +93,18 @@ def test_foreign_files_and_edited_headers_are_refused(tmp_path):
     tm.save_artifact(random_model(hp), hp, path)
     raw = zlib.decompress(path.read_bytes())
     size = struct.unpack("<I", raw[8:12])[0]
-    header, body = json.loads(raw[12:12 + size]), raw[12 + size:-32]
-    for edit in (lambda h: h["hyperparameters"].update(num_layers=2), lambda h: h["hyperparameters"].update(extra=1),
-                 lambda h: h["tensors"][0].update(shape=[1 << 40]), lambda h: h["tensors"].pop(),
-                 lambda h: h["tensors"][0].update(offset=4), lambda h: h.update(version=99), lambda h: h.clear(),
-                 lambda h: h["tensors"][0].update(name="evil"), lambda h: h["tensors"][0].update(shape=[-1, -8])):
+    header, body = json.loads(raw[12 : 12 + size]), raw[12 + size : -32]
+    for edit in (
+        lambda h: h["hyperparameters"].update(num_layers=2),
+        lambda h: h["hyperparameters"].update(extra=1),
+        lambda h: h["tensors"][0].update(shape=[1 << 40]),
+        lambda h: h["tensors"].pop(),
+        lambda h: h["tensors"][0].update(offset=4),
+        lambda h: h.update(version=99),
+        lambda h: h.clear(),
+        lambda h: h["tensors"][0].update(name="evil"),
+        lambda h: h["tensors"][0].update(shape=[-1, -8]),
+    ):
         edited = json.loads(json.dumps(header))
         edit(edited)
         blob = json.dumps(edited).encode()
@@ -100,7 +114,7 @@ def test_foreign_files_and_edited_headers_are_refused(tmp_path):
 
 
 def test_published_model_fits_the_limit(tmp_path):
-    """Random weights of the published shape and of trained size compress to some 6.1 bits each: they fit, whatever the seed."""
+    """Random weights of the published shape and of trained size compress to some 6.1 bits each: they fit."""
     model = tm.build_model(tm.Hyperparameters())
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):

@@ -5,17 +5,37 @@ import json
 import lzma
 
 import numpy as np
-import prepare_text
 import pytest
 import torch
+
+import prepare_text
 import train_mdlm as tm
 from conftest import run_python, text_of
 
 AWKWARD = [
-    "plain text", " starts with a space", "  starts with two", "ends with spaces  ", "two  spaces   three", "\ttab\tand\ttab",
-    "line\nbreak\n\n\nmore", "\n", " ", "   ", "a", "🙂 emoji 👩‍👩‍👧 family", "e\u0301 combining a\u0308o\u0302", "日本語テキスト",
-    "\u00a0no-break\u2003em space", "café naïve", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "zero\u200bwidth", "\r\nwindows\r\n", "1234567890 12.5", "\x01control\x7f",
-    "ﬁ ligature ½ ①", "mixed  🙂\n\n    indented\tcode()",
+    "plain text",
+    " starts with a space",
+    "  starts with two",
+    "ends with spaces  ",
+    "two  spaces   three",
+    "\ttab\tand\ttab",
+    "line\nbreak\n\n\nmore",
+    "\n",
+    " ",
+    "   ",
+    "a",
+    "🙂 emoji 👩‍👩‍👧 family",
+    "e\u0301 combining a\u0308o\u0302",
+    "日本語テキスト",
+    "\u00a0no-break\u2003em space",
+    "café naïve",
+    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢",
+    "zero\u200bwidth",
+    "\r\nwindows\r\n",
+    "1234567890 12.5",
+    "\x01control\x7f",
+    "ﬁ ligature ½ ①",
+    "mixed  🙂\n\n    indented\tcode()",
 ]
 
 
@@ -50,7 +70,7 @@ def test_bytes_of_rows_and_documents_in_one_stream(tokenizer):
     stream = [i for text in texts for i in [sp.bos_id(), *sp.encode(text)]]
     true = sum(len(sp.decode(sp.encode(text)).encode()) for text in texts)
     assert int(tm.count_bytes(stream[1:], stream[0], luts)) == true  # <s> carries no bytes
-    rows = torch.tensor(stream[1:1 + 2 * (len(stream) // 2 - 1)]).view(2, -1)
+    rows = torch.tensor(stream[1 : 1 + 2 * (len(stream) // 2 - 1)]).view(2, -1)
     both = tm.count_bytes(rows, torch.tensor([stream[0], int(rows[0, -1])]), luts)
     assert both.shape == (2,) and int(both.sum()) == int(tm.count_bytes(rows.flatten(), stream[0], luts))
 
@@ -88,11 +108,18 @@ def test_stream_is_a_ring_over_shards(tmp_path):
     assert stream.windows([3], 3).tolist() == [[9, 0, 1, 2]]
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda raw: raw[:-2], "truncated"), (lambda raw: raw + b"\0\0", "damaged"), (lambda raw: raw[:500], "bad header"),
-    (lambda raw: b"\0" * 4 + raw[4:], "bad header"), (lambda raw: raw[:4] + b"\2" + raw[5:], "bad header"), (lambda raw: b"", "bad header"),
-    (lambda raw: raw[:8] + b"\xff" * 4 + raw[12:], "damaged"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda raw: raw[:-2], "truncated"),
+        (lambda raw: raw + b"\0\0", "damaged"),
+        (lambda raw: raw[:500], "bad header"),
+        (lambda raw: b"\0" * 4 + raw[4:], "bad header"),
+        (lambda raw: raw[:4] + b"\2" + raw[5:], "bad header"),
+        (lambda raw: b"", "bad header"),
+        (lambda raw: raw[:8] + b"\xff" * 4 + raw[12:], "damaged"),
+    ],
+)
 def test_damaged_shards_are_named(tmp_path, damage, message):
     path = shard(tmp_path / "fineweb_train_000000.bin", range(100))
     path.write_bytes(damage(path.read_bytes()))
@@ -114,8 +141,22 @@ def test_tokens_beyond_the_vocabulary_are_found(tmp_path):
 
 def test_prepared_data_is_deterministic_and_split_by_document(dataset, tmp_path):
     files = sorted(dataset.glob("doc*.txt"))
-    run_python("data/prepare_text.py", "--source", *files, "--name", "tiny", "--out", tmp_path, "--vocab-size", "384",
-               "--val-docs", "10", "--shard-tokens", "20000", cwd=tmp_path)
+    run_python(
+        "data/prepare_text.py",
+        "--source",
+        *files,
+        "--name",
+        "tiny",
+        "--out",
+        tmp_path,
+        "--vocab-size",
+        "384",
+        "--val-docs",
+        "10",
+        "--shard-tokens",
+        "20000",
+        cwd=tmp_path,
+    )
     made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*"))
     assert len([path for path in made if path.suffix == ".bin"]) >= 3
     for path in made:
@@ -126,7 +167,7 @@ def test_prepared_data_is_deterministic_and_split_by_document(dataset, tmp_path)
         stream = tm.TokenStream(dataset / "datasets/tiny_sp384", split)
         tokens = stream.read(0, stream.total).tolist()
         starts = [i for i, token in enumerate(tokens) if token == 1] + [len(tokens)]
-        texts = [sp.decode(tokens[a + 1:b]) for a, b in zip(starts, starts[1:])]
+        texts = [sp.decode(tokens[a + 1 : b]) for a, b in zip(starts, starts[1:])]
         assert texts == [path.read_text(encoding="utf-8") for path in chosen]
 
 
@@ -136,8 +177,20 @@ def test_prepare_reads_json_lines_packed_or_not_with_a_given_tokenizer(dataset, 
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "c.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.xz"):
-        done = run_python("data/prepare_text.py", "--source", tmp_path / name, "--name", name[0], "--out", tmp_path,
-                          "--tokenizer", dataset / "tokenizers/tiny_384_bpe.model", "--val-fraction", "0.25", cwd=tmp_path)
+        done = run_python(
+            "data/prepare_text.py",
+            "--source",
+            tmp_path / name,
+            "--name",
+            name[0],
+            "--out",
+            tmp_path,
+            "--tokenizer",
+            dataset / "tokenizers/tiny_384_bpe.model",
+            "--val-fraction",
+            "0.25",
+            cwd=tmp_path,
+        )
         assert "VOCAB_SIZE=384" in done.stdout and "verified" in done.stdout
     read = [(tmp_path / f"datasets/{name}_sp384/fineweb_train_000000.bin").read_bytes() for name in "abc"]
     assert read[0] == read[1] == read[2]
@@ -146,15 +199,18 @@ def test_prepare_reads_json_lines_packed_or_not_with_a_given_tokenizer(dataset, 
     assert sum(docs) == 40 and 3 <= docs[1] <= 20  # a quarter of them by hash
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--source", "missing.txt"], "no such file"),
-    (["--source", "bad.jsonl"], 'bad.jsonl:2: not a JSON object with a "text" string'),
-    (["--source", "latin.txt"], "cannot be read as UTF-8"),
-    (["--source", "good.txt", "--tokenizer", "good.txt"], "not a SentencePiece model"),
-    (["--source", "good.txt", "--vocab-size", "60000"], "cannot be trained"),
-    (["--source", "good.txt", "--vocab-size", "384", "--val-docs", "1"], "the train split is empty"),
-    (["--source", "good.txt", "--val-fraction", "0"], "between 0 and 1"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--source", "missing.txt"], "no such file"),
+        (["--source", "bad.jsonl"], 'bad.jsonl:2: not a JSON object with a "text" string'),
+        (["--source", "latin.txt"], "cannot be read as UTF-8"),
+        (["--source", "good.txt", "--tokenizer", "good.txt"], "not a SentencePiece model"),
+        (["--source", "good.txt", "--vocab-size", "60000"], "cannot be trained"),
+        (["--source", "good.txt", "--vocab-size", "384", "--val-docs", "1"], "the train split is empty"),
+        (["--source", "good.txt", "--val-fraction", "0"], "between 0 and 1"),
+    ],
+)
 def test_prepare_explains_bad_input(tmp_path, arguments, message):
     (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"body": "two"}\n')
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
@@ -181,7 +237,9 @@ def test_a_tokenizer_with_a_wrong_byte_table_is_refused(dataset, tmp_path, monke
 def test_documents_that_cannot_come_back_are_left_out(dataset, tmp_path):
     sp = tm.load_tokenizer(str(dataset / "tokenizers/tiny_384_bpe.model"), 384)
     writer = prepare_text.ShardWriter(tmp_path, "train", 1000)
-    left_out = prepare_text.encode(["fine", "a literal \u2581 sign", ""], sp, 384, True, lambda number, text: writer, lambda number: None)
+    left_out = prepare_text.encode(
+        ["fine", "a literal \u2581 sign", ""], sp, 384, True, lambda number, text: writer, lambda number: None
+    )
     assert left_out == 2 and writer.docs == 1
 
 

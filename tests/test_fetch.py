@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+
 import train_mdlm as tm
 from conftest import run_python
 
@@ -20,8 +21,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def answer(self, with_body):
         prefix = f"/datasets/{REPO}/resolve/main/"
-        content = self.server.files.get(self.path[len(prefix):]) if self.path.startswith(prefix) else None
-        self.server.requests.append((self.command, self.path[len(prefix):], self.headers.get("Range")))
+        content = self.server.files.get(self.path[len(prefix) :]) if self.path.startswith(prefix) else None
+        self.server.requests.append((self.command, self.path[len(prefix) :], self.headers.get("Range")))
         if content is None:
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound")
@@ -37,7 +38,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
         if with_body:
-            stop = self.server.cut.pop(self.path[len(prefix):], None)
+            stop = self.server.cut.pop(self.path[len(prefix) :], None)
             self.wfile.write(content[start:stop])
             if stop is not None:  # the connection breaks in the middle
                 self.close_connection = True
@@ -61,13 +62,31 @@ def shard_bytes(count):
 
 @pytest.fixture
 def hub():
-    files = {"datasets/tokenizers/fineweb_1024_bpe.model": b"model", "datasets/tokenizers/fineweb_1024_bpe.vocab": b"vocab"}
-    files |= {f"datasets/datasets/fineweb10B_sp1024/fineweb_{split}_{i:06d}.bin": shard_bytes(100 + i)
-              for split, n in (("val", 2), ("train", 3)) for i in range(n)}
-    manifest = {"datasets": [{"name": "fineweb10B_sp1024", "tokenizer_name": "sp_bpe_1024",
-                              "stats": {"files_train": 3, "files_val": 2, "tokens_val": 201}}],
-                "tokenizers": [{"name": "sp_bpe_1024", "model_path": "tokenizers/fineweb_1024_bpe.model",
-                                "vocab_path": "tokenizers/fineweb_1024_bpe.vocab"}]}
+    files = {
+        "datasets/tokenizers/fineweb_1024_bpe.model": b"model",
+        "datasets/tokenizers/fineweb_1024_bpe.vocab": b"vocab",
+    }
+    files |= {
+        f"datasets/datasets/fineweb10B_sp1024/fineweb_{split}_{i:06d}.bin": shard_bytes(100 + i)
+        for split, n in (("val", 2), ("train", 3))
+        for i in range(n)
+    }
+    manifest = {
+        "datasets": [
+            {
+                "name": "fineweb10B_sp1024",
+                "tokenizer_name": "sp_bpe_1024",
+                "stats": {"files_train": 3, "files_val": 2, "tokens_val": 201},
+            }
+        ],
+        "tokenizers": [
+            {
+                "name": "sp_bpe_1024",
+                "model_path": "tokenizers/fineweb_1024_bpe.model",
+                "vocab_path": "tokenizers/fineweb_1024_bpe.vocab",
+            }
+        ],
+    }
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.files, server.requests, server.cut = files, [], {}
 
@@ -84,9 +103,20 @@ def hub():
 
 
 def fetch(hub, out, *arguments, check=True):
-    return run_python("data/fetch_fineweb.py", "--out", out, *arguments, cwd=out, check=check,
-                      HF_ENDPOINT=f"http://127.0.0.1:{hub.server_address[1]}", HF_HOME=str(out / "hf"), HF_HUB_DISABLE_XET="1",
-                      NO_PROXY="127.0.0.1", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DOWNLOAD_TIMEOUT="5")
+    return run_python(
+        "data/fetch_fineweb.py",
+        "--out",
+        out,
+        *arguments,
+        cwd=out,
+        check=check,
+        HF_ENDPOINT=f"http://127.0.0.1:{hub.server_address[1]}",
+        HF_HOME=str(out / "hf"),
+        HF_HUB_DISABLE_XET="1",
+        NO_PROXY="127.0.0.1",
+        HF_HUB_DISABLE_TELEMETRY="1",
+        HF_HUB_DOWNLOAD_TIMEOUT="5",
+    )
 
 
 def test_whole_validation_split_first_training_shards_and_tokenizer(hub, tmp_path):
@@ -110,7 +140,11 @@ def test_a_broken_connection_ends_in_a_whole_file_or_an_error_and_resumes(hub, t
     hub.cut[name] = 12_000_000
     done = fetch(hub, tmp_path, "--train-shards", "1", check=False)
     if done.returncode:
-        assert done.returncode == 2 and "continues where this one stopped" in done.stderr and "Traceback" not in done.stderr
+        assert (
+            done.returncode == 2
+            and "continues where this one stopped" in done.stderr
+            and "Traceback" not in done.stderr
+        )
         fetch(hub, tmp_path, "--train-shards", "1")
     assert (tmp_path / name.removeprefix("datasets/")).read_bytes() == hub.files[name]
     assert any(path == name and wanted for _, path, wanted in hub.requests), "the second request asks for the rest only"
@@ -134,16 +168,19 @@ def test_a_damaged_local_copy_is_fetched_again(hub, tmp_path):
     assert local.read_bytes() == good
 
 
-@pytest.mark.parametrize("edit, message", [
-    (lambda m: m["datasets"][0]["stats"].update(tokens_val=999), "the manifest says 999"),
-    (lambda m: m["datasets"][0].pop("stats"), "lacks its stats"),
-    (lambda m: m["tokenizers"].clear(), "lacks its stats or its tokenizer"),
-    (lambda m: m["datasets"].clear(), "--variant sp1024 is not one of"),
-    (lambda m: m.pop("datasets"), "not a manifest"),
-    (lambda m: m["tokenizers"][0].update(model_path="../../evil"), "outside the data folder"),
-    (lambda m: m["tokenizers"][0].update(model_path="/etc/evil"), "outside the data folder"),
-    (lambda m: m["datasets"][0]["stats"].update(files_val=3), "is not in willdepueoai/parameter-golf"),
-])
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda m: m["datasets"][0]["stats"].update(tokens_val=999), "the manifest says 999"),
+        (lambda m: m["datasets"][0].pop("stats"), "lacks its stats"),
+        (lambda m: m["tokenizers"].clear(), "lacks its stats or its tokenizer"),
+        (lambda m: m["datasets"].clear(), "--variant sp1024 is not one of"),
+        (lambda m: m.pop("datasets"), "not a manifest"),
+        (lambda m: m["tokenizers"][0].update(model_path="../../evil"), "outside the data folder"),
+        (lambda m: m["tokenizers"][0].update(model_path="/etc/evil"), "outside the data folder"),
+        (lambda m: m["datasets"][0]["stats"].update(files_val=3), "is not in willdepueoai/parameter-golf"),
+    ],
+)
 def test_wrong_manifests_are_explained(hub, tmp_path, edit, message):
     hub.set_manifest(edit)
     done = fetch(hub, tmp_path, "--train-shards", "0", check=False)
@@ -151,8 +188,11 @@ def test_wrong_manifests_are_explained(hub, tmp_path, edit, message):
 
 
 def test_wrong_arguments_and_a_hub_that_is_not_there(hub, tmp_path):
-    for arguments, message in ((["--train-shards", "4"], "has 3"), (["--train-shards", "-1"], "negative"),
-                               (["--variant", "sp7"], "--variant sp7 is not one of fineweb10B_sp1024")):
+    for arguments, message in (
+        (["--train-shards", "4"], "has 3"),
+        (["--train-shards", "-1"], "negative"),
+        (["--variant", "sp7"], "--variant sp7 is not one of fineweb10B_sp1024"),
+    ):
         done = fetch(hub, tmp_path, *arguments, check=False)
         assert done.returncode == 2 and message in done.stderr
     fetch(hub, tmp_path, "--train-shards", "0", "--variant", "fineweb10B_sp1024")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 import train_mdlm as tm
 from conftest import random_model, tiny_hp
 
@@ -15,7 +16,7 @@ def rotate(x, base):
     """x (L, head_dim): pairs (i, i + half) turned by position · base^(−2i/head_dim)."""
     length, dim = x.shape
     angle = np.arange(length)[:, None] * base ** (-np.arange(0, dim, 2) / dim)
-    turned = (x[:, :dim // 2] + 1j * x[:, dim // 2:]) * np.exp(-1j * angle)
+    turned = (x[:, : dim // 2] + 1j * x[:, dim // 2 :]) * np.exp(-1j * angle)
     return np.concatenate([turned.real, turned.imag], axis=1)
 
 
@@ -25,6 +26,7 @@ def reference_logits(model, z):
     x = x_emb = rms(w["tok_emb.weight"][z])
     encoder, skips = hp.num_layers // 2, []
     for i in range(hp.num_layers):
+
         def p(name, i=i):
             return w[f"blocks.{i}.{name}"]
 
@@ -34,29 +36,53 @@ def reference_logits(model, z):
         h, heads = rms(x), []
         for head in range(hp.num_heads):
             kv, d = head * hp.num_kv_heads // hp.num_heads, hp.head_dim
-            q = rotate(rms(h @ p("attn.c_q.weight")[head * d:(head + 1) * d].T), hp.rope_base) * p("attn.q_gain")[head]
-            k = rotate(rms(h @ p("attn.c_k.weight")[kv * d:(kv + 1) * d].T), hp.rope_base)
+            q = (
+                rotate(rms(h @ p("attn.c_q.weight")[head * d : (head + 1) * d].T), hp.rope_base)
+                * p("attn.q_gain")[head]
+            )
+            k = rotate(rms(h @ p("attn.c_k.weight")[kv * d : (kv + 1) * d].T), hp.rope_base)
             scores = q @ k.T / np.sqrt(d)
             if hp.objective == "ar":
                 scores = np.where(np.tri(len(z), dtype=bool), scores, -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
-            heads.append(weights / weights.sum(-1, keepdims=True) @ (h @ p("attn.c_v.weight")[kv * d:(kv + 1) * d].T))
+            heads.append(weights / weights.sum(-1, keepdims=True) @ (h @ p("attn.c_v.weight")[kv * d : (kv + 1) * d].T))
         x = x + p("attn_scale") * (np.concatenate(heads, 1) @ p("attn.proj.weight").T)
         x = x + p("mlp_scale") * (np.maximum(rms(x) @ p("mlp.fc.weight").T, 0) ** 2 @ p("mlp.proj.weight").T)
         if i < encoder:
             skips.append(x)
-    head = w["tok_emb.weight"][:hp.vocab_size] if hp.tie_embeddings else w["lm_head.weight"]
+    head = w["tok_emb.weight"][: hp.vocab_size] if hp.tie_embeddings else w["lm_head.weight"]
     logits = rms(x) @ head.T
     return hp.logit_softcap * np.tanh(logits / hp.logit_softcap) if hp.logit_softcap else logits
 
 
-@pytest.mark.parametrize("overrides", [
-    {}, dict(objective="ar"), dict(num_layers=1), dict(num_layers=4, num_kv_heads=4), dict(num_kv_heads=1),
-    dict(tie_embeddings=False), dict(logit_softcap=0.0), dict(mlp_mult=3, rope_base=50.0),
-])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        dict(objective="ar"),
+        dict(num_layers=1),
+        dict(num_layers=4, num_kv_heads=4),
+        dict(num_kv_heads=1),
+        dict(tie_embeddings=False),
+        dict(logit_softcap=0.0),
+        dict(mlp_mult=3, rope_base=50.0),
+    ],
+)
 def test_forward_equals_the_equations_in_float64(overrides):
-    hp = tm.Hyperparameters(**(dict(vocab_size=11, train_seq_len=9, train_batch_tokens=9, num_layers=3, model_dim=24,
-                                    num_heads=4, num_kv_heads=2) | overrides))
+    hp = tm.Hyperparameters(
+        **(
+            dict(
+                vocab_size=11,
+                train_seq_len=9,
+                train_batch_tokens=9,
+                num_layers=3,
+                model_dim=24,
+                num_heads=4,
+                num_kv_heads=2,
+            )
+            | overrides
+        )
+    )
     model = random_model(hp, scale=0.3)
     z = torch.randint(0, 11 + (hp.objective == "mdlm"), (2, 9), generator=torch.Generator().manual_seed(1))
     logits = model(z, torch.tensor([0.5, 0.5]))
@@ -69,9 +95,18 @@ def test_published_shapes_and_names():
     model = tm.build_model(tm.Hyperparameters())
     assert sum(p.numel() for p in model.parameters()) == 19_190_656  # PR 1699
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    block = {"attn.c_q.weight": (576, 576), "attn.c_k.weight": (288, 576), "attn.c_v.weight": (288, 576),
-             "attn.proj.weight": (576, 576), "attn.q_gain": (8,), "mlp.fc.weight": (1152, 576),
-             "mlp.proj.weight": (576, 1152), "attn_scale": (576,), "mlp_scale": (576,), "resid_mix": (2, 576)}
+    block = {
+        "attn.c_q.weight": (576, 576),
+        "attn.c_k.weight": (288, 576),
+        "attn.c_v.weight": (288, 576),
+        "attn.proj.weight": (576, 576),
+        "attn.q_gain": (8,),
+        "mlp.fc.weight": (1152, 576),
+        "mlp.proj.weight": (576, 1152),
+        "attn_scale": (576,),
+        "mlp_scale": (576,),
+        "resid_mix": (2, 576),
+    }
     expected = {f"blocks.{i}.{name}": shape for i in range(8) for name, shape in block.items()}
     assert shapes == expected | {"tok_emb.weight": (1025, 576), "skip_weights": (4, 576)}
     assert set(model.state_dict()) == set(shapes)
@@ -85,7 +120,9 @@ def test_initial_weights_depend_on_the_seed_only():
     before = torch.random.get_rng_state()
     a, b, c = (tm.build_model(tiny_hp(seed=seed)).state_dict() for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert all(torch.equal(a[name], b[name]) for name in a) and not torch.equal(a["tok_emb.weight"], c["tok_emb.weight"])
+    assert all(torch.equal(a[name], b[name]) for name in a) and not torch.equal(
+        a["tok_emb.weight"], c["tok_emb.weight"]
+    )
 
 
 def test_causal_model_does_not_look_ahead_and_mdlm_does():
@@ -97,8 +134,10 @@ def test_causal_model_does_not_look_ahead_and_mdlm_does():
 
 
 def test_bfloat16_activations_stay_close():
-    model = random_model(tm.Hyperparameters(vocab_size=50, train_seq_len=16, train_batch_tokens=16, num_layers=2,
-                                            model_dim=64), scale=0.02)
+    model = random_model(
+        tm.Hyperparameters(vocab_size=50, train_seq_len=16, train_batch_tokens=16, num_layers=2, model_dim=64),
+        scale=0.02,
+    )
     z = torch.randint(0, 51, (2, 16), generator=torch.Generator().manual_seed(0))
     exact = model(z)
     model.compute_dtype = torch.bfloat16

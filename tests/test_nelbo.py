@@ -5,13 +5,17 @@ import math
 
 import pytest
 import torch
+
 import train_mdlm as tm
 from conftest import random_model, tiny_hp
 
 V, L = 3, 4
 EVERY = torch.tensor(list(itertools.product(range(V), repeat=L)))  # (81, 4) all sequences
-SUBSETS = [torch.tensor([i in chosen for i in range(L)]) for k in range(1, L + 1)
-           for chosen in itertools.combinations(range(L), k)]
+SUBSETS = [
+    torch.tensor([i in chosen for i in range(L)])
+    for k in range(1, L + 1)
+    for chosen in itertools.combinations(range(L), k)
+]
 
 
 def token_nll(model, x0, mask):
@@ -143,4 +147,6 @@ def test_zero_bytes_are_an_error(tiny_env):
     luts = tm.build_sentencepiece_luts(tm.load_tokenizer(hp.tokenizer_path, 384), 384)
     empty = luts._replace(base_bytes=luts.base_bytes * 0, has_leading_space=luts.has_leading_space & False)
     with pytest.raises(ValueError, match="no bytes"):
-        tm.score_windows(lambda window, numbers: torch.ones(len(numbers)), tm.TokenStream(hp.data_path, "val"), empty, hp, 4)
+        tm.score_windows(
+            lambda window, numbers: torch.ones(len(numbers)), tm.TokenStream(hp.data_path, "val"), empty, hp, 4
+        )

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+
 import train_mdlm as tm
 
 
 def hp_of(**overrides):
-    return tm.Hyperparameters(**(dict(preset="demo", vocab_size=384, train_seq_len=32, train_batch_tokens=32 * 24) | overrides))
+    return tm.Hyperparameters(
+        **(dict(preset="demo", vocab_size=384, train_seq_len=32, train_batch_tokens=32 * 24) | overrides)
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 24, 512])
@@ -63,7 +66,9 @@ def test_head_capacity_is_never_exceeded(sampling, masking, rows):
         return
     hp = hp_of(time_sampling=sampling, masking=masking)
     capacity = tm.masked_capacity(hp, rows)
-    most = max(tm.sample_masks(hp, tm.seeded("cpu", 1, step))[0].view(-1, rows * 32).sum(1).max() for step in range(500))
+    most = max(
+        tm.sample_masks(hp, tm.seeded("cpu", 1, step))[0].view(-1, rows * 32).sum(1).max() for step in range(500)
+    )
     assert most <= capacity <= rows * 32
 
 
@@ -88,7 +93,11 @@ def test_a_batch_depends_on_seed_and_step_only(tiny_env, objective):
 
     def scored(batch, first_row=0):
         used = batch.weights > 0
-        rows = zip((batch.positions + first_row * 32)[used].tolist(), batch.targets[used].tolist(), batch.weights[used].tolist())
+        rows = zip(
+            (batch.positions + first_row * 32)[used].tolist(),
+            batch.targets[used].tolist(),
+            batch.weights[used].tolist(),
+        )
         return list(rows)
 
     assert sum((scored(part, at) for at, part in zip((0, 8, 16), parts)), []) == scored(whole)

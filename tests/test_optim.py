@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+
 import train_mdlm as tm
 from conftest import random_model, tiny_hp
 
@@ -24,7 +25,9 @@ def test_orthogonalize_against_svd(shape):
 
 def test_batched_equals_one_by_one():
     stack = torch.randn(5, 12, 7, generator=torch.Generator().manual_seed(1))
-    assert torch.allclose(tm.orthogonalize(stack, 5), torch.cat([tm.orthogonalize(m[None], 5) for m in stack]), atol=1e-5)
+    assert torch.allclose(
+        tm.orthogonalize(stack, 5), torch.cat([tm.orthogonalize(m[None], 5) for m in stack]), atol=1e-5
+    )
 
 
 def test_three_steps_equal_separate_optimizers():
@@ -35,8 +38,15 @@ def test_three_steps_equal_separate_optimizers():
     optimizer = tm.Optimizer(model, hp)
     rates = {"embed": hp.embed_lr, "head": hp.head_lr, "gain": hp.scalar_lr}
     named = dict(other.named_parameters())
-    adam = torch.optim.Adam([dict(params=[p], lr=0.5 * rates[tm.kind_of(n).name]) for n, p in named.items()
-                             if tm.kind_of(n).optimizer == "adam"], betas=(0.9, 0.95), eps=1e-8)
+    adam = torch.optim.Adam(
+        [
+            dict(params=[p], lr=0.5 * rates[tm.kind_of(n).name])
+            for n, p in named.items()
+            if tm.kind_of(n).optimizer == "adam"
+        ],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
     velocity = {n: torch.zeros_like(p) for n, p in named.items() if tm.kind_of(n).optimizer == "muon"}
     assert len(velocity) == 3 * 6
     z = torch.randint(0, 4, (4, 4), generator=torch.Generator().manual_seed(0))

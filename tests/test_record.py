@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+
 from conftest import ROOT, run_python
 
 
@@ -22,8 +23,23 @@ def body_of(path):
 
 
 def make(logs, out, *extra, check=True):
-    return run_python("tools/make_record.py", *logs, "--name", "tiny", "--author", "A", "--github-id", "a", "--blurb",
-                      "A test.", "--out", out / "records", *extra, cwd=out, check=check)
+    return run_python(
+        "tools/make_record.py",
+        *logs,
+        "--name",
+        "tiny",
+        "--author",
+        "A",
+        "--github-id",
+        "a",
+        "--blurb",
+        "A test.",
+        "--out",
+        out / "records",
+        *extra,
+        cwd=out,
+        check=check,
+    )
 
 
 def test_record_is_made_from_the_logs_and_checks(logs, tmp_path):
@@ -34,25 +50,50 @@ def test_record_is_made_from_the_logs_and_checks(logs, tmp_path):
     assert facts["val_bpb_std"] == pytest.approx(abs(exact[0] - exact[1]) / 2**0.5, abs=1e-8)
     assert facts["seeds"] == [1, 2] and facts["step_stop"] == 2 and facts["dataset"] == "tiny_sp384"
     assert facts["bytes_code"] == (ROOT / "train_mdlm.py").stat().st_size and "CPU" in facts["hardware"]
-    for field in ("author", "github_id", "name", "blurb", "date", "track", "val_loss", "seed_results", "bytes_total",
-                  "wallclock_seconds", "pytorch_version", "val_bpb_estimator"):
+    for field in (
+        "author",
+        "github_id",
+        "name",
+        "blurb",
+        "date",
+        "track",
+        "val_loss",
+        "seed_results",
+        "bytes_total",
+        "wallclock_seconds",
+        "pytorch_version",
+        "val_bpb_estimator",
+    ):
         assert facts[field], field
     assert (tmp_path / "submission.json").read_bytes() == (tmp_path / folder / "submission.json").read_bytes()
     assert sorted(path.name for path in (tmp_path / folder).iterdir()) == [
-        "README.md", "requirements.txt", "submission.json", "train_mdlm.py", "train_seed1.log", "train_seed2.log"]
+        "README.md",
+        "requirements.txt",
+        "submission.json",
+        "train_mdlm.py",
+        "train_seed1.log",
+        "train_seed2.log",
+    ]
     assert (tmp_path / folder / "train_mdlm.py").read_bytes() == (ROOT / "train_mdlm.py").read_bytes()
     run_python("tools/make_record.py", "--check", folder, cwd=tmp_path)
     assert "is there already" in make(logs, tmp_path, check=False).stderr
 
 
-@pytest.mark.parametrize("name, edit, message", [
-    ("submission.json", lambda text: re.sub(r'"val_bpb": [\d.]+', '"val_bpb": 0.9901', text, count=1), "val_bpb is 0.9901"),
-    ("submission.json", lambda text: text.replace('"seeds": [', '"seed": 3, "seeds": ['), "seed is 3"),
-    ("train_mdlm.py", lambda text: text + "# better\n", "is not what the logs say"),
-    ("README.md", lambda text: text.replace("val_bpb ", "val_bpb 0"), "is not what the logs say"),
-    ("train_seed1.log", lambda text: text.replace("Code size: ", "Code size: 1"), "do not add up"),
-    ("train_seed1.log", lambda text: text.split("final_")[0], "did not finish"),
-])
+@pytest.mark.parametrize(
+    "name, edit, message",
+    [
+        (
+            "submission.json",
+            lambda text: re.sub(r'"val_bpb": [\d.]+', '"val_bpb": 0.9901', text, count=1),
+            "val_bpb is 0.9901",
+        ),
+        ("submission.json", lambda text: text.replace('"seeds": [', '"seed": 3, "seeds": ['), "seed is 3"),
+        ("train_mdlm.py", lambda text: text + "# better\n", "is not what the logs say"),
+        ("README.md", lambda text: text.replace("val_bpb ", "val_bpb 0"), "is not what the logs say"),
+        ("train_seed1.log", lambda text: text.replace("Code size: ", "Code size: 1"), "do not add up"),
+        ("train_seed1.log", lambda text: text.split("final_")[0], "did not finish"),
+    ],
+)
 def test_an_edited_record_is_found_out(logs, tmp_path, name, edit, message):
     folder = tmp_path / make(logs, tmp_path).stdout.strip()
     text = (folder / name).read_text()
@@ -78,7 +119,9 @@ def test_over_budget_is_loud_in_the_record(logs, tmp_path):
     slow.write_text(re.sub(r"(step:2/2 val_loss.*train_time:)\d+ms", r"\g<1>700000ms", text))
     folder = tmp_path / make([slow], tmp_path).stdout.strip()
     assert "**OVER BUDGET: training is 700 s" in (folder / "README.md").read_text()
-    assert json.loads((folder / "submission.json").read_text())["over_budget"] == ["training is 700 s, more than the 601 allowed"]
+    assert json.loads((folder / "submission.json").read_text())["over_budget"] == [
+        "training is 700 s, more than the 601 allowed"
+    ]
 
 
 def test_shipped_records_follow_from_their_logs():

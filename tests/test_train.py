@@ -4,8 +4,9 @@ import re
 import socket
 
 import numpy as np
-import prepare_text
 import pytest
+
+import prepare_text
 import train_mdlm as tm
 from conftest import ROOT, run_python, torchrun
 
@@ -36,15 +37,26 @@ def test_run_trains_packs_reloads_and_scores(single):
     log = (folder / "logs/one.txt").read_text(encoding="utf-8")
     source = (ROOT / "train_mdlm.py").read_text(encoding="utf-8")
     assert log.startswith(source + "\n" + "=" * 100 + "\n")
-    for pattern in (r"^model_params:\d+$", r"^world_size:1 grad_accum_steps:1 ", r"^hyperparameters: .*ITERATIONS=12 ",
-                    r"^overridden: .*VOCAB_SIZE=384", r"^step:12/12 train_loss:\S+ train_time:\d+ms step_avg:\S+ms$",
-                    r"^step:12/12 val_loss:\S+ val_bpb:\S+ ", r"^peak memory allocated: \d+ MiB", r"^Code size: (\d+) bytes$",
-                    r"^Serialized model fp8\+\w+: \d+ bytes", r"^Total submission size fp8\+\w+: \d+ bytes$",
-                    r"^final_fp8_\w+_roundtrip val_loss:\S+ val_bpb:\S+ stderr:\S+ eval_time:\d+ms$",
-                    r"^final_fp8_\w+_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$",
-                    r"^score:nelbo bpb:\S+ stderr:\S+ seqs:\d+ tokens:\d+ bytes:\d+ time:\d+ms$", r"^ema:started step:2 "):
+    for pattern in (
+        r"^model_params:\d+$",
+        r"^world_size:1 grad_accum_steps:1 ",
+        r"^hyperparameters: .*ITERATIONS=12 ",
+        r"^overridden: .*VOCAB_SIZE=384",
+        r"^step:12/12 train_loss:\S+ train_time:\d+ms step_avg:\S+ms$",
+        r"^step:12/12 val_loss:\S+ val_bpb:\S+ ",
+        r"^peak memory allocated: \d+ MiB",
+        r"^Code size: (\d+) bytes$",
+        r"^Serialized model fp8\+\w+: \d+ bytes",
+        r"^Total submission size fp8\+\w+: \d+ bytes$",
+        r"^final_fp8_\w+_roundtrip val_loss:\S+ val_bpb:\S+ stderr:\S+ eval_time:\d+ms$",
+        r"^final_fp8_\w+_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$",
+        r"^score:nelbo bpb:\S+ stderr:\S+ seqs:\d+ tokens:\d+ bytes:\d+ time:\d+ms$",
+        r"^ema:started step:2 ",
+    ):
         assert re.search(pattern, log, re.MULTILINE), pattern
-    code, model = (int(re.search(p, log, re.MULTILINE)[1]) for p in (r"^Code size: (\d+)", r"^Serialized model \S+: (\d+)"))
+    code, model = (
+        int(re.search(p, log, re.MULTILINE)[1]) for p in (r"^Code size: (\d+)", r"^Serialized model \S+: (\d+)")
+    )
     assert code == len(source.encode()) and model == (folder / "logs/one.mdlm").stat().st_size
     assert f": {code + model} bytes\nfinal_" in log
     assert losses(printed)[-1] < losses(printed)[0] and "\r" not in printed
@@ -54,8 +66,9 @@ def test_run_trains_packs_reloads_and_scores(single):
 def test_eval_only_gives_the_same_score(single, tiny_env):
     folder, printed = single
     env = {name: tiny_env[name] for name in ("DATA_PATH", "TOKENIZER_PATH", "VAL_BATCH_SIZE")}
-    again = run_python("train_mdlm.py", cwd=folder, EVAL_ONLY="logs/one.mdlm", RUN_ID="again", FINAL_EVAL_T_SAMPLES="8",
-                       **env).stdout
+    again = run_python(
+        "train_mdlm.py", cwd=folder, EVAL_ONLY="logs/one.mdlm", RUN_ID="again", FINAL_EVAL_T_SAMPLES="8", **env
+    ).stdout
     assert exact(again) == pytest.approx(exact(printed), abs=1e-6)
     assert re.search(r"^score:tgrid points:8 biased:1 bpb:", again, re.MULTILINE) and "train_loss" not in again
 
@@ -69,7 +82,13 @@ def test_a_used_run_id_is_refused(single, tiny_env):
 
 
 def test_the_same_run_gives_the_same_artifact(single, tiny_env, tmp_path):
-    run_python("train_mdlm.py", cwd=tmp_path, RUN_ID="twin", WARMUP_STEPS="2", **{k: v for k, v in tiny_env.items() if k != "WARMUP_STEPS"})
+    run_python(
+        "train_mdlm.py",
+        cwd=tmp_path,
+        RUN_ID="twin",
+        WARMUP_STEPS="2",
+        **{k: v for k, v in tiny_env.items() if k != "WARMUP_STEPS"},
+    )
     assert (tmp_path / "logs/twin.mdlm").read_bytes() == (single[0] / "logs/one.mdlm").read_bytes()
 
 
@@ -81,7 +100,7 @@ def test_accumulation_does_not_change_the_run(single, tiny_env, tmp_path):
 
 
 def test_two_processes_do_not_change_the_run(single, tiny_env, tmp_path):
-    printed, = finish(torchrun("--standalone", "--nproc_per_node=2", cwd=tmp_path, **tiny_env))
+    (printed,) = finish(torchrun("--standalone", "--nproc_per_node=2", cwd=tmp_path, **tiny_env))
     assert "world_size:2 grad_accum_steps:1" in printed and printed.count("step:1/12 train_loss") == 1
     assert losses(printed) == pytest.approx(losses(single[1]), abs=2e-3)
     assert exact(printed)[1] == pytest.approx(exact(single[1])[1], abs=0.02)
@@ -94,8 +113,18 @@ def test_two_groups_on_one_machine_train_one_model(single, tiny_env, tmp_path):
     nodes = []
     for node in range(2):
         (tmp_path / str(node)).mkdir()
-        nodes.append(torchrun("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=pair",
-                              f"--rdzv_endpoint=127.0.0.1:{port}", cwd=tmp_path / str(node), OBJECTIVE="ar", **tiny_env))
+        nodes.append(
+            torchrun(
+                "--nnodes=2",
+                "--nproc_per_node=1",
+                "--rdzv_backend=c10d",
+                "--rdzv_id=pair",
+                f"--rdzv_endpoint=127.0.0.1:{port}",
+                cwd=tmp_path / str(node),
+                OBJECTIVE="ar",
+                **tiny_env,
+            )
+        )
     outputs = finish(*nodes)
     first = outputs[0] if "train_loss" in outputs[0] else outputs[1]  # the rendezvous numbers the groups as they arrive
     assert "world_size:2" in first and sum("train_loss" in output for output in outputs) == 1
@@ -115,20 +144,26 @@ def test_over_the_size_limit_is_loud_and_still_finishes(tiny_env, tmp_path, monk
     tm.run(tiny_env | dict(ITERATIONS="1", RUN_ID="big"))
     log = (tmp_path / "logs/big.txt").read_text(encoding="utf-8")
     body = log.split("\n" + "=" * 100 + "\n")[1]
-    assert re.search(r"^OVER BUDGET: \d+ bytes is \d+ more than the 90000 allowed$", body, re.MULTILINE) and "_exact" in body
+    assert (
+        re.search(r"^OVER BUDGET: \d+ bytes is \d+ more than the 90000 allowed$", body, re.MULTILINE)
+        and "_exact" in body
+    )
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(DATA_PATH="empty"), "python data/prepare_text.py --source docs"),
-    (dict(TOKENIZER_PATH="missing.model"), "no tokenizer at TOKENIZER_PATH=missing.model"),
-    (dict(TOKENIZER_PATH="bad/fineweb_val_000000.bin"), "not a SentencePiece model"),
-    (dict(VOCAB_SIZE="512"), "has 384 pieces, but VOCAB_SIZE=512"),
-    (dict(DATA_PATH="bad"), "bad/fineweb_val_000000.bin: the header says"),
-    (dict(DATA_PATH="big"), "big/fineweb_train_000000.bin: holds token 500, but VOCAB_SIZE=384"),
-    (dict(TRAIN_SEQ_LEN="16384", TRAIN_BATCH_TOKENS="16384"), "less than a window of TRAIN_SEQ_LEN=16384"),
-    (dict(MICRO_BATCH_TOKENS="16"), "MICRO_BATCH_TOKENS=16 is less than one sequence"),
-    (dict(EVAL_ONLY="bad/fineweb_val_000000.bin"), "not an artifact"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(DATA_PATH="empty"), "python data/prepare_text.py --source docs"),
+        (dict(TOKENIZER_PATH="missing.model"), "no tokenizer at TOKENIZER_PATH=missing.model"),
+        (dict(TOKENIZER_PATH="bad/fineweb_val_000000.bin"), "not a SentencePiece model"),
+        (dict(VOCAB_SIZE="512"), "has 384 pieces, but VOCAB_SIZE=512"),
+        (dict(DATA_PATH="bad"), "bad/fineweb_val_000000.bin: the header says"),
+        (dict(DATA_PATH="big"), "big/fineweb_train_000000.bin: holds token 500, but VOCAB_SIZE=384"),
+        (dict(TRAIN_SEQ_LEN="16384", TRAIN_BATCH_TOKENS="16384"), "less than a window of TRAIN_SEQ_LEN=16384"),
+        (dict(MICRO_BATCH_TOKENS="16"), "MICRO_BATCH_TOKENS=16 is less than one sequence"),
+        (dict(EVAL_ONLY="bad/fineweb_val_000000.bin"), "not an artifact"),
+    ],
+)
 def test_what_is_wrong_is_said_before_training(tiny_env, tmp_path, change, message):
     for name in ("empty", "bad", "big"):
         (tmp_path / name).mkdir()
@@ -138,7 +173,12 @@ def test_what_is_wrong_is_said_before_training(tiny_env, tmp_path, change, messa
     prepare_text.write_shard(tmp_path / "big/fineweb_val_000000.bin", np.arange(100))
     prepare_text.write_shard(tmp_path / "big/fineweb_train_000000.bin", np.full(100, 500))
     done = run_python("train_mdlm.py", cwd=tmp_path, check=False, **(tiny_env | change))
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and message in done.stderr
+        and done.stderr.count("\n") == 1
+        and "Traceback" not in done.stderr
+    )
     assert not (tmp_path / "logs").exists()
 
 
@@ -157,9 +197,15 @@ def test_progress_bar_on_a_terminal_only(tiny_env, tmp_path):
     import sys
 
     from conftest import clean_env
+
     leader, follower = pty.openpty()
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_mdlm.py")], cwd=tmp_path, stdout=follower, stderr=follower,
-                               env=clean_env(**(tiny_env | dict(ITERATIONS="60", TRAIN_LOG_EVERY="0"))))
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_mdlm.py")],
+        cwd=tmp_path,
+        stdout=follower,
+        stderr=follower,
+        env=clean_env(**(tiny_env | dict(ITERATIONS="60", TRAIN_LOG_EVERY="0"))),
+    )
     os.close(follower)
     shown = b""
     try:

@@ -4,8 +4,8 @@
         --blurb "what was done"
     python tools/make_record.py --check records/track_non_record_16mb/2026-01-31_MDLM_demo
 
-Writes <out>/<track>/<date>_<name>/ with README.md, submission.json, the logs, the script as it ran and requirements.txt,
-and the same submission.json at the root of the project. Every number is read from the logs.
+Writes <out>/<track>/<date>_<name>/ with README.md, submission.json, the logs, the script as it ran and
+requirements.txt, and the same submission.json at the root of the project. Every number is read from the logs.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def parse_log(path: Path) -> dict:
     start = find(r"^run_id:\S+ started:(\d{4}-\d\d-\d\d)\S*", body, path, "start line")
     machine = find(r"^hardware:(\S+) torch:(\S+)", body, path, "hardware line")
     data = find(r"^dataset:(\S+)", body, path, "dataset line")
-    knobs = dict(token.split("=", 1) for token in find(r"^hyperparameters: (.+)$", body, path, "hyperparameters")[1].split())
+    resolved = find(r"^hyperparameters: (.+)$", body, path, "hyperparameters")[1]
+    knobs = dict(token.split("=", 1) for token in resolved.split())
     last = find(r"^step:(\d+)/\d+ val_loss:\S+ .*train_time:(\d+)ms", body, path, "last validation")
     model = find(r"^Serialized model (\S+): (\d+) bytes", body, path, "artifact size")
     score = find(r"^final_(\S+)_roundtrip val_loss:\S+ val_bpb:\S+ stderr:(\S+) eval_time:(\d+)ms", body, path, "score")
@@ -77,7 +78,8 @@ def parse_logs(paths: list[Path]) -> list[dict]:
     if len({run["seed"] for run in runs}) < len(runs):
         raise InputError("two of the logs have the same seed")
     for run in runs:
-        if run["code_bytes"] != len(run["source"].encode()) or run["total_bytes"] != run["code_bytes"] + run["artifact_bytes"]:
+        summed = run["code_bytes"] + run["artifact_bytes"]
+        if run["code_bytes"] != len(run["source"].encode()) or run["total_bytes"] != summed:
             raise InputError(f"the sizes in the log of seed {run['seed']} do not add up")
     return runs
 
@@ -98,13 +100,15 @@ def submission(runs: list[dict], typed: dict) -> dict:
         val_loss=round(statistics.mean(run["val_loss"] for run in runs), 8), val_bpb=round(statistics.mean(bpbs), 8),
         val_bpb_std=round(statistics.stdev(bpbs), 8) if len(runs) > 1 else None, seeds=[run["seed"] for run in runs],
         seed_results={str(run["seed"]): dict(
-            val_loss=run["val_loss"], val_bpb=run["val_bpb"], val_bpb_stderr=run["stderr"], bytes_model=run["artifact_bytes"],
-            step_stop=run["step_stop"], wallclock_seconds=run["train_seconds"], eval_seconds=run["eval_seconds"])
+            val_loss=run["val_loss"], val_bpb=run["val_bpb"], val_bpb_stderr=run["stderr"],
+            bytes_model=run["artifact_bytes"], step_stop=run["step_stop"], wallclock_seconds=run["train_seconds"],
+            eval_seconds=run["eval_seconds"])
             for run in runs},
         bytes_total=max(run["total_bytes"] for run in runs), bytes_code=runs[0]["code_bytes"],
         step_stop=max(run["step_stop"] for run in runs), wallclock_seconds=max(run["train_seconds"] for run in runs),
-        eval_seconds=max(run["eval_seconds"] for run in runs), model_params=runs[0]["params"], hardware=runs[0]["hardware"],
-        pytorch_version=runs[0]["torch"], script_sha256=hashlib.sha256(runs[0]["source"].encode()).hexdigest(),
+        eval_seconds=max(run["eval_seconds"] for run in runs), model_params=runs[0]["params"],
+        hardware=runs[0]["hardware"], pytorch_version=runs[0]["torch"],
+        script_sha256=hashlib.sha256(runs[0]["source"].encode()).hexdigest(),
         over_budget=over_budget(runs))
 
 
@@ -114,8 +118,9 @@ def readme(runs: list[dict], facts: dict) -> str:
     settings = " ".join(token for token in first["overridden"].split() if not token.startswith(("SEED=", "RUN_ID=")))
     settings = "" if settings == "nothing" else settings + " "
     spread = f" ± {facts['val_bpb_std']:.4f} (standard deviation over seeds)" if len(runs) > 1 else " (one seed)"
-    rows = [f"| {run['seed']} | {run['val_bpb']:.4f} | {run['stderr']:.4f} | {run['val_loss']:.4f} | {run['step_stop']} | "
-            f"{run['train_seconds']:.0f} s | {run['eval_seconds']:.0f} s | {run['artifact_bytes']:,} |" for run in runs]
+    rows = [f"| {run['seed']} | {run['val_bpb']:.4f} | {run['stderr']:.4f} | {run['val_loss']:.4f} | "
+            f"{run['step_stop']} | {run['train_seconds']:.0f} s | {run['eval_seconds']:.0f} s | "
+            f"{run['artifact_bytes']:,} |" for run in runs]
     warnings = [f"**OVER BUDGET: {warning}.**" for warning in facts["over_budget"]]
     return "\n".join([
         f"# {facts['name']}", "", facts["blurb"], "", *[line for warning in warnings for line in (warning, "")],
@@ -175,7 +180,8 @@ def check(folder: Path) -> None:
     derived = submission(runs, typed)
     for name in derived.keys() | stated.keys():
         if stated.get(name) != derived.get(name):
-            raise InputError(f"{folder}/submission.json: {name} is {stated.get(name)!r}, the logs say {derived.get(name)!r}")
+            raise InputError(f"{folder}/submission.json: {name} is {stated.get(name)!r}, "
+                             f"the logs say {derived.get(name)!r}")
     for name, text in contents(runs, typed).items():
         try:
             same = (folder / name).read_text(encoding="utf-8") == text
