@@ -168,8 +168,7 @@ class Hyperparameters:
         return cls(**given)
 
     def _check_together(self) -> None:
-        for small, large in (("num_heads", "model_dim"), ("num_kv_heads", "num_heads"),
-                             ("train_seq_len", "train_batch_tokens")):
+        for small, large in (("num_heads", "model_dim"), ("num_kv_heads", "num_heads")):
             if getattr(self, large) % getattr(self, small):
                 raise InputError(f"{self.shown(small)} must divide {self.shown(large)}")
         if self.head_dim % 2:
@@ -179,8 +178,6 @@ class Hyperparameters:
             raise InputError(f"{self.shown('mask_eps')} must be smaller than {self.shown('mask_max')}")
         if self.loss_weight == "elbo" and self.objective == "mdlm" and self.weight_clamp == 0:
             raise InputError(f"{self.shown('weight_clamp')} must be positive, or LOSS_WEIGHT=flat")
-        if self.time_sampling == "antithetic" and self.batch_rows % 2:
-            raise InputError(f"TIME_SAMPLING=antithetic needs an even batch, not one of {self.batch_rows} sequences")
         if self.run_id and not re.fullmatch(r"[\w.+=@-]+", self.run_id):
             raise InputError(f"{self.shown('run_id')} may hold letters, digits and . _ + = @ - only")
 
@@ -329,9 +326,13 @@ class Log:
     def __init__(self, path: Path | None = None):
         self.path = path if rank() == 0 else None
         self.bar = rank() == 0 and sys.stdout.isatty()
-        self.bar_started, self.bar_drawn, self.bar_from = 0.0, 0.0, 0.0
+        self.bar_name, self.bar_started, self.bar_drawn, self.bar_from = "", 0.0, 0.0, 0.0
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.touch()
+            except OSError as error:
+                raise InputError(f"{self.path}: cannot be written: {error.strerror}") from None
 
     def __call__(self, line: str, screen: bool = True) -> None:
         if rank() != 0:
@@ -347,12 +348,13 @@ class Log:
         now = time.monotonic()
         if not self.bar or (now - self.bar_drawn < 0.2 and 0.0 < fraction < 1.0):
             return
-        if fraction <= self.bar_from or not self.bar_started:
-            self.bar_started, self.bar_from = now, fraction
+        if name != self.bar_name:
+            self.bar_name, self.bar_started, self.bar_from = name, now, fraction
         speed = (fraction - self.bar_from) / max(now - self.bar_started, 1e-9)
-        left = f"{int((1 - fraction) / speed) // 60:d}:{int((1 - fraction) / speed) % 60:02d} left" if speed > 0 else ""
-        blocks = int(30 * min(fraction, 1.0))
-        line = f"{name} {'█' * blocks}{'░' * (30 - blocks)} {100 * min(fraction, 1.0):3.0f} % {left} {note}"
+        seconds = int((1 - fraction) / speed) if speed > 0 else 0
+        left = f"{seconds // 60}:{seconds % 60:02d} left" if speed > 0 else ""
+        blocks = int(30 * fraction)
+        line = f"{name} {'█' * blocks}{'░' * (30 - blocks)} {100 * fraction:3.0f} % {left} {note}"
         print("\r\x1b[K" + (line if fraction < 1.0 else ""), end="", flush=True)
         self.bar_drawn = now
 
@@ -994,7 +996,7 @@ def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
     """
     header, body, _ = unpack_artifact(read_file_everywhere(path), path)
     try:
-        hp = Hyperparameters(**header["hyperparameters"], train_batch_tokens=header["hyperparameters"]["train_seq_len"])
+        hp = Hyperparameters(**header["hyperparameters"])
         model = build_model(hp)
         tensors = {}
         for entry in header["tensors"]:
@@ -1174,7 +1176,14 @@ def lr_scale(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
 
 
 def micro_batches(hp: Hyperparameters) -> list[range]:
-    """This process's rows of every global batch, in equal parts of at most MICRO_BATCH_TOKENS tokens."""
+    """This process's rows of every global batch, in equal parts of at most MICRO_BATCH_TOKENS tokens.
+
+    InputError if the batch is not made of whole sequences (of pairs, for antithetic times), equally many a process.
+    """
+    if hp.train_batch_tokens % hp.train_seq_len:
+        raise InputError(f"{hp.shown('train_seq_len')} must divide {hp.shown('train_batch_tokens')}")
+    if hp.time_sampling == "antithetic" and hp.batch_rows % 2:
+        raise InputError(f"TIME_SAMPLING=antithetic needs an even batch, not one of {hp.batch_rows} sequences")
     if hp.batch_rows % world_size():
         raise InputError(f"{hp.shown('train_batch_tokens')} / {hp.shown('train_seq_len')} = {hp.batch_rows} sequences "
                          f"cannot be shared by {world_size()} processes; choose a multiple of "
@@ -1298,10 +1307,11 @@ def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) 
     """Starts the log with the source of this file and the resolved hyperparameters; settles RUN_ID."""
     if not hp.run_id:
         hp = dataclasses.replace(hp, run_id=time.strftime("%Y%m%d-%H%M%S_") + hp.preset)
-    log, problem = Log(Path("logs") / f"{hp.run_id}.txt"), None
-    if log.path and log.path.exists():
-        problem = InputError(f"{log.path} is there already: {hp.shown('run_id')} was used before; choose another")
+    path, problem = Path("logs") / f"{hp.run_id}.txt", None
+    if rank() == 0 and path.exists():
+        problem = InputError(f"{path} is there already: {hp.shown('run_id')} was used before; choose another")
     raise_everywhere(problem)
+    log = Log(path)
     log(Path(__file__).read_text(encoding="utf-8"), screen=False)
     log("=" * 100, screen=False)
     log(f"run_id:{hp.run_id} started:{time.strftime('%Y-%m-%dT%H:%M:%S')} log:{log.path}")
@@ -1341,8 +1351,7 @@ def run(env: Mapping[str, str]) -> None:
     artifact = None
     if hp.eval_only:
         artifact, packed = Path(hp.eval_only), load_artifact(hp.eval_only)[1]
-        hp = dataclasses.replace(hp, **{name: getattr(packed, name) for name in stored_fields()[1:]},
-                                 train_batch_tokens=packed.train_seq_len)
+        hp = dataclasses.replace(hp, **{name: getattr(packed, name) for name in stored_fields()[1:]})
     val = TokenStream(hp.data_path, "val")
     luts = build_sentencepiece_luts(load_tokenizer(hp.tokenizer_path, hp.vocab_size), hp.vocab_size, device)
     if not val.count_windows(hp.train_seq_len):

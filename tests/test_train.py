@@ -161,6 +161,8 @@ def test_over_the_size_limit_is_loud_and_still_finishes(tiny_env, tmp_path, monk
         (dict(DATA_PATH="big"), "big/fineweb_train_000000.bin: holds token 500, but VOCAB_SIZE=384"),
         (dict(TRAIN_SEQ_LEN="16384", TRAIN_BATCH_TOKENS="16384"), "less than a window of TRAIN_SEQ_LEN=16384"),
         (dict(MICRO_BATCH_TOKENS="16"), "MICRO_BATCH_TOKENS=16 is less than one sequence"),
+        (dict(TRAIN_BATCH_TOKENS="1000"), "TRAIN_SEQ_LEN=32 must divide TRAIN_BATCH_TOKENS=1000"),
+        (dict(TRAIN_BATCH_TOKENS="96", TIME_SAMPLING="antithetic"), "antithetic needs an even batch"),
         (dict(EVAL_ONLY="bad/fineweb_val_000000.bin"), "not an artifact"),
     ],
 )
