@@ -87,7 +87,7 @@ class Hyperparameters:
 
     preset: str = knob("run", "mdlm", "named configuration; the other variables override it", choices=tuple(PRESETS))
     run_id: str = knob("run", "", "names logs/<RUN_ID>.txt and logs/<RUN_ID>.mdlm; empty: start time and preset")
-    seed: int = knob("run", 1337, "seeds initial weights, mask times and masks")
+    seed: int = knob("run", 1337, "of initial weights, mask times and masks", high=2**63 - 1)
     eval_only: str = knob("run", "", "path of an artifact to score instead of training")
     data_path: str = knob("data", "./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
     tokenizer_path: str = knob("data", "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
@@ -105,6 +105,8 @@ class Hyperparameters:
     logit_softcap: float = knob("model", 30.0, "logits are cap·tanh(logits/cap); 0 leaves them alone")
     qk_gain_init: float = knob("model", 1.5, "initial gain of the normalised queries")
     tied_embed_init_std: float = knob("model", 0.005, "standard deviation of the initial tied embedding")
+    compute_dtype: str = knob("model", "auto", "of activations; auto: bfloat16 on GPUs, the faster one on CPUs",
+                              choices=("auto", "float32", "bfloat16"))
 
     masking: str = knob("noise", "bernoulli", "each token alone, or exactly k tokens", choices=("bernoulli", "count"))
     time_sampling: str = knob("noise", "stratified", "spread of mask times over the global batch",
@@ -120,8 +122,6 @@ class Hyperparameters:
     warmdown_iters: int = knob("training", 1200, "linear decay of the learning rates to 0 at the end", "steps")
     train_batch_tokens: int = knob("training", 524_288, "tokens of the global batch", "tokens", low=1)
     micro_batch_tokens: int = knob("training", 65_536, "tokens of one pass of one process at most", "tokens", low=1)
-    compute_dtype: str = knob("training", "auto", "of activations; auto: bfloat16 on GPUs, the faster one on CPU",
-                              choices=("auto", "float32", "bfloat16"))
     train_log_every: int = knob("training", 200, "between log lines (the first 10 steps always log; 0: none)", "steps")
     val_loss_every: int = knob("training", 1000, "between validations; 0: only at the end", "steps")
 
@@ -134,12 +134,12 @@ class Hyperparameters:
     muon_momentum_warmup_start: float = knob("optimizer", 0.85, "Muon momentum at step 0", high=1)
     muon_momentum_warmup_steps: int = knob("optimizer", 500, "until MUON_MOMENTUM is reached", "steps")
     muon_backend_steps: int = knob("optimizer", 5, "Newton-Schulz iterations", low=1)
-    beta1: float = knob("optimizer", 0.9, "Adam", high=1)
-    beta2: float = knob("optimizer", 0.95, "Adam", high=1)
-    adam_eps: float = knob("optimizer", 1e-8, "Adam")
+    beta1: float = knob("optimizer", 0.9, "Adam", high=0.999999)
+    beta2: float = knob("optimizer", 0.95, "Adam", high=0.999999)
+    adam_eps: float = knob("optimizer", 1e-8, "Adam", low=1e-30)
     grad_clip_norm: float = knob("optimizer", 1.0, "largest norm of the whole gradient; 0: no limit")
     ema_decay: float = knob("optimizer", 0.999, "decay a step of the averaged weights; 0: no averaging", high=1)
-    ema_start_frac: float = knob("optimizer", 0.1, "fraction of the run after which averaging starts", high=1)
+    ema_start_frac: float = knob("optimizer", 0.1, "averaging starts at this share of the clock or steps", high=1)
 
     quant_mode: str = knob("export", "fp8", "storage of matrices and embeddings", choices=("fp8", "fp16", "fp32"))
     pack: str = knob("export", "auto", "compressor; auto: the smallest", choices=("auto", "zlib", "lzma", "zstd"))
@@ -268,6 +268,9 @@ def start_ranks() -> torch.device:
     CPU tensors always travel by gloo, so that control messages never wait for the GPU.
     """
     if torch.cuda.is_available():
+        wanted, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if wanted > found:
+            raise InputError(f"--nproc_per_node={wanted}, but this machine has {found} GPUs")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
@@ -279,7 +282,7 @@ def start_ranks() -> torch.device:
 
 
 def raise_everywhere(problem: InputError | None) -> None:
-    """Raises the first process's problem on all of them, so that none is left waiting for the others."""
+    """Raises the first problem that any process has on all of them, so that none is left waiting for the others."""
     problems = [str(problem) if problem else None]
     if world_size() > 1:
         problems = [None] * world_size()
@@ -327,12 +330,6 @@ class Log:
         self.path = path if rank() == 0 else None
         self.bar = rank() == 0 and sys.stdout.isatty()
         self.bar_name, self.bar_started, self.bar_drawn, self.bar_from = "", 0.0, 0.0, 0.0
-        if self.path:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.touch()
-            except OSError as error:
-                raise InputError(f"{self.path}: cannot be written: {error.strerror}") from None
 
     def __call__(self, line: str, screen: bool = True) -> None:
         if rank() != 0:
@@ -682,17 +679,17 @@ def build_model(hp: Hyperparameters) -> Model:
         return Model(hp)
 
 
-def faster_dtype(hp: Hyperparameters, device: torch.device) -> torch.dtype:
-    """Resolves COMPUTE_DTYPE: bfloat16 on GPUs, and on CPUs where it clearly wins a trial on every process."""
+def resolve_dtype(hp: Hyperparameters, device: torch.device) -> str:
+    """COMPUTE_DTYPE without auto: bfloat16 on GPUs, and on CPUs where it clearly wins a trial on every process."""
     if hp.compute_dtype != "auto" or device.type == "cuda":
-        return getattr(torch, "bfloat16" if hp.compute_dtype == "auto" else hp.compute_dtype)
+        return "bfloat16" if hp.compute_dtype == "auto" else hp.compute_dtype
     seconds = {torch.float32: [], torch.bfloat16: []}
     for dtype in 4 * list(seconds):
         started = time.perf_counter()
         F.relu(torch.ones(1024, hp.model_dim, dtype=dtype) @ torch.ones(hp.model_dim, 4 * hp.model_dim, dtype=dtype))
         seconds[dtype].append(time.perf_counter() - started)
     wins = all_reduce(torch.tensor(float(min(seconds[torch.bfloat16]) < 0.7 * min(seconds[torch.float32]))))
-    return torch.bfloat16 if wins.item() == world_size() else torch.float32
+    return "bfloat16" if wins.item() == world_size() else "float32"
 
 
 # == Loss ==============================================================================================================
@@ -713,14 +710,14 @@ def compact(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """
     flat = mask.flatten()
     slot = torch.where(flat, flat.cumsum(0) - 1, capacity).clamp(max=capacity)
-    positions = torch.zeros(capacity + 1, dtype=torch.int64, device=flat.device)
+    positions = torch.arange(capacity + 1, device=flat.device).clamp(max=len(flat) - 1)  # unused slots: all different
     positions.scatter_(0, slot, torch.arange(len(flat), device=flat.device))
     return positions[:capacity], torch.arange(capacity, device=flat.device) < flat.sum()
 
 
 def training_batch(hp: Hyperparameters, stream: TokenStream, step: int, rows: range, capacity: int,
                    device: torch.device) -> Batch:
-    """Rows `rows` of the global batch of `step`: a function of (seed, step, rows), whoever computes it."""
+    """Rows `rows` of the global batch of `step`: a function of (seed, step, rows) on one kind of device."""
     first = step * hp.batch_rows
     window = stream.windows(range(first + rows.start, first + rows.stop), hp.train_seq_len)
     if device.type == "cuda":
@@ -888,7 +885,7 @@ class EMA:
 
 # == Artifact ==========================================================================================================
 
-# packed( MAGIC · u32 header length · JSON header · tensor bytes · SHA-256 of all before )
+# packed( MAGIC · u32 header length · JSON header · tensor bytes ) · SHA-256 of the packed bytes
 ARTIFACT_MAGIC, ARTIFACT_VERSION, MAX_HEADER_BYTES = b"MDLMgolf", 1, 1 << 22
 STORAGES = {"fp8": torch.float8_e4m3fn, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -932,12 +929,12 @@ def save_artifact(model: Model, hp: Hyperparameters, path: str | Path) -> dict:
     header = json.dumps(dict(version=ARTIFACT_VERSION, hyperparameters={f: getattr(hp, f) for f in stored_fields()},
                              tensors=table), separators=(",", ":")).encode()
     raw = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + body.getvalue()
-    raw += hashlib.sha256(raw).digest()
     if hp.pack == "zstd" and zstandard is None:
         raise InputError("PACK=zstd needs the zstandard package: pip install -r requirements.txt, or PACK=auto")
     names = [n for n in PACKERS if n == hp.pack or (hp.pack == "auto" and (n != "zstd" or zstandard))]
     packed = {name: PACKERS[name].pack(raw) for name in names}
     smallest = min(packed.values(), key=len)
+    smallest += hashlib.sha256(smallest).digest()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(path.suffix + ".part")
@@ -964,10 +961,13 @@ def read_file_everywhere(path: str | Path) -> bytes:
 def unpack_artifact(packed: bytes, path: str | Path) -> tuple[dict, bytes, str]:
     """Header, tensor bytes and label of an artifact, verified; InputError (one line, with `path`) for anything else.
 
-    What is unpacked first is the length of the header, then the header, then as much as the header accounts for. The
-    label says how the matrices are stored and how the file is packed, for example fp8+lzma.
+    The checksum comes first; then the length of the header is unpacked, the header, and what it accounts for. The label
+    says how the matrices are stored and how the file is packed, for example fp8+lzma.
     """
+    packed, checksum = packed[:-32], packed[-32:]
     packer = next((name for name, packer in PACKERS.items() if packed.startswith(packer.magic)), "")
+    if packer and hashlib.sha256(packed).digest() != checksum:
+        raise InputError(f"{path}: checksum mismatch, the artifact is damaged or truncated")
     if packer == "zstd" and zstandard is None:
         raise InputError(f"{path}: is packed with zstd: pip install -r requirements.txt")
     try:
@@ -981,12 +981,12 @@ def unpack_artifact(packed: bytes, path: str | Path) -> tuple[dict, bytes, str]:
         storages = {entry["storage"] for entry in header["tensors"] if not kind_of(entry["name"]).storage}
         if header["version"] != ARTIFACT_VERSION or offsets != [sum(sizes[:i]) for i in range(len(sizes))]:
             raise ValueError
-        raw = PACKERS[packer].unpack(packed, body_at + sum(sizes) + 32)
-        if len(raw) != body_at + sum(sizes) + 32 or hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
+        raw = PACKERS[packer].unpack(packed, body_at + sum(sizes) + 1)
+        if len(raw) != body_at + sum(sizes):
             raise ValueError
     except Exception:  # the decompressors and the parser each have their own errors; they all mean the same here
-        raise InputError(f"{path}: not an artifact of this version of train_mdlm.py, or damaged") from None
-    return header, raw[body_at:-32], "+".join([*sorted(storages), packer])
+        raise InputError(f"{path}: not an artifact of this version of train_mdlm.py") from None
+    return header, raw[body_at:], "+".join([*sorted(storages), packer])
 
 
 def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
@@ -1002,7 +1002,8 @@ def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
         for entry in header["tensors"]:
             dtype, offset = STORAGES[entry["storage"]], entry["offset"]
             raw = bytearray(body[offset:offset + math.prod(entry["shape"]) * dtype.itemsize])
-            tensors[entry["name"]] = torch.frombuffer(raw, dtype=dtype).view(entry["shape"]).float()
+            flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0)  # one layer has no skips
+            tensors[entry["name"]] = flat.view(entry["shape"]).float()
         model.load_state_dict(tensors)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InputError(f"{path}: the tensors do not fit the hyperparameters: {str(error).splitlines()[0]}") from None
@@ -1089,26 +1090,27 @@ def spaced(total: int, wanted: int) -> list[int]:
     return [i * total // wanted for i in range(wanted)]
 
 
-def score_windows(estimate: Callable[[Tensor, list[int]], Tensor], stream: TokenStream, luts: ByteTables,
+def score_windows(estimate: Callable[[Tensor, range], Tensor], stream: TokenStream, luts: ByteTables,
                   hp: Hyperparameters, max_seqs: int, note: Callable[[float], None] = lambda fraction: None) -> Score:
     """Scores evenly spaced windows, shared over the processes.
 
-    `estimate` gets windows (B, 1 + L), the token before first, and their numbers, and returns (B,) nats. The standard
-    error is that of a ratio of sums over sequences: sqrt(Σ (bits_s − bpb·bytes_s)²) / Σ bytes_s.
+    `estimate` gets windows (B, 1 + L), the token before first, and their places in the list of scored windows, and
+    returns (B,) nats. The standard error is that of a ratio of sums over sequences: sqrt(Σ (bits_s − bpb·bytes_s)²) /
+    Σ bytes_s.
     """
     started = time.perf_counter()
     numbers = spaced(stream.count_windows(hp.train_seq_len), max_seqs)
-    mine = numbers[len(numbers) * rank() // world_size():len(numbers) * (rank() + 1) // world_size()]
+    mine = range(len(numbers) * rank() // world_size(), len(numbers) * (rank() + 1) // world_size())
     batch = max(hp.val_batch_size // (hp.train_seq_len * world_size()), 1)
     sums = torch.zeros(5, dtype=torch.float64)
     for at in range(0, len(mine), batch):
-        chosen = mine[at:at + batch]
-        window = stream.windows(chosen, hp.train_seq_len)
+        places = mine[at:at + batch]
+        window = stream.windows([numbers[place] for place in places], hp.train_seq_len)
         size = count_bytes(window[:, 1:], window[:, 0], luts).double()
-        bits = estimate(window.to(luts.base_bytes.device), chosen).double().cpu() / math.log(2)
+        bits = estimate(window.to(luts.base_bytes.device), places).double().cpu() / math.log(2)
         size = size.cpu()
         sums += torch.stack([bits.sum(), size.sum(), (bits * bits).sum(), (bits * size).sum(), (size * size).sum()])
-        note((at + len(chosen)) / len(mine))
+        note((at + len(places)) / len(mine))
     bits, size, bits_bits, bits_size, size_size = all_reduce(sums).tolist()
     if size == 0:
         raise InputError("the validation windows hold no bytes of text, so there is nothing to divide by")
@@ -1118,30 +1120,29 @@ def score_windows(estimate: Callable[[Tensor, list[int]], Tensor], stream: Token
                  1000 * (time.perf_counter() - started))
 
 
-def row_draws(hp: Hyperparameters, name: str, numbers: list[int]) -> Callable[[], Tensor]:
-    """Uniform keys (B, L) whose rows depend on (seed, window number) only, not on the batch or the process."""
-    generators = [seeded("cpu", hp.seed, name, number) for number in numbers]
+def row_draws(hp: Hyperparameters, name: str, places: range) -> Callable[[], Tensor]:
+    """Uniform keys (B, L) whose rows depend on (seed, place) only, not on the batch or the process."""
+    generators = [seeded("cpu", hp.seed, name, place) for place in places]
     return lambda: torch.stack([torch.rand(hp.train_seq_len, generator=g) for g in generators])
 
 
-def headline_estimator(model: Model, hp: Hyperparameters, passes: int) -> Callable[[Tensor, list[int]], Tensor]:
+def headline_estimator(model: Model, hp: Hyperparameters, passes: int) -> Callable[[Tensor, range], Tensor]:
     """The code length behind val_bpb: the any-order NELBO, or −ln p of a causal model."""
     if hp.objective == "ar":
-        return lambda window, numbers: causal_nll(model, window).double().sum(1)
+        return lambda window, places: causal_nll(model, window).double().sum(1)
     offset = torch.rand((), generator=seeded("cpu", hp.seed, "nelbo offset"), dtype=torch.float64).item()
 
-    def estimate(window: Tensor, numbers: list[int]) -> Tensor:
-        times = offset + torch.tensor(numbers, dtype=torch.float64, device=window.device) * GOLDEN % 1 / passes
-        return any_order_nelbo(model, window[:, 1:], passes, times, row_draws(hp, "nelbo", numbers))
+    def estimate(window: Tensor, places: range) -> Tensor:
+        times = offset + torch.tensor(places, dtype=torch.float64, device=window.device) * GOLDEN % 1 / passes
+        return any_order_nelbo(model, window[:, 1:], passes, times, row_draws(hp, "nelbo", places))
 
     return estimate
 
 
-def score_artifact(path: Path, hp: Hyperparameters, val: TokenStream, luts: ByteTables, dtype: torch.dtype,
-                   log: Log) -> None:
+def score_artifact(path: Path, hp: Hyperparameters, val: TokenStream, luts: ByteTables, log: Log) -> None:
     """Scores the weights on disk, read into a fresh model, and logs the headline and the scores that were asked for."""
     model, _ = load_artifact(path)
-    model.to(luts.base_bytes.device).compute_dtype = dtype
+    model.to(luts.base_bytes.device).compute_dtype = getattr(torch, hp.compute_dtype)
     label = unpack_artifact(read_file_everywhere(path), path)[2].replace("+", "_")
     score = score_windows(headline_estimator(model, hp, hp.nelbo_passes), val, luts, hp, hp.final_eval_max_seqs,
                           lambda fraction: log.progress("score", fraction))
@@ -1153,8 +1154,8 @@ def score_artifact(path: Path, hp: Hyperparameters, val: TokenStream, luts: Byte
         log(f"OVER BUDGET: evaluation took {score.ms / 1000:.0f} s of the {BUDGET_SECONDS:.0f} s allowed")
     if hp.final_eval_t_samples and hp.objective == "mdlm":
         grid = score_windows(
-            lambda window, numbers: tgrid_nelbo(model, window[:, 1:], hp.final_eval_t_samples,
-                                                row_draws(hp, "tgrid", numbers)),
+            lambda window, places: tgrid_nelbo(model, window[:, 1:], hp.final_eval_t_samples,
+                                               row_draws(hp, "tgrid", places)),
             val, luts, hp, hp.final_eval_max_seqs, lambda fraction: log.progress("t-grid", fraction))
         log(f"score:tgrid points:{hp.final_eval_t_samples} biased:1 {grid.line()}")
 
@@ -1199,12 +1200,12 @@ def micro_batches(hp: Hyperparameters) -> list[range]:
 class Trainer:
     """Weights, optimizer and the one training step; any number of processes and micro-batches gives the same sums."""
 
-    def __init__(self, hp: Hyperparameters, stream: TokenStream, device: torch.device, dtype: torch.dtype):
+    def __init__(self, hp: Hyperparameters, stream: TokenStream, device: torch.device):
         self.hp, self.stream, self.device = hp, stream, device
         self.micros = micro_batches(hp)
         self.capacity = masked_capacity(hp, len(self.micros[0])) if hp.objective == "mdlm" else 0
         self.model = build_model(hp).to(device)
-        self.model.compute_dtype = dtype
+        self.model.compute_dtype = getattr(torch, hp.compute_dtype)
         self.optimizer = Optimizer(self.model, hp)
         self.ema = EMA(hp.ema_decay)
         compiled = device.type == "cuda"
@@ -1284,13 +1285,13 @@ def train(trainer: Trainer, val: TokenStream, luts: ByteTables, log: Log) -> Mod
 # == Main ==============================================================================================================
 
 def hardware(device: torch.device) -> str:
-    """For example 8xNVIDIA_H100_80GB_HBM3 or 2xCPU_AMD_EPYC_(2_cores)."""
+    """For example 8xNVIDIA_H100_80GB_HBM3 or 2xCPU_AMD_EPYC_(2_threads)."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         info = Path("/proc/cpuinfo").read_text(errors="replace") if Path("/proc/cpuinfo").exists() else ""
         model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-        name = f"CPU {model.group(1).strip() if model else 'unknown'} ({len(os.sched_getaffinity(0))} cores)"
+        name = f"CPU {model.group(1).strip() if model else 'unknown'} ({torch.get_num_threads()} threads)"
     return f"{world_size()}x{name}".replace(" ", "_")
 
 
@@ -1308,8 +1309,14 @@ def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) 
     if not hp.run_id:
         hp = dataclasses.replace(hp, run_id=time.strftime("%Y%m%d-%H%M%S_") + hp.preset)
     path, problem = Path("logs") / f"{hp.run_id}.txt", None
-    if rank() == 0 and path.exists():
-        problem = InputError(f"{path} is there already: {hp.shown('run_id')} was used before; choose another")
+    try:
+        if rank() == 0 and path.exists():
+            problem = InputError(f"{path} is there already: {hp.shown('run_id')} was used before; choose another")
+        elif rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    except OSError as error:
+        problem = InputError(f"{path}: cannot be written: {error.strerror}")
     raise_everywhere(problem)
     log = Log(path)
     log(Path(__file__).read_text(encoding="utf-8"), screen=False)
@@ -1351,7 +1358,11 @@ def run(env: Mapping[str, str]) -> None:
     artifact = None
     if hp.eval_only:
         artifact, packed = Path(hp.eval_only), load_artifact(hp.eval_only)[1]
+        for name in stored_fields()[1:]:
+            if name.upper() in env and getattr(hp, name) != getattr(packed, name):
+                raise InputError(f"{hp.shown(name)}, but {artifact} was made with {packed.shown(name)}")
         hp = dataclasses.replace(hp, **{name: getattr(packed, name) for name in stored_fields()[1:]})
+    hp = dataclasses.replace(hp, compute_dtype=resolve_dtype(hp, device))
     val = TokenStream(hp.data_path, "val")
     luts = build_sentencepiece_luts(load_tokenizer(hp.tokenizer_path, hp.vocab_size), hp.vocab_size, device)
     if not val.count_windows(hp.train_seq_len):
@@ -1360,23 +1371,22 @@ def run(env: Mapping[str, str]) -> None:
     val.check_tokens(hp.vocab_size)
     if not artifact:
         stream = TokenStream(hp.data_path, "train")
-        stream.check_tokens(hp.vocab_size, hp.iterations * hp.train_batch_tokens)
+        stream.check_tokens(hp.vocab_size, 1 + max(hp.iterations, hp.warmup_steps) * hp.train_batch_tokens)
         micro_batches(hp)
     hp, log = open_log(hp, env, device)
     log(f"dataset:{Path(hp.data_path).name} val_tokens:{val.total} "
         f"val_windows:{val.count_windows(hp.train_seq_len)}" + ("" if artifact else f" train_tokens:{stream.total}"))
-    dtype = faster_dtype(hp, device)
     if artifact:
-        log(f"eval_only:{artifact} compute_dtype:{str(dtype)[6:]}")
+        log(f"eval_only:{artifact} compute_dtype:{hp.compute_dtype}")
     else:
-        trainer = Trainer(hp, stream, device, dtype)
+        trainer = Trainer(hp, stream, device)
         log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())}")
-        log(f"world_size:{world_size()} grad_accum_steps:{len(trainer.micros)} compute_dtype:{str(dtype)[6:]}")
+        log(f"world_size:{world_size()} grad_accum_steps:{len(trainer.micros)} compute_dtype:{hp.compute_dtype}")
         model = train(trainer, val, luts, log)
         log(f"peak memory allocated: {peak_memory(device)}")
         artifact = Path("logs") / f"{hp.run_id}.mdlm"
         write_artifact(model, hp, artifact, log)
-    score_artifact(artifact, hp, val, luts, dtype, log)
+    score_artifact(artifact, hp, val, luts, log)
 
 
 def main() -> None:
@@ -1391,9 +1401,8 @@ def main() -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once on every machine
             print(f"train_mdlm.py: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

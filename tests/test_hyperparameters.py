@@ -47,6 +47,8 @@ def test_preset_then_overrides():
         ({"NUM_LAYERS": "8.5"}, "NUM_LAYERS=8.5 is not a whole number"),
         ({"NUM_LAYERS": "0"}, "NUM_LAYERS=0 is not between 1 and inf"),
         ({"NUM_LAYERS": ""}, "NUM_LAYERS= is not a whole number"),
+        ({"BETA2": "1"}, "BETA2=1.0 is not between"),
+        ({"SEED": str(2**70)}, "is not between 0 and"),
         ({"EMA_DECAY": "nan"}, "EMA_DECAY=nan is not a number"),
         ({"EMA_DECAY": "1.5"}, "EMA_DECAY=1.5 is not between 0 and 1"),
         ({"TIE_EMBEDDINGS": "yes"}, "TIE_EMBEDDINGS=yes is not 0 or 1"),

@@ -119,7 +119,7 @@ def test_split_score_is_the_ratio_with_its_standard_error(tiny_env):
     hp = tm.Hyperparameters.from_env(tiny_env)
     val = tm.TokenStream(hp.data_path, "val")
     luts = tm.build_sentencepiece_luts(tm.load_tokenizer(hp.tokenizer_path, 384), 384)
-    score = tm.score_windows(lambda window, numbers: torch.tensor([1.0 + n for n in numbers]), val, luts, hp, 0)
+    score = tm.score_windows(lambda window, places: torch.tensor([1.0 + place for place in places]), val, luts, hp, 0)
     count = val.count_windows(32)
     windows = val.windows(range(count), 32)
     size = tm.count_bytes(windows[:, 1:], windows[:, 0], luts).double()
@@ -148,5 +148,21 @@ def test_zero_bytes_are_an_error(tiny_env):
     empty = luts._replace(base_bytes=luts.base_bytes * 0, has_leading_space=luts.has_leading_space & False)
     with pytest.raises(ValueError, match="no bytes"):
         tm.score_windows(
-            lambda window, numbers: torch.ones(len(numbers)), tm.TokenStream(hp.data_path, "val"), empty, hp, 4
+            lambda window, places: torch.ones(len(places)), tm.TokenStream(hp.data_path, "val"), empty, hp, 4
         )
+
+
+def test_mask_sizes_of_a_spaced_subset_are_evenly_spread(tiny_env, monkeypatch):
+    """Whatever the spacing of the windows: 64 of 221 are strided, and their 64 sizes still fill 1..L evenly."""
+    hp = tm.Hyperparameters.from_env(tiny_env)
+    luts = tm.build_sentencepiece_luts(tm.load_tokenizer(hp.tokenizer_path, 384), 384)
+    seen = []
+    monkeypatch.setattr(
+        tm, "masked_nll", lambda model, x0, mask: seen.append(mask.sum(1)) or torch.ones(len(x0), dtype=torch.float64)
+    )
+    for wanted in (64, 96, 192):
+        seen.clear()
+        estimate = tm.headline_estimator(None, hp, 1)
+        tm.score_windows(estimate, tm.TokenStream(hp.data_path, "val"), luts, hp, wanted)
+        counts = torch.cat(seen).bincount(minlength=33)[1:]
+        assert counts.sum() == wanted and (counts - wanted / 32).abs().max() <= 2

@@ -73,6 +73,19 @@ def test_eval_only_gives_the_same_score(single, tiny_env):
     assert re.search(r"^score:tgrid points:8 biased:1 bpb:", again, re.MULTILINE) and "train_loss" not in again
 
 
+def test_eval_only_refuses_a_shape_that_the_artifact_does_not_have(single, tiny_env):
+    folder, _ = single
+    env = tiny_env | dict(NUM_LAYERS="5", EVAL_ONLY="logs/one.mdlm", RUN_ID="other")
+    done = run_python("train_mdlm.py", cwd=folder, check=False, **env)
+    assert done.returncode == 2 and "NUM_LAYERS=5, but logs/one.mdlm was made with NUM_LAYERS=3" in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_named(tiny_env, tmp_path):
+    (tmp_path / "logs").write_text("a file")
+    done = run_python("train_mdlm.py", cwd=tmp_path, check=False, **tiny_env)
+    assert done.returncode == 2 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_used_run_id_is_refused(single, tiny_env):
     folder, _ = single
     before = (folder / "logs/one.txt").read_bytes()
