@@ -1,6 +1,7 @@
 """Masked diffusion language models for parameter golf: train, pack into 16,000,000 bytes, score as a code length.
 
-Claim: every score this file prints is the length of a code that somebody could decode. The default system is PR 1699 of
+Claim: every score this file prints is the length of a code that somebody could decode (but one, printed as biased:1,
+which repeats a published estimator for comparison). The default system is PR 1699 of
 the challenge (19,190,656 parameters, fp8 e4m3 export, published at 1.4784 bits per byte); PRESET=ar is the challenge's
 causal baseline on the same trunk; PRESET=demo trains in minutes on two CPU cores.
 
@@ -994,7 +995,11 @@ def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
 
     In a group of processes all of them call it, and get what the first one reads.
     """
-    header, body, _ = unpack_artifact(read_file_everywhere(path), path)
+    return restore_artifact(*unpack_artifact(read_file_everywhere(path), path)[:2], path)
+
+
+def restore_artifact(header: dict, body: bytes, path: str | Path) -> tuple[Model, Hyperparameters]:
+    """Model and hyperparameters of an unpacked artifact; InputError if its tensors are not those of its shape."""
     try:
         hp = Hyperparameters(**header["hyperparameters"])
         model = build_model(hp)
@@ -1141,9 +1146,9 @@ def headline_estimator(model: Model, hp: Hyperparameters, passes: int) -> Callab
 
 def score_artifact(path: Path, hp: Hyperparameters, val: TokenStream, luts: ByteTables, log: Log) -> None:
     """Scores the weights on disk, read into a fresh model, and logs the headline and the scores that were asked for."""
-    model, _ = load_artifact(path)
+    header, body, label = unpack_artifact(read_file_everywhere(path), path)
+    model, label = restore_artifact(header, body, path)[0], label.replace("+", "_")
     model.to(luts.base_bytes.device).compute_dtype = getattr(torch, hp.compute_dtype)
-    label = unpack_artifact(read_file_everywhere(path), path)[2].replace("+", "_")
     score = score_windows(headline_estimator(model, hp, hp.nelbo_passes), val, luts, hp, hp.final_eval_max_seqs,
                           lambda fraction: log.progress("score", fraction))
     log(f"final_{label}_roundtrip val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} stderr:{score.stderr:.4f} "

@@ -53,11 +53,11 @@ class Fetcher:
         try:
             got = Path(huggingface_hub.hf_hub_download(
                 self.repo, str(PurePosixPath(self.remote_root, relative)), repo_type="dataset", local_dir=staging))
-        except errors.EntryNotFoundError:
-            raise InputError(f"{relative} is not in {self.repo}; the manifest promises it") from None
         except errors.RepositoryNotFoundError:
             raise InputError(f"there is no data set {self.repo} that you may read") from None
-        except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, RuntimeError) as error:
+        except (errors.HfHubHTTPError, errors.EntryNotFoundError, OSError, RuntimeError) as error:
+            if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+                raise InputError(f"{relative} is not in {self.repo}; the manifest promises it") from None
             raise InputError(f"{relative} could not be fetched: {str(error).strip().splitlines()[0]}; the same command "
                              "continues where this one stopped") from None
         try:

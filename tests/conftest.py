@@ -32,6 +32,12 @@ def text_of(seed: int, words: int) -> str:
     return " ".join(out) + ".\n"
 
 
+def prepare_tiny(files, out):
+    """Runs data/prepare_text.py on text files: 384 pieces, the first 10 documents to validate, several shards."""
+    options = "--name tiny --vocab-size 384 --val-docs 10 --shard-tokens 20000".split()
+    run_python("data/prepare_text.py", "--source", *files, "--out", out, *options, cwd=out)
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     """A tokenizer of 384 pieces and shards of some 60 documents, made by data/prepare_text.py; the folder of both."""
@@ -40,22 +46,7 @@ def dataset(tmp_path_factory):
     for i in range(60):
         files.append(root / f"doc{i:02d}.txt")
         files[-1].write_text(text_of(i, 300), encoding="utf-8")
-    run_python(
-        "data/prepare_text.py",
-        "--source",
-        *files,
-        "--name",
-        "tiny",
-        "--out",
-        root,
-        "--vocab-size",
-        "384",
-        "--val-docs",
-        "10",
-        "--shard-tokens",
-        "20000",
-        cwd=root,
-    )
+    prepare_tiny(files, root)
     return root
 
 

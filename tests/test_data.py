@@ -10,7 +10,7 @@ import torch
 
 import prepare_text
 import train_mdlm as tm
-from conftest import run_python, text_of
+from conftest import prepare_tiny, run_python, text_of
 
 AWKWARD = [
     "plain text",
@@ -141,22 +141,7 @@ def test_tokens_beyond_the_vocabulary_are_found(tmp_path):
 
 def test_prepared_data_is_deterministic_and_split_by_document(dataset, tmp_path):
     files = sorted(dataset.glob("doc*.txt"))
-    run_python(
-        "data/prepare_text.py",
-        "--source",
-        *files,
-        "--name",
-        "tiny",
-        "--out",
-        tmp_path,
-        "--vocab-size",
-        "384",
-        "--val-docs",
-        "10",
-        "--shard-tokens",
-        "20000",
-        cwd=tmp_path,
-    )
+    prepare_tiny(files, tmp_path)
     made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*"))
     assert len([path for path in made if path.suffix == ".bin"]) >= 3
     for path in made:

@@ -187,7 +187,7 @@ def test_wrong_manifests_are_explained(hub, tmp_path, edit, message):
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_wrong_arguments_and_a_hub_that_is_not_there(hub, tmp_path):
+def test_wrong_arguments_are_explained_and_a_full_name_is_a_variant(hub, tmp_path):
     for arguments, message in (
         (["--train-shards", "4"], "has 3"),
         (["--train-shards", "-1"], "negative"),
@@ -196,3 +196,10 @@ def test_wrong_arguments_and_a_hub_that_is_not_there(hub, tmp_path):
         done = fetch(hub, tmp_path, *arguments, check=False)
         assert done.returncode == 2 and message in done.stderr
     fetch(hub, tmp_path, "--train-shards", "0", "--variant", "fineweb10B_sp1024")
+
+
+def test_a_hub_that_is_not_there_is_one_line(hub, tmp_path):
+    hub.shutdown()
+    hub.server_close()
+    done = fetch(hub, tmp_path, "--train-shards", "0", check=False)
+    assert done.returncode == 2 and "could not be fetched" in done.stderr and "Traceback" not in done.stderr
