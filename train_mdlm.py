@@ -73,7 +73,7 @@ PRESETS: dict[str, dict] = {
         data_path="./data/datasets/docs_sp1024", tokenizer_path="./data/tokenizers/docs_1024_bpe.model",
         num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, train_seq_len=128, rope_base=100.0,
         tied_embed_init_std=0.05, masking="count", mask_eps=0.15, mask_max=0.65, loss_weight="flat",
-        iterations=1300, warmdown_iters=850, max_wallclock_seconds=200.0, warmup_steps=0, train_batch_tokens=2048,
+        iterations=1300, warmdown_iters=850, max_wallclock_seconds=400.0, warmup_steps=0, train_batch_tokens=2048,
         matrix_lr=0.04, tied_embed_lr=0.005, scalar_lr=0.01, muon_momentum=0.9, muon_momentum_warmup_steps=100,
         ema_decay=0.0, train_log_every=100, val_loss_every=200, eval_max_seqs=256, nelbo_passes=1, l2r_seqs=32,
         val_batch_size=2048,

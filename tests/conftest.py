@@ -72,6 +72,7 @@ def tiny_env(dataset):
         EVAL_MAX_SEQS="16",
         VAL_BATCH_SIZE="2048",
         COMPUTE_DTYPE="float32",
+        SCORES="nelbo",
     )
 
 

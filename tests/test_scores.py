@@ -254,8 +254,7 @@ def test_weights_of_the_nelbo_are_exact():
     times = (torch.arange(fine, dtype=torch.float64) + 0.5) / fine
     for passes in (1, 2, 4):
         covered = torch.zeros(length, dtype=torch.float64)
-        generator = torch.Generator().manual_seed(0)
-        for mask, weight in tm.nelbo_masks(passes, times, lambda: torch.rand(fine, length, generator=generator)):
+        for mask, weight in tm.nelbo_masks(passes, times, lambda: torch.rand(fine, length)):
             covered.index_add_(0, mask.sum(1) - 1, weight / fine)
         expected = 1 / torch.arange(1, length + 1, dtype=torch.float64)  # (L/k)/L for each k
         assert torch.allclose(covered, expected, rtol=2e-3)
@@ -482,7 +481,7 @@ def test_chain_rule_is_faster_than_the_naive_loop():
 
     def best(f):
         times = []
-        for _ in range(3):
+        for _ in range(2):
             started = time.perf_counter()
             result = f()
             times.append(time.perf_counter() - started)

@@ -50,7 +50,7 @@ def test_run_trains_packs_reloads_and_scores(single):
         r"^Total submission size fp8\+\w+: \d+ bytes$",
         r"^final_fp8_\w+_roundtrip val_loss:\S+ val_bpb:\S+ stderr:\S+ eval_time:\d+ms$",
         r"^final_fp8_\w+_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$",
-        r"^score:nelbo bpb:\S+ stderr:\S+ seqs:\d+ tokens:\d+ bytes:\d+ time:\d+ms$",
+        r"^score:nelbo bpb:\S+ stderr:\S+ seqs:\d+ tokens:\d+ bytes:\d+ time:\d+ms calls:\d+ tokens_per_s:\d+$",
         r"^ema:started step:2 ",
     ):
         assert re.search(pattern, log, re.MULTILINE), pattern
@@ -65,12 +65,58 @@ def test_run_trains_packs_reloads_and_scores(single):
 
 def test_eval_only_gives_the_same_score(single, tiny_env):
     folder, printed = single
-    env = {name: tiny_env[name] for name in ("DATA_PATH", "TOKENIZER_PATH", "VAL_BATCH_SIZE")}
+    env = {name: tiny_env[name] for name in ("DATA_PATH", "TOKENIZER_PATH", "VAL_BATCH_SIZE", "SCORES")}
     again = run_python(
         "train_mdlm.py", cwd=folder, EVAL_ONLY="logs/one.mdlm", RUN_ID="again", FINAL_EVAL_T_SAMPLES="8", **env
     ).stdout
     assert exact(again) == pytest.approx(exact(printed), abs=1e-6)
-    assert re.search(r"^score:tgrid points:8 biased:1 bpb:", again, re.MULTILINE) and "train_loss" not in again
+    assert re.search(r"^score:tgrid biased:1 bpb:", again, re.MULTILINE) and "train_loss" not in again
+
+
+ALL_SCORES = dict(SCORES=",".join(tm.SCORE_NAMES), STRIDE="8", TSTEP_STEPS="4", FINAL_EVAL_MAX_SEQS="40")
+ALL_SCORES |= {f"{name.upper()}_SEQS": "40" for name in tm.SCORE_NAMES[1:]}
+
+
+def scores(text: str) -> dict:
+    """Name → figures of every score line; the biased one says so."""
+    found = re.findall(
+        r"^score:(\w+) (?:biased:1 )?bpb:(\S+) stderr:(\S+) seqs:(\d+) tokens:(\d+) bytes:(\d+) time:\d+ms calls:(\d+)",
+        text,
+        re.MULTILINE,
+    )
+    return {name: [float(figure) for figure in figures] for name, *figures in found}
+
+
+def test_all_scores_of_one_and_of_two_processes_are_the_same(single, tiny_env):
+    folder, _ = single
+    env = {name: tiny_env[name] for name in ("DATA_PATH", "TOKENIZER_PATH")} | ALL_SCORES
+    env |= dict(EVAL_ONLY="logs/one.mdlm", FINAL_EVAL_T_SAMPLES="5")
+    alone = run_python("train_mdlm.py", cwd=folder, RUN_ID="alone", VAL_BATCH_SIZE="128", **env).stdout
+    (pair,) = finish(torchrun("--standalone", "--nproc_per_node=2", cwd=folder, RUN_ID="pair", **env))
+    assert list(scores(alone)) == list(tm.SCORE_NAMES)
+    for name, figures in scores(alone).items():
+        assert scores(pair)[name] == pytest.approx(figures, abs=1.01e-4), name
+    log = (folder / "logs/alone.txt").read_text(encoding="utf-8")
+    assert re.findall(r"^prefix:(\S+) bpb:\d+\.\d{4} stderr:", log, re.MULTILINE) == [
+        "0",
+        "1",
+        "2-3",
+        "4-7",
+        "8-15",
+        "16-31",
+    ]
+
+
+def test_a_causal_model_has_two_scores(tiny_env, tmp_path):
+    printed = run_python("train_mdlm.py", cwd=tmp_path, OBJECTIVE="ar", **tiny_env | ALL_SCORES).stdout
+    found = scores(printed)
+    assert list(found) == ["ar", "sliding"]
+    assert found["sliding"][-1] == 40 and found["sliding"][3] == 32 + 39 * 8  # one call a window, 8 new tokens each
+
+
+def test_an_unknown_score_is_refused(tiny_env, tmp_path):
+    done = run_python("train_mdlm.py", cwd=tmp_path, check=False, **tiny_env | dict(SCORES="nelbo,r2l"))
+    assert done.returncode == 2 and "SCORES=nelbo,r2l: r2l is not one of nelbo, l2r" in done.stderr
 
 
 def test_eval_only_refuses_a_shape_that_the_artifact_does_not_have(single, tiny_env):

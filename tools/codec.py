@@ -41,6 +41,7 @@ MAGIC = b"MDLc"
 ORDERS = ("l2r", "random", "confidence")
 BATCH = 16  # windows of one model call; part of the format, because the arithmetic depends on it
 BLOCK = 64  # batches that advance together, which bounds the memory
+PRECISION = 24  # bits of the probabilities of `constriction`: each token has at least 2^-24
 # magic · digest of all that follows · digests of artifact, text, tokenizer, surroundings · order · flags, and then
 # group, seed and number of tokens as variable-length integers
 HEADER = struct.Struct("<4s8s8s8s4s2sBB")
@@ -63,15 +64,16 @@ def varint(number: int) -> bytes:
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
     """The number at position `at`, and the position after it."""
     number = shift = 0
-    while True:
+    while shift < 63:
         number |= (data[at] & 127) << shift
         at, shift = at + 1, shift + 7
         if data[at - 1] < 128:
             return number, at
+    raise ValueError("longer than 63 bits")
 
 
 def tokenize(sp, text: str) -> list[int]:
-    """Tokens of the text. U+2581 stands for a space inside the tokenizer, so it is spelt in bytes where there are any."""
+    """Tokens of the text. U+2581 means a space to the tokenizer, so it is spelt in bytes where there are any."""
     spelling = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
     if not all(sp.is_byte(token) for token in spelling):
         return sp.encode(text)
@@ -208,9 +210,15 @@ def decompress(data: bytes, loaded: tuple, path: Path, note: Callable[[float], N
     if made_in != surroundings(device):
         print(f"warning: {path} was made with another version of torch or kind of processor; it may not decode",
               file=sys.stderr)
-    group, at = read_varint(data, HEADER.size)
-    seed, at = read_varint(data, at)
-    count, at = read_varint(data, at)
+    try:
+        group, at = read_varint(data, HEADER.size)
+        seed, at = read_varint(data, at)
+        count, at = read_varint(data, at)
+        least_bits = -math.log2(1 - (model.hp.vocab_size - 1) / 2**PRECISION)  # no token is surer than that
+        if order >= len(ORDERS) or group < 1 or (len(data) - at) % 4 or count * least_bits > 8 * (len(data) - at) + 64:
+            raise ValueError
+    except (IndexError, ValueError):
+        raise InputError(f"{path}: the header makes no sense, the file was not written by this codec.py") from None
     predictor = Predictor(model, ORDERS[order], group, seed, device)
     coder = constriction.stream.queue.RangeDecoder(np.frombuffer(data[at:], "<u4").astype(np.uint32))
     family, tokens = constriction.stream.model.Categorical(perfect=False), np.zeros(count, np.int32)
@@ -219,8 +227,8 @@ def decompress(data: bytes, loaded: tuple, path: Path, note: Callable[[float], N
         tokens[index] = coder.decode(family, probabilities)
         return tokens[index]
 
-    disagree = InputError(f"{path}: the decoded text does not have the checksum of the original: the arithmetic of this "
-                          "machine or version of torch differs from the one that compressed it")
+    disagree = InputError(f"{path}: the decoded text does not have the checksum of the original: the arithmetic of "
+                          "this machine or version of torch differs from that of the one that compressed it")
     try:
         predictor.run(count, transfer, note)
         text = sp.decode(tokens.tolist())
@@ -293,7 +301,8 @@ def whole(low: int) -> Callable[[str], int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, act, meaning in (("compress", run_compress, "text → code"), ("decompress", run_decompress, "code → text")):
+    for name, act, meaning in (("compress", run_compress, "text → code"),
+                               ("decompress", run_decompress, "code → text")):
         command = commands.add_parser(name, help=meaning)
         command.set_defaults(act=act)
         command.add_argument("input", type=Path)

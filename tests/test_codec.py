@@ -1,0 +1,242 @@
+"""tools/codec.py: any text there and back, at the size the score predicts, and nothing but the truth."""
+
+import hashlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import codec
+import prepare_text
+import train_mdlm as tm
+from conftest import WORDS, random_model, run_python, text_of
+
+LONG = text_of(5, 120)
+
+
+def artifact_of(folder, name, tokenizer, **overrides):
+    """A random model for the tokenizer, with windows of 16 tokens, as a file."""
+    hp = tm.Hyperparameters(
+        vocab_size=384,
+        tokenizer_path=tokenizer,
+        **dict(train_seq_len=16, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, compute_dtype="float32"),
+        **overrides,
+    )
+    path = folder / f"{name}.mdlm"
+    tm.save_artifact(random_model(hp, scale=0.3), hp, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tiny_env, tmp_path_factory):
+    """Artifacts of a masked diffusion and of a causal model, and their tokenizer."""
+    folder = tmp_path_factory.mktemp("codec")
+    tokenizer = tiny_env["TOKENIZER_PATH"]
+    return dict(
+        folder=folder,
+        tokenizer=tokenizer,
+        mdlm=artifact_of(folder, "mdlm", tokenizer),
+        ar=artifact_of(folder, "ar", tokenizer, objective="ar"),
+    )
+
+
+@pytest.fixture(scope="module")
+def loaded(files):
+    return {name: codec.load(files[name], files["tokenizer"]) for name in ("mdlm", "ar")}
+
+
+def there_and_back(loaded, text, order="l2r", group=1, seed=0):
+    data, bits, count = codec.compress(text, loaded, order, group, seed, "cpu")
+    assert codec.decompress(data, loaded, "file") == text
+    return data, bits, count
+
+
+def run(command, *arguments, files, artifact="mdlm", **options):
+    return run_python(
+        "tools/codec.py",
+        command,
+        *arguments,
+        "--artifact",
+        files[artifact],
+        "--tokenizer",
+        files["tokenizer"],
+        cwd=files["folder"],
+        check=False,
+        **options,
+    )
+
+
+# ---- lossless
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    text=st.text(max_size=60),
+    order=st.sampled_from(codec.ORDERS),
+    group=st.integers(1, 20),
+    seed=st.integers(0, 2**40),
+)
+def test_arbitrary_text_comes_back(loaded, text, order, group, seed):
+    there_and_back(loaded["mdlm"], text, order, group, seed)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(text=st.lists(st.sampled_from([*WORDS, "\u2581", "\0", "\r\n", "  ", "<s>", "🙂"]), max_size=40).map(" ".join))
+def test_a_causal_model_codes_too(loaded, text):
+    there_and_back(loaded["ar"], text)
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 32, 16 * 17 + 3])
+@pytest.mark.parametrize("order, group", [("l2r", 1), ("confidence", 3), ("random", 16)])
+def test_every_number_of_tokens(loaded, count, order, group):
+    """Empty, shorter than a window, exact windows, more windows than a batch holds, and a rest."""
+    sp = loaded["mdlm"][1]
+    tokens = sp.encode(text_of(1, 400))
+    while True:  # a prefix of that many tokens that the tokenizer would also choose for its text
+        text = sp.decode(tokens[:count])
+        if len(sp.encode(text)) == count:
+            break
+        tokens = tokens[1:]
+    assert there_and_back(loaded["mdlm"], text, order, group)[2] == count
+
+
+def test_a_lossy_tokenizer_is_noticed(files, tmp_path):
+    path = tmp_path / "nfkc.model"
+    prepare_text.train_tokenizer([text_of(i, 300) for i in range(40)], path, 384, "nmt_nfkc")
+    artifact = artifact_of(tmp_path, "nfkc", str(path))
+    source, out, back = tmp_path / "in.txt", tmp_path / "out", tmp_path / "back.txt"
+    source.write_text("two  spaces and ① ligature ﬁ", encoding="utf-8")
+    arguments = ["--artifact", artifact, "--tokenizer", path]
+    done = run_python("tools/codec.py", "compress", source, out, *arguments, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "--normalized" in done.stderr and not out.exists()
+    run_python("tools/codec.py", "compress", source, out, *arguments, "--normalized", cwd=tmp_path)
+    run_python("tools/codec.py", "decompress", out, back, *arguments, cwd=tmp_path)
+    assert back.read_text(encoding="utf-8") == "two spaces and 1 ligature fi"
+
+
+# ---- the size is the score
+
+
+@pytest.mark.parametrize("order, group", [("l2r", 1), ("random", 1), ("confidence", 1), ("confidence", 5)])
+def test_size_is_what_the_score_predicts(loaded, order, group):
+    model, sp = loaded["mdlm"][:2]
+    data, bits, count = there_and_back(loaded["mdlm"], LONG, order, group, seed=3)
+    assert abs(len(data) - bits / 8) < 0.005 * bits / 8 + 64
+    tokens = torch.tensor(sp.encode(LONG))
+    expected = 0.0
+    for first in range(0, count, 16):
+        x0 = tokens[None, first : first + 16]
+        if order == "random":
+            generator = tm.seeded("cpu", 3, "codec", first // 16)
+            expected += tm.chain_rule(model, x0, torch.randperm(x0.shape[1], generator=generator), group).sum().item()
+        else:
+            expected += tm.chain_rule(model, x0, order, group).sum().item()
+    assert bits == pytest.approx(expected / math.log(2), rel=1e-5)
+
+
+def test_header_is_small(loaded):
+    assert len(there_and_back(loaded["mdlm"], "")[0]) < 50
+
+
+# ---- bit for bit, and errors
+
+
+def test_any_number_of_threads_agrees(files, tmp_path):
+    source = tmp_path / "in.txt"
+    source.write_text(LONG * 3, encoding="utf-8")
+    made = []
+    for threads in ("1", "2", "3"):
+        out = tmp_path / f"out{threads}"
+        done = run("compress", source, out, "--order", "confidence", files=files, OMP_NUM_THREADS=threads)
+        assert done.returncode == 0 and "predicted by the score" in done.stdout and "zstd" in done.stdout, done.stderr
+        made.append(out.read_bytes())
+    assert made[0] == made[1] == made[2]
+    back = tmp_path / "back.txt"
+    assert run("decompress", out, back, files=files, OMP_NUM_THREADS="2").returncode == 0
+    assert back.read_bytes() == source.read_bytes()
+
+
+def test_what_cannot_be_decoded_is_said_in_one_line(files, tmp_path):
+    source, out, back = tmp_path / "in.txt", tmp_path / "out", tmp_path / "back"
+    source.write_text(LONG[:300], encoding="utf-8")
+    assert run("compress", source, out, files=files).returncode == 0
+    good = out.read_bytes()
+    cases = {
+        "damaged or truncated": [good[:-1], good + b"\0", good[:40], good[:30] + b"x" + good[31:], good[:4]],
+        "not a file that codec.py": [b"", b"hello, world", source.read_bytes()],
+    }
+    for message, contents in cases.items():
+        for content in contents:
+            out.write_bytes(content)
+            with pytest.raises(ValueError, match=message):
+                codec.decompress(content, codec.load(files["mdlm"], files["tokenizer"]), out)
+    for arguments, artifact, message in [
+        (("decompress", out, back), "mdlm", "not a file that codec.py"),
+        (("decompress", tmp_path / "absent", back), "mdlm", "cannot be read"),
+        (("compress", tmp_path, out), "mdlm", "cannot be read"),
+        (("compress", source, tmp_path / "no/such/folder"), "mdlm", "cannot be written"),
+        (("compress", source, back, "--order", "random"), "ar", "--order random --group 1"),
+    ]:
+        done = run(*arguments, files=files, artifact=artifact)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    out.write_bytes(good)
+    done = run("decompress", out, back, files=files, artifact="ar")
+    assert done.returncode == 2 and "another artifact" in done.stderr
+    assert not back.exists() and not list(tmp_path.glob("*.part"))
+
+
+def test_text_that_is_not_utf8_is_refused(files, tmp_path):
+    source, out = tmp_path / "in.bin", tmp_path / "out"
+    source.write_bytes(b"caf\xe9")
+    done = run("compress", source, out, files=files)
+    assert done.returncode == 2 and "not UTF-8 text (byte 3)" in done.stderr and not out.exists()
+
+
+def test_every_damaged_byte_is_found(loaded):
+    data = there_and_back(loaded["mdlm"], LONG[:200])[0]
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        at, flip = int(rng.integers(len(data))), int(rng.integers(1, 256))
+        bad = data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :]
+        with pytest.raises(ValueError, match="file: "):
+            codec.decompress(bad, loaded["mdlm"], "file")
+
+
+def test_a_hostile_header_is_a_clear_error(loaded):
+    """With the checksum made right again: absurd counts, orders and lengths end in one line too."""
+    data = there_and_back(loaded["mdlm"], LONG[:200])[0]
+    head = codec.HEADER.size
+
+    def sealed(rest):
+        return codec.MAGIC + codec.digest(rest) + rest
+
+    hostile = [
+        sealed(data[12 : head - 2] + b"\x09" + data[head - 1 :]),  # no such order
+        sealed(data[12:head] + b"\xff" * 12),  # an endless number
+        sealed(data[12:head] + b"\0\0\x05" + data[-8:]),  # groups of nothing
+        sealed(data[12:head] + b"\x01\0" + codec.varint(2**60) + data[-8:]),  # an exabyte of text
+        sealed(data[12:] + b"x"),  # not whole words
+    ]
+    for content in hostile:
+        with pytest.raises(ValueError, match="file: "):
+            codec.decompress(content, loaded["mdlm"], "file")
+
+
+def test_arithmetic_that_differs_is_detected(loaded, monkeypatch):
+    data = there_and_back(loaded["mdlm"], LONG)[0]
+    exact = codec.predict
+
+    def slightly_different(steps):
+        found = exact(steps)
+        return found if found is None else (found[0], found[1] ** np.float32(1.01))
+
+    monkeypatch.setattr(codec, "predict", slightly_different)
+    with pytest.raises(ValueError, match="does not have the checksum of the original"):
+        codec.decompress(data, loaded["mdlm"], "file")
+
+
+def test_digest_is_that_of_the_whole_artifact(files, loaded):
+    assert loaded["mdlm"][2] == hashlib.blake2b(files["mdlm"].read_bytes(), digest_size=8).digest()
