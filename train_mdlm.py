@@ -290,7 +290,6 @@ def raise_everywhere(problem: InputError | None) -> None:
 
 class Clock:
     """Training time in milliseconds; stopped around validation, so that only training is counted."""
-
     def __init__(self, device: torch.device):
         self.device, self.counted_ms, self.started = device, 0.0, None
 
@@ -316,7 +315,6 @@ class Clock:
 
 class Log:
     """The first process's lines, on the screen and in a file; on a terminal also a progress bar below them."""
-
     def __init__(self, path: Path | None = None):
         self.path = path if rank() == 0 else None
         self.bar = rank() == 0 and sys.stdout.isatty()
@@ -370,7 +368,6 @@ def open_shard(path: Path) -> np.ndarray:
 
 class TokenStream:
     """The shards of one split end to end, memory-mapped, read as a ring: after the last token comes the first."""
-
     def __init__(self, folder: str | Path, split: str):
         self.files = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
         if not self.files:
@@ -392,10 +389,7 @@ class TokenStream:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def windows(self, numbers: Iterable[int], length: int, stride: int = 0) -> Tensor:
-        """(B, 1 + length) int64: window n holds `length` tokens from 1 + n·stride, after the token before them.
-
-        Windows do not overlap unless there is a stride.
-        """
+        """(B, 1 + length) int64: window n is token n·stride and the `length` after it; without a stride end to end."""
         starts = [n * (stride or length) for n in numbers]
         return torch.from_numpy(np.stack([self.read(start, 1 + length) for start in starts]).astype(np.int64))
 
@@ -460,7 +454,6 @@ def count_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
 def load_tokenizer(path: str, vocab_size: int):
     """The SentencePiece model at `path`; InputError when it is missing, foreign or of another size."""
     import sentencepiece
-
     if not Path(path).is_file():
         raise InputError(f"no tokenizer at TOKENIZER_PATH={path}; make it with 'python data/prepare_text.py --source "
                          "docs' (and PRESET=demo) or fetch it with 'python data/fetch_fineweb.py'")
@@ -483,8 +476,8 @@ def seeded(device: torch.device | str, *key) -> torch.Generator:
 def sample_times(kind: str, u: Tensor) -> Tensor:
     """Mask times t in [0, 1] of a global batch from independent uniform draws u (B,).
 
-    stratified: one offset, one row in each of B equal strata (Sahoo et al. 2024, low-discrepancy sampler), in the order
-    of multiples of the golden ratio, so that any few neighbours are spread evenly too; antithetic: pairs t, 1 − t.
+    stratified: one offset, a row in each of B equal strata (Sahoo et al. 2024), in the order of multiples of the golden
+    ratio, so that any few neighbours are spread evenly too; antithetic: pairs t, 1 − t.
     """
     rows = len(u)
     if kind == "stratified":
@@ -550,7 +543,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Linear(nn.Linear):
     """A matrix without bias, kept in float32 and applied in the dtype of its input."""
-
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
@@ -563,7 +555,6 @@ def pick(x: Tensor, at: Tensor | None) -> Tensor:
 
 class Attention(nn.Module):
     """Grouped-query attention with normalised, rotated and gained queries; bidirectional unless `causal`."""
-
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.head_dim, self.causal = hp.head_dim, hp.objective == "ar"
@@ -583,7 +574,6 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """proj(ReLU(fc x)²)."""
-
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.fc = Linear(hp.model_dim, hp.mlp_mult * hp.model_dim)
@@ -628,6 +618,11 @@ class Model(nn.Module):
             nn.init.zeros_(block.attn.proj.weight)
             nn.init.zeros_(block.mlp.proj.weight)
 
+    def on(self, device: torch.device) -> Model:
+        """Moves to the device; activations get the dtype of COMPUTE_DTYPE."""
+        self.compute_dtype = getattr(torch, resolve_dtype(self.hp, device))
+        return self.to(device)
+
     def hidden(self, z: Tensor, masked_fraction: Tensor | None = None, at: Tensor | None = None) -> Tensor:
         """Normalised last hidden state (B, L, D) of tokens z (B, L) int64; (N, D) at the flat positions `at` (N,).
 
@@ -652,6 +647,10 @@ class Model(nn.Module):
 
     def forward(self, z: Tensor, masked_fraction: Tensor | None = None) -> Tensor:
         return self.head(self.hidden(z, masked_fraction))
+
+def resolve_dtype(hp: Hyperparameters, device: torch.device) -> str:
+    """COMPUTE_DTYPE without auto."""
+    return ("bfloat16" if device.type == "cuda" else "float32") if hp.compute_dtype == "auto" else hp.compute_dtype
 
 def build_model(hp: Hyperparameters) -> Model:
     """A new model on the CPU, in float32; its weights depend on hp.seed only, and no global state changes."""
@@ -1008,7 +1007,7 @@ def nelbo_masks(passes: int, times: Tensor, draw: Callable[[], Tensor]) -> Itera
     for p in range(passes):
         t = (p + (1 - times if p.bit_count() % 2 else times)) / passes
         k = (1 + (length * t**1.5).long()).clamp(max=length)
-        probability = (k / length).double() ** (2 / 3) - ((k - 1) / length).double() ** (2 / 3)
+        probability = (k.double() / length) ** (2 / 3) - ((k - 1).double() / length) ** (2 / 3)
         yield (rank - start) % length < k[:, None], 1 / (k * probability * passes)
         start = start + k[:, None]
 
@@ -1067,8 +1066,8 @@ def reveal(model: Model, z: Tensor, order: Tensor | None, group: int = 1) -> Ite
 
     The caller writes the tokens there into z before it goes on: known ones to measure or to encode, decoded ones to
     decode. `order` (B, L) holds positions; None reveals the positions with the largest maximal probability first, which
-    no hidden token can influence. Less than 2^-13 nats is a tie (rounding must not decide, and when all is MASK, all
-    positions are alike), and a tie goes to the leftmost.
+    no hidden token can influence. Less than 2^-13 nats is a tie, and a tie goes to the leftmost: when all is MASK, all
+    positions are alike but for rounding. Elsewhere rounding may decide, so batches of one shape give one order.
     A causal model goes from left to right, one at a time, after <s>.
     """
     rows, length = z.shape
@@ -1083,8 +1082,8 @@ def reveal(model: Model, z: Tensor, order: Tensor | None, group: int = 1) -> Ite
             at = torch.full((rows, 1), done, device=z.device)
             seen = F.pad(z[:, :done], (1, 0), value=BOS_ID)
         flat = at + seen.shape[1] * torch.arange(rows, device=z.device)[:, None]
-        h = model.hidden(seen, masked.float().mean(1), flat.flatten())
-        logp = model.head(h).log_softmax(-1).unflatten(0, at.shape)
+        logits = model.head(model.hidden(seen, masked.float().mean(1), flat.flatten()))
+        logp = logits.log_softmax(-1).unflatten(0, at.shape)
         if order is None:
             surest = logp.amax(-1)
             behind = ((surest.amax(1, keepdim=True) - surest) * 2**12).round()
@@ -1123,10 +1122,10 @@ def chain_rule(model: Model, x0: Tensor, order: str | Tensor = "l2r", group: int
     return ordered_nll(model, x0, steps)
 
 def boundary_bits(count: int, length: int) -> float:
-    """Bits for where `count` always visible tokens stand in a window: log2(L + 1) for how many, log2 C(L, count)."""
+    """Bits for where `count` always visible tokens stand in a window: log2(L + 1) + log2 C(L, count)."""
     return math.log2(length + 1) + math.log2(math.comb(length, count))
 
-CHAIN_BATCH = 16  # windows, whatever the number of processes: rounding may decide which position is the surest
+CHAIN_BATCH = 16  # windows whose chain rules go side by side
 
 class Score(NamedTuple):
     """A code length of a split. bpb: bits per byte, with its standard error; loss: nats per token."""
@@ -1149,12 +1148,13 @@ def spaced(total: int, wanted: int) -> list[int]:
     return [i * total // wanted for i in range(wanted)]
 
 def ratio(bits: Tensor, size: Tensor) -> tuple[float, float]:
-    """Σ bits / Σ bytes over windows (n,), and its standard error with windows as clusters.
+    """Σ bits / Σ bytes over windows (n,), and its standard error with windows as clusters (not a number for one).
 
     sqrt(Σ (bits_s − ratio·bytes_s)²) / Σ bytes; given differences of bits, it is that of a paired difference.
     """
     bpb = bits.sum() / size.sum()
-    return bpb.item(), ((bits - bpb * size).square().sum().sqrt() / size.sum()).item()
+    stderr = (bits - bpb * size).square().sum().sqrt() / size.sum()
+    return bpb.item(), stderr.item() if len(bits) > 1 else math.nan
 
 def row_draws(hp: Hyperparameters, name: str, places: range) -> Callable[[], Tensor]:
     """Uniform keys (B, L) whose rows depend on (seed, place) only, not on the batch or the process."""
@@ -1193,20 +1193,23 @@ def score_windows(name: str, model: Model, hp: Hyperparameters, stream: TokenStr
     """Scores evenly spaced windows, shared over the processes; also bits and bytes (windows, buckets, 2) of each.
 
     Bucket b holds the positions 2^(b−1) … 2^b − 1 of a window (0: the first), for scores by position; else all is in 0.
-    Sliding windows begin STRIDE tokens apart, and all but the first have only their last STRIDE tokens scored.
+    Sliding windows begin STRIDE tokens apart, and only their last STRIDE tokens are scored: of a whole split, all are.
     """
     started, length, device = time.perf_counter(), hp.train_seq_len, luts.base_bytes.device
     stride = min(hp.stride, length) if name == "sliding" else length
-    numbers = spaced(stream.count_windows(length, stride), max_seqs)
-    batch = max(min(hp.val_batch_size // length, len(numbers)) // world_size(), 1)
-    batch = CHAIN_BATCH if name in CHAIN_RULES and hp.objective == "mdlm" else batch
+    total = stream.count_windows(length, stride)
+    numbers = spaced(total, max_seqs)
+    batch = min(hp.val_batch_size // length, len(numbers)) // world_size()
+    if name in CHAIN_RULES and hp.objective == "mdlm":  # the surest position may depend on rounding, so on the batch
+        batch = CHAIN_BATCH if name == "confidence" else min(batch, CHAIN_BATCH)
+    batch = max(batch, 1)
     bucket = torch.tensor([i.bit_length() for i in range(length)])
     table = torch.zeros(len(numbers), int(bucket[-1]) + 1, 2, dtype=torch.float64)
     work = torch.zeros(2, dtype=torch.int64)  # tokens, model calls
     for at in range(rank() * batch, len(numbers), world_size() * batch):
         places = range(at, min(at + batch, len(numbers)))
         window = stream.windows([numbers[place] for place in places], length, stride).to(device)
-        counts = [stride if numbers[place] else length for place in places]
+        counts = [stride if numbers[place] or len(numbers) < total else length for place in places]
         work += torch.tensor([[count, model_calls(name, hp, count)] for count in counts]).sum(0)
         scored = torch.arange(length, device=device) >= length - torch.tensor(counts, device=device)[:, None]
         nats = window_nats(name, model, hp, window, scored, places).double()
@@ -1231,12 +1234,12 @@ def bucket_name(bucket: int, length: int) -> str:
 def score_artifact(path: Path, hp: Hyperparameters, val: TokenStream, luts: ByteTables, log: Log) -> None:
     """Scores the weights on disk, read into a fresh model, and logs the headline and the scores that were asked for."""
     header, body, label = unpack_artifact(read_file_everywhere(path), path)
-    model, label = restore_artifact(header, body, path)[0], label.replace("+", "_")
-    model.to(luts.base_bytes.device).compute_dtype = getattr(torch, hp.compute_dtype)
+    model, label = restore_artifact(header, body, path)[0].on(luts.base_bytes.device), label.replace("+", "_")
     sizes = {name: getattr(hp, f"{name}_seqs") for name in SCORE_NAMES[1:] if name in hp.score_names}
     if hp.final_eval_t_samples:
         sizes["tgrid"] = hp.final_eval_max_seqs
-    if hp.objective == "ar":  # the headline is its chain rule, and it has no other order
+    if hp.objective == "ar" and sizes.keys() - {"sliding"}:  # the headline is its chain rule, from left to right
+        log(f"not for a causal model, which has one order: {' '.join(sizes.keys() - {'sliding'})}")
         sizes = {name: size for name, size in sizes.items() if name == "sliding"}
     total_ms = 0.0
     for name, seqs in {hp.headline: hp.final_eval_max_seqs, **sizes}.items():
@@ -1247,8 +1250,8 @@ def score_artifact(path: Path, hp: Hyperparameters, val: TokenStream, luts: Byte
                 f"stderr:{score.stderr:.4f} eval_time:{score.ms:.0f}ms")
             log(f"final_{label}_roundtrip_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
         log(f"score:{name} {'biased:1 ' * (name == 'tgrid')}{score.line()}")
-        for bucket, (bits, size) in enumerate(table.unbind(1) if name in ("l2r", "ar") else ()):
-            bpb, stderr = ratio(bits, size)
+        for bucket, part in enumerate(table.unbind(1) if name in ("l2r", "ar") else ()):
+            bpb, stderr = ratio(*part.unbind(1))
             log(f"prefix:{bucket_name(bucket, hp.train_seq_len)} bpb:{bpb:.4f} stderr:{stderr:.4f}", screen=False)
     if total_ms > 1000 * BUDGET_SECONDS:
         log(f"OVER BUDGET: evaluation took {total_ms / 1000:.0f} s of the {BUDGET_SECONDS:.0f} s allowed")
@@ -1269,10 +1272,7 @@ def lr_scale(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
     return min(max(left / hp.warmdown_iters, 0.0), 1.0) if hp.warmdown_iters else 1.0
 
 def micro_batches(hp: Hyperparameters) -> list[range]:
-    """This process's rows of every global batch, in equal parts of at most MICRO_BATCH_TOKENS tokens.
-
-    InputError if the batch is not made of whole sequences (of pairs, for antithetic times), equally many a process.
-    """
+    """This process's rows of every global batch, in equal parts of at most MICRO_BATCH_TOKENS tokens; or InputError."""
     if hp.train_batch_tokens % hp.train_seq_len:
         raise InputError(f"{hp.shown('train_seq_len')} must divide {hp.shown('train_batch_tokens')}")
     if hp.time_sampling == "antithetic" and hp.batch_rows % 2:
@@ -1290,13 +1290,11 @@ def micro_batches(hp: Hyperparameters) -> list[range]:
 
 class Trainer:
     """Weights, optimizer and the one training step; any number of processes and micro-batches gives the same sums."""
-
     def __init__(self, hp: Hyperparameters, stream: TokenStream, device: torch.device):
         self.hp, self.stream, self.device = hp, stream, device
         self.micros = micro_batches(hp)
         self.capacity = masked_capacity(hp, len(self.micros[0])) if hp.objective == "mdlm" else 0
-        self.model = build_model(hp).to(device)
-        self.model.compute_dtype = getattr(torch, hp.compute_dtype)
+        self.model = build_model(hp).on(device)
         self.optimizer = Optimizer(self.model, hp)
         self.ema = EMA(hp.ema_decay)
         compiled = device.type == "cuda"
@@ -1382,7 +1380,7 @@ def hardware(device: torch.device) -> str:
     else:
         info = Path("/proc/cpuinfo").read_text(errors="replace") if Path("/proc/cpuinfo").exists() else ""
         model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-        name = f"CPU {model.group(1).strip() if model else 'unknown'} ({torch.get_num_threads()} threads)"
+        name = f"CPU {model[1].strip() if model else 'unknown'} ({torch.get_num_threads()} threads)"
     return f"{world_size()}x{name}".replace(" ", "_")
 
 def peak_memory(device: torch.device) -> str:
@@ -1390,7 +1388,6 @@ def peak_memory(device: torch.device) -> str:
         allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         return f"{allocated >> 20} MiB reserved: {reserved >> 20} MiB"
     import resource
-
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB"
 
 def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) -> tuple[Hyperparameters, Log]:
@@ -1399,11 +1396,11 @@ def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) 
         hp = dataclasses.replace(hp, run_id=time.strftime("%Y%m%d-%H%M%S_") + hp.preset)
     path, problem = Path("logs") / f"{hp.run_id}.txt", None
     try:
-        if rank() == 0:
+        if rank() == 0 and path.exists():
+            problem = InputError(f"{path} is there already: {hp.shown('run_id')} was used before; choose another")
+        elif rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(exist_ok=False)
-    except FileExistsError:
-        problem = InputError(f"{path} is there already: {hp.shown('run_id')} was used before; choose another")
+            path.touch()
     except OSError as error:
         problem = InputError(f"{path}: cannot be written: {error.strerror}")
     raise_everywhere(problem)
@@ -1449,8 +1446,7 @@ def run(env: Mapping[str, str]) -> None:
             if name.upper() in env and getattr(hp, name) != getattr(packed, name):
                 raise InputError(f"{hp.shown(name)}, but {artifact} was made with {packed.shown(name)}")
         hp = dataclasses.replace(hp, **{name: getattr(packed, name) for name in stored_fields()[1:]})
-    if hp.compute_dtype == "auto":  # settled here, because the artifact carries it
-        hp = dataclasses.replace(hp, compute_dtype="bfloat16" if device.type == "cuda" else "float32")
+    hp = dataclasses.replace(hp, compute_dtype=resolve_dtype(hp, device))  # the artifact carries it
     val = TokenStream(hp.data_path, "val")
     luts = build_sentencepiece_luts(load_tokenizer(hp.tokenizer_path, hp.vocab_size), hp.vocab_size, device)
     if not val.count_windows(hp.train_seq_len):

@@ -5,9 +5,13 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-import pytest
-import torch
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers: a core each, or they wait for each other all the time
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tools")]
@@ -95,6 +99,24 @@ def run_python(*arguments, cwd, check=True, **extra) -> subprocess.CompletedProc
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Calls a tool's main() in this process, as its command line would: exit status, stdout and stderr."""
+
+    def call(module, *arguments) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            module.main()
+        except SystemExit as stop:
+            status = stop.code
+        printed = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=printed.out, stderr=printed.err)
+
+    return call
 
 
 def torchrun(*options, cwd, **extra) -> subprocess.Popen:

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+import bench
 import compare
 import train_mdlm as tm
 from conftest import random_model, run_python
@@ -51,12 +52,12 @@ def test_paired_difference_by_position(artifacts, tiny_env):
         assert [float(row[i]) for i in (2, 4, 6, 7)] == pytest.approx([x.item() for x in expected], abs=6e-4)
 
 
-def test_artifacts_that_cannot_be_compared(artifacts, tiny_env, tmp_path):
+def test_artifacts_that_cannot_be_compared(artifacts, tiny_env, tool):
     for names, message in [
         (("mdlm.mdlm", "short.mdlm"), "TRAIN_SEQ_LEN=16"),
         (("mdlm.mdlm", "absent.mdlm"), "cannot be read"),
     ]:
-        done = run_python("tools/compare.py", *names, *where(tiny_env), cwd=artifacts, check=False)
+        done = tool(compare, *(artifacts / name for name in names), *where(tiny_env))
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -68,14 +69,15 @@ def test_equal_artifacts_do_not_differ(artifacts, tiny_env):
     assert torch.equal(scores[0][1], scores[1][1])
 
 
-def test_bench_puts_the_estimators_side_by_side(artifacts, tiny_env):
-    arguments = ["scores", "mdlm.mdlm", *where(tiny_env), "--seqs", "4", "--budget", "8"]
-    done = run_python("tools/bench.py", *arguments, cwd=artifacts)
-    rows = re.findall(r"^\| (\D.*?) \| (\d+) \| (\S+) \| (\S+) ± (\S+) \| (\S+) \| (\S+) \|", done.stdout, re.M)
+def test_bench_puts_the_estimators_side_by_side(artifacts, tiny_env, tool):
+    arguments = ["--seqs", "4", "--budget", "64", *where(tiny_env)]
+    done = tool(bench, "scores", artifacts / "mdlm.mdlm", *arguments)
+    rows = re.findall(r"^\| (\D.*?) \| (\d+) \| (\S+) \| (\S+) ± (\S+) \| .* \| (\d+) \|$", done.stdout, re.M)
     calls = {name: int(calls) for name, calls, *_ in rows}
     assert calls["NELBO, 4 passes"] == 4 and calls["T-step, T = 128"] == 128 and calls["t-grid, 256 points"] == 256
-    for name, _, _, off, error, *_ in rows:
-        if name.startswith("NELBO"):
-            assert abs(float(off)) < 5 * float(error) + 1e-3
-    done = run_python("tools/bench.py", "scores", "ar.mdlm", *where(tiny_env), cwd=artifacts, check=False)
+    for name, _, _, off, error, repetitions in rows:
+        if name.startswith("NELBO") and int(repetitions) >= 16:
+            assert abs(float(off)) < 5 * float(error)
+    assert sum(int(row[5]) >= 16 for row in rows if row[0].startswith("NELBO")) == 3
+    done = tool(bench, "scores", artifacts / "ar.mdlm", *where(tiny_env))
     assert done.returncode == 2 and "nothing to compare" in done.stderr

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 import time
 
 import pytest
@@ -384,7 +385,7 @@ def test_split_scores_are_their_definitions(split, name):
     bits = nbytes = tokens = 0
     for n in tm.spaced(1 + (val.total - 1 - 32) // stride, 5):
         window = torch.from_numpy(val.read(n * stride, 33).astype("int64"))[None]
-        visible = 32 - stride if n else 0
+        visible = 32 - stride
         bits += definition(name, model, hp, window, visible)[:, visible:].sum().item() / math.log(2)
         nbytes += int(tm.count_bytes(window[0, 1 + visible :], window[0, visible], luts))
         tokens += 32 - visible
@@ -393,6 +394,26 @@ def test_split_scores_are_their_definitions(split, name):
     if name == "l2r":  # by position: 0, 1, 2-3, 4-7, 8-15, 16-31
         assert table.shape == (5, 6, 2) and [tm.bucket_name(b, 32) for b in range(6)][2:4] == ["2-3", "4-7"]
         assert table[..., 1].sum() == nbytes and (table[..., 0] > 0).all()
+
+
+def test_prefix_lines_are_the_score_by_position(split, tmp_path):
+    hp, val, luts, model = split
+    hp = dataclasses.replace(hp, scores="l2r", l2r_seqs=6, final_eval_max_seqs=8)
+    tm.save_artifact(model, dataclasses.replace(hp, quant_mode="fp32"), tmp_path / "a.mdlm")
+    lines = []
+
+    class Log:
+        progress = staticmethod(lambda *rest: None)
+        __call__ = staticmethod(lambda line, screen=True: lines.append(line))
+
+    tm.score_artifact(tmp_path / "a.mdlm", hp, val, luts, Log())
+    found = dict(re.findall(r"^prefix:(\S+) bpb:(\S+) ", "\n".join(lines), re.MULTILINE))
+    window = val.windows(tm.spaced(val.count_windows(32), 6), 32)
+    bits = tm.chain_rule(model, window[:, 1:]).double().sum(0) / math.log(2)
+    size = tm.token_bytes(window[:, 1:], window[:, 0], luts).sum(0)
+    for name, at in {"0": slice(0, 1), "1": slice(1, 2), "2-3": slice(2, 4), "16-31": slice(16, 32)}.items():
+        assert float(found[name]) == pytest.approx((bits[at].sum() / size[at].sum()).item(), abs=2e-3)
+    assert len(found) == 6
 
 
 def test_sliding_windows_of_a_causal_model(split):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 import statistics
 import sys
@@ -41,18 +42,21 @@ def bench_scores(artifact: Path, data: str | None, tokenizer: str | None, seqs: 
     if hp.objective == "ar":
         raise InputError(f"{artifact}: a causal model is scored exactly, in one pass; there is nothing to compare")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).compute_dtype = getattr(torch, hp.compute_dtype)
+    model.on(device)
     val = tm.TokenStream(data or os.environ.get("DATA_PATH") or hp.data_path, "val")
     sp = tm.load_tokenizer(tokenizer or os.environ.get("TOKENIZER_PATH") or hp.tokenizer_path, hp.vocab_size)
     luts = tm.build_sentencepiece_luts(sp, hp.vocab_size, device)
     val.check_tokens(hp.vocab_size)
-    log = tm.Log()
+    log, seeds = tm.Log(), itertools.count()
+
+    if not val.count_windows(hp.train_seq_len):
+        raise InputError(f"{val.files[0]}: the validation split is shorter than a window of {hp.train_seq_len} tokens")
 
     def repeat(name: str, label: str, times: int, **overrides) -> tuple[list[float], int, int]:
         """bpb of each repetition, model calls a window, and milliseconds of one repetition."""
         found = []
         for seed in range(times):
-            settings = dataclasses.replace(hp, seed=1_000_000 + seed, **overrides)
+            settings = dataclasses.replace(hp, seed=next(seeds), **overrides)
             found.append(tm.score_windows(name, model, settings, val, luts, seqs)[0])
             log.progress(label, (seed + 1) / times)
         return [score.bpb for score in found], found[0].calls // found[0].seqs, sum(s.ms for s in found) / times

@@ -15,6 +15,7 @@ threads. Should they not, the checksum of the text says so and nothing is writte
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import math
@@ -40,7 +41,7 @@ except ImportError:
 MAGIC = b"MDLc"
 ORDERS = ("l2r", "random", "confidence")
 BATCH = 16  # windows of one model call; part of the format, because the arithmetic depends on it
-BLOCK = 64  # batches that advance together, which bounds the memory
+BLOCK_FLOATS = 1 << 25  # probabilities in memory: as many batches advance together as have fewer of them
 PRECISION = 24  # bits of the probabilities of `constriction`: each token has at least 2^-24
 # magic · digest of all that follows · digests of artifact, text, tokenizer, surroundings · order · flags, and then
 # group, seed and number of tokens as variable-length integers
@@ -91,7 +92,7 @@ class Predictor:
             raise InputError(f"--order {order} --group {group}: a causal model predicts from left to right, one token "
                              "at a time: use --order l2r --group 1")
         self.model, self.order, self.group, self.seed, self.device = model, order, group, seed, torch.device(device)
-        model.to(self.device).compute_dtype = getattr(torch, model.hp.compute_dtype)
+        model.on(self.device)
 
     def batches(self, count: int) -> Iterator[tuple[int, int, int]]:
         """(first token, windows, length of each) of every model batch of a text of `count` tokens."""
@@ -113,19 +114,24 @@ class Predictor:
         return torch.stack([torch.randperm(length, generator=g) for g in generators])
 
     def run(self, count: int, transfer: Callable, note: Callable[[float], None]) -> None:
-        """Calls transfer(index (n,), probabilities (n, V) float32) → tokens (n,) for every group of tokens, in turn.
+        """Calls transfer(index (n,), log-probabilities (n, V)) → tokens (n,) for every group of tokens, in turn.
 
         `index` says which tokens of the text they are. Model calls run side by side, transfers one after the other.
         """
-        workers = torch.get_num_threads() if self.device.type == "cpu" else 1
+        threads = torch.get_num_threads()
+        workers = threads if self.device.type == "cpu" else 1
         one_thread = functools.partial(torch.set_num_threads, 1)
         one_thread()
-        with ThreadPoolExecutor(workers, initializer=one_thread) as pool:
-            batches = list(self.batches(count))
-            for at in range(0, len(batches), BLOCK):
-                for done in self.block(batches[at:at + BLOCK], transfer, pool):
-                    note((at + done * len(batches[at:at + BLOCK])) / len(batches))
-        torch.set_num_threads(workers)
+        group = min(self.group, self.model.hp.train_seq_len)
+        block = max(BLOCK_FLOATS // (BATCH * group * self.model.hp.vocab_size), 1)
+        try:
+            with ThreadPoolExecutor(workers, initializer=one_thread) as pool:
+                batches = list(self.batches(count))
+                for at in range(0, len(batches), block):
+                    for done in self.block(batches[at:at + block], transfer, pool):
+                        note((at + done * len(batches[at:at + block])) / len(batches))
+        finally:
+            torch.set_num_threads(threads)
 
     def block(self, batches: list[tuple], transfer: Callable, pool: ThreadPoolExecutor) -> Iterator[float]:
         """Reveals all windows of some batches, step by step; yields the share that is done."""
@@ -141,9 +147,9 @@ class Predictor:
             for (first, z, _), prediction in zip(running, predictions, strict=True):
                 if prediction is None:
                     continue
-                at, probabilities = prediction
+                at, logp = prediction
                 index = first + at.cpu() + z.shape[1] * torch.arange(len(z))[:, None]
-                tokens = torch.from_numpy(np.asarray(transfer(index.flatten().numpy(), probabilities), np.int64))
+                tokens = torch.from_numpy(np.asarray(transfer(index.flatten().numpy(), logp), np.int64))
                 z.scatter_(1, at, tokens.view(at.shape).to(z.device))
             running = [run for run, prediction in zip(running, predictions, strict=True) if prediction is not None]
             step += self.group
@@ -151,11 +157,14 @@ class Predictor:
 
 
 def predict(steps: Iterator) -> tuple[torch.Tensor, np.ndarray] | None:
-    """The next positions (B, g) of a batch and their probabilities (B·g, V); None at the end."""
+    """The next positions (B, g) of a batch and their log-probabilities (B·g, V); None at the end."""
     following = next(steps, None)
     if following is None:
         return None
-    return following[0], following[1].float().exp().flatten(0, 1).cpu().numpy()
+    at, logp = following
+    if not logp.isfinite().all():
+        raise InputError("the artifact's predictions are not finite numbers; it cannot code anything")
+    return at, logp.flatten(0, 1).cpu().numpy()
 
 
 def load(artifact: Path, tokenizer: str | None) -> tuple[tm.Model, object, bytes, bytes]:
@@ -173,15 +182,15 @@ def compress(text: str, loaded: tuple, order: str, group: int, seed: int, device
     tokens = np.asarray(tokenize(sp, text), dtype=np.int32)
     if sp.decode(tokens.tolist()) != text:
         raise InputError("the tokenizer does not keep this text as it is (it normalises it, or lacks some characters); "
-                         "with --normalized its normal form is stored instead")
+                         "--normalized stores its normal form, where it has one")
     predictor, coder = Predictor(model, order, group, seed, device), constriction.stream.queue.RangeEncoder()
     family, nats = constriction.stream.model.Categorical(perfect=False), 0.0
 
-    def transfer(index: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    def transfer(index: np.ndarray, logp: np.ndarray) -> np.ndarray:
         nonlocal nats
         chosen = tokens[index]
-        nats -= float(np.log(probabilities[np.arange(len(index)), chosen], dtype=np.float64).sum())
-        coder.encode(chosen, family, probabilities)
+        nats -= float(logp[np.arange(len(index)), chosen].sum(dtype=np.float64))
+        coder.encode(chosen, family, np.exp(logp))
         return chosen
 
     predictor.run(len(tokens), transfer, note)
@@ -223,8 +232,8 @@ def decompress(data: bytes, loaded: tuple, path: Path, note: Callable[[float], N
     coder = constriction.stream.queue.RangeDecoder(np.frombuffer(data[at:], "<u4").astype(np.uint32))
     family, tokens = constriction.stream.model.Categorical(perfect=False), np.zeros(count, np.int32)
 
-    def transfer(index: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-        tokens[index] = coder.decode(family, probabilities)
+    def transfer(index: np.ndarray, logp: np.ndarray) -> np.ndarray:
+        tokens[index] = coder.decode(family, np.exp(logp))
         return tokens[index]
 
     disagree = InputError(f"{path}: the decoded text does not have the checksum of the original: the arithmetic of "
@@ -232,7 +241,9 @@ def decompress(data: bytes, loaded: tuple, path: Path, note: Callable[[float], N
     try:
         predictor.run(count, transfer, note)
         text = sp.decode(tokens.tolist())
-    except (AssertionError, RuntimeError, ValueError, UnicodeError):
+    except InputError:
+        raise
+    except (AssertionError, RuntimeError, ValueError):
         raise disagree from None
     if digest(text.encode(errors="replace")) != text_id:
         raise disagree
@@ -241,13 +252,20 @@ def decompress(data: bytes, loaded: tuple, path: Path, note: Callable[[float], N
 
 def write(path: Path, data: bytes) -> None:
     """Under a temporary name first, so that no half of a file is left behind."""
-    part = path.with_name(path.name + ".part")
+    part = path.parent / (path.name + ".part")
     try:
         part.write_bytes(data)
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def check_output(path: Path) -> None:
+    """Before hours of work: InputError if the file could not be written afterwards."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"{path}: cannot be written: not a file name in a folder that exists")
 
 
 def read(path: Path) -> bytes:
@@ -259,6 +277,7 @@ def read(path: Path) -> bytes:
 
 def run_compress(arguments: argparse.Namespace, log: tm.Log) -> None:
     source = read(arguments.input)
+    check_output(arguments.output)
     try:
         text = source.decode()
     except UnicodeDecodeError as error:
@@ -281,6 +300,7 @@ def run_compress(arguments: argparse.Namespace, log: tm.Log) -> None:
 
 def run_decompress(arguments: argparse.Namespace, log: tm.Log) -> None:
     data = read(arguments.input)
+    check_output(arguments.output)
     if data[:4] != MAGIC:  # before the artifact is asked for
         raise InputError(f"{arguments.input}: not a file that codec.py compressed")
     text = decompress(data, load(arguments.artifact, arguments.tokenizer), arguments.input,

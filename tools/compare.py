@@ -27,18 +27,19 @@ def measure(artifacts: list[Path], data: str | None, tokenizer: str | None, seqs
     log, scores, shape = tm.Log(), [], None
     for path in artifacts:
         model, hp = tm.load_artifact(path)
-        if shape and shape != (hp.vocab_size, hp.train_seq_len):
+        if shape is None:
+            data = data or os.environ.get("DATA_PATH") or hp.data_path
+            tokenizer = tokenizer or os.environ.get("TOKENIZER_PATH") or hp.tokenizer_path
+        elif shape != (hp.vocab_size, hp.train_seq_len):
             raise InputError(f"{path}: {hp.shown('vocab_size')} {hp.shown('train_seq_len')}, but {artifacts[0]} has "
                              f"{shape[0]} and {shape[1]}; windows and tokens must be the same")
         shape = hp.vocab_size, hp.train_seq_len
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model.to(device).compute_dtype = getattr(torch, hp.compute_dtype)
-        val = tm.TokenStream(data or os.environ.get("DATA_PATH") or hp.data_path, "val")
-        sp = tm.load_tokenizer(tokenizer or os.environ.get("TOKENIZER_PATH") or hp.tokenizer_path, hp.vocab_size)
-        luts = tm.build_sentencepiece_luts(sp, hp.vocab_size, device)
+        val = tm.TokenStream(data, "val")
+        luts = tm.build_sentencepiece_luts(tm.load_tokenizer(tokenizer, hp.vocab_size), hp.vocab_size, device)
         val.check_tokens(hp.vocab_size)
         name = "ar" if hp.objective == "ar" else "l2r"
-        scores.append(tm.score_windows(name, model, hp, val, luts, seqs,
+        scores.append(tm.score_windows(name, model.on(device), hp, val, luts, seqs,
                                        lambda done, path=path: log.progress(path.stem, done)))
     return scores, shape[1]
 
@@ -94,8 +95,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifacts", nargs=2, type=Path, metavar="ARTIFACT")
     parser.add_argument("--seqs", type=int, default=256, help="windows, evenly spaced; 0: the whole split")
-    parser.add_argument("--data", help="folder of the shards; default: DATA_PATH, or the preset's")
-    parser.add_argument("--tokenizer", help="SentencePiece model; default: TOKENIZER_PATH, or the preset's")
+    parser.add_argument("--data", help="folder of the shards; default: DATA_PATH, or that of the first one's preset")
+    parser.add_argument("--tokenizer", help="SentencePiece model; default: TOKENIZER_PATH, or as above")
     parser.add_argument("--out", type=Path, default=Path("compare.png"))
     arguments = parser.parse_args()
     try:
