@@ -998,16 +998,17 @@ def nelbo_masks(passes: int, times: Tensor, draw: Callable[[], Tensor]) -> Itera
     """Masks (B, L) of k positions and weights (B,): an unbiased estimate of E_k E_mask (L/k)·nll, k uniform on 1..L.
 
     That is the code length of x0 averaged over all orders: the continuous-time bound of Sahoo et al. 2024 without its
-    discretisation. Small k vary most, so k = 1 + ⌊L·t^1.5⌋ and the weight corrects for its probability. `times` (B,)
-    are uniform on [0, 1); each pass has an equal share of t, every other one runs through it backwards, and the passes
-    mask consecutive arcs of one random circle, `draw` (B, L), so that together they treat positions evenly.
+    discretisation. Small k vary most, so k = 1 + ⌊L·t^1.5⌋ and the weight corrects for its probability (a single pass
+    keeps k uniform, so that windows compare). `times` (B,) are uniform on [0, 1); each pass has an equal share of t,
+    some run through it backwards, and the passes mask consecutive arcs of one random circle, `draw` (B, L), so that
+    together they treat positions evenly.
     """
-    rank, start = draw().argsort(1).argsort(1), 0
+    rank, start, power = draw().argsort(1).argsort(1), 0, 1.5 if passes > 1 else 1.0
     length = rank.shape[1]
     for p in range(passes):
         t = (p + (1 - times if p.bit_count() % 2 else times)) / passes
-        k = (1 + (length * t**1.5).long()).clamp(max=length)
-        probability = (k.double() / length) ** (2 / 3) - ((k - 1).double() / length) ** (2 / 3)
+        k = (1 + (length * t**power).long()).clamp(max=length)
+        probability = (k.double() / length) ** (1 / power) - ((k - 1).double() / length) ** (1 / power)
         yield (rank - start) % length < k[:, None], 1 / (k * probability * passes)
         start = start + k[:, None]
 

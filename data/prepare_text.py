@@ -213,11 +213,11 @@ def parse_arguments() -> argparse.Namespace:
                         help="identity keeps every byte; nmt_nfkc is the challenge's")
     parser.add_argument("--val-docs", type=int, default=0, help="the first N documents are the validation split")
     parser.add_argument("--val-fraction", type=float,
-                        help="or this share of them, by hash (0.04; 0.25 for docs, so that scores are sharp)")
+                        help="or this share of them, by hash (0.04; 0.35 for docs, so that scores are sharp)")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens a shard (default 100,000,000)")
     arguments = parser.parse_args()
     if arguments.val_fraction is None:
-        arguments.val_fraction = 0.25 if arguments.source == ["docs"] else 0.04
+        arguments.val_fraction = 0.35 if arguments.source == ["docs"] else 0.04
     if arguments.val_docs < 0 or not 0 < arguments.val_fraction < 1 or arguments.shard_tokens < 1:
         raise InputError("--val-docs must not be negative, --val-fraction lies between 0 and 1, --shard-tokens is at "
                          "least 1")

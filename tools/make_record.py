@@ -54,15 +54,18 @@ def parse_log(path: Path) -> dict:
     knobs = dict(token.split("=", 1) for token in resolved.split())
     last = find(r"^step:(\d+)/\d+ val_loss:\S+ .*train_time:(\d+)ms", body, path, "last validation")
     model = find(r"^Serialized model (\S+): (\d+) bytes", body, path, "artifact size")
-    score = find(r"^final_(\S+)_roundtrip val_loss:\S+ val_bpb:\S+ stderr:(\S+) eval_time:(\d+)ms", body, path, "score")
+    score = find(r"^final_(\S+)_roundtrip val_loss:\S+ val_bpb:\S+ stderr:(\S+) eval_time:", body, path, "score")
     exact = find(r"^final_\S+_roundtrip_exact val_loss:(\S+) val_bpb:(\S+)", body, path, "exact score")
     counted = find(r"^score:(nelbo|ar) .*seqs:(\d+) tokens:(\d+) bytes:(\d+)", body, path, "score line")
+    scores = re.findall(r"^score:(\w+) (?:biased:1 )?bpb:(\S+) .*seqs:(\d+) .*time:(\d+)ms", body, re.MULTILINE)
     return dict(
         source=source, seed=int(knobs["SEED"]), date=start[1], hardware=machine[1].replace("_", " "), torch=machine[2],
         dataset=data[1], preset=knobs["PRESET"], overridden=find(r"^overridden: (.+)$", body, path, "overrides")[1],
         params=int(find(r"^model_params:(\d+)", body, path, "parameter count")[1]),
         world_size=int(find(r"^world_size:(\d+)", body, path, "world size")[1]),
-        step_stop=int(last[1]), train_seconds=int(last[2]) / 1000, eval_seconds=int(score[3]) / 1000, label=model[1],
+        step_stop=int(last[1]), train_seconds=int(last[2]) / 1000, label=model[1],
+        eval_seconds=sum(int(ms) for *_, ms in scores) / 1000,
+        others={name: (float(bpb), int(seqs)) for name, bpb, seqs, _ in scores if name not in ESTIMATORS},
         artifact_bytes=int(model[2]), code_bytes=int(find(r"^Code size: (\d+) bytes", body, path, "code size")[1]),
         total_bytes=int(find(r"^Total submission size \S+: (\d+) bytes", body, path, "total size")[1]),
         val_loss=float(exact[1]), val_bpb=float(exact[2]), stderr=float(score[2]), estimator=ESTIMATORS[counted[1]],
@@ -121,6 +124,8 @@ def readme(runs: list[dict], facts: dict) -> str:
     rows = [f"| {run['seed']} | {run['val_bpb']:.4f} | {run['stderr']:.4f} | {run['val_loss']:.4f} | "
             f"{run['step_stop']} | {run['train_seconds']:.0f} s | {run['eval_seconds']:.0f} s | "
             f"{run['artifact_bytes']:,} |" for run in runs]
+    others = [f"{name} {statistics.mean(run['others'][name][0] for run in runs):.4f} ({seqs:,} windows)"
+              for name, (_, seqs) in first["others"].items() if all(name in run["others"] for run in runs)]
     warnings = [f"**OVER BUDGET: {warning}.**" for warning in facts["over_budget"]]
     return "\n".join([
         f"# {facts['name']}", "", facts["blurb"], "", *[line for warning in warnings for line in (warning, "")],
@@ -128,6 +133,7 @@ def readme(runs: list[dict], facts: dict) -> str:
         f"- data set: `{first['dataset']}`, {first['seqs']:,} validation windows, {first['tokens']:,} tokens, "
         f"{first['bytes']:,} bytes",
         f"- what the number is: {first['estimator']}",
+        *([f"- other scores, mean over seeds, bits per byte: {', '.join(others)}"] if others else []),
         f"- hardware: {first['hardware']}, torch {first['torch']}",
         f"- {first['params']:,} parameters, {first['label']}; code + artifact {facts['bytes_total']:,} bytes of "
         f"{SIZE_LIMIT_BYTES:,}", "",
