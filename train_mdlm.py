@@ -1239,9 +1239,10 @@ def score_artifact(path: Path, hp: Hyperparameters, val: TokenStream, luts: Byte
     sizes = {name: getattr(hp, f"{name}_seqs") for name in SCORE_NAMES[1:] if name in hp.score_names}
     if hp.final_eval_t_samples:
         sizes["tgrid"] = hp.final_eval_max_seqs
-    if hp.objective == "ar" and sizes.keys() - {"sliding"}:  # the headline is its chain rule, from left to right
-        log(f"not for a causal model, which has one order: {' '.join(sizes.keys() - {'sliding'})}")
-        sizes = {name: size for name, size in sizes.items() if name == "sliding"}
+    if hp.objective == "ar":  # the headline is its chain rule, from left to right, and it has no other order
+        for name in [name for name in sizes if name != "sliding"]:
+            log(f"score:{name} is not for causal models", screen=name != "l2r")
+            del sizes[name]
     total_ms = 0.0
     for name, seqs in {hp.headline: hp.final_eval_max_seqs, **sizes}.items():
         score, table = score_windows(name, model, hp, val, luts, seqs, functools.partial(log.progress, name))

@@ -1,6 +1,7 @@
 """Masked diffusion language models for parameter golf: train, pack into 16,000,000 bytes, score as a code length.
 
-Claim: every score this file prints is the length of a code that somebody could decode. The default system is PR 1699 of
+Claim: every score this file prints is the length of a code that somebody could decode (but one, printed as biased:1,
+which repeats a published estimator for comparison). The default system is PR 1699 of
 the challenge (19,190,656 parameters, fp8 e4m3 export, published at 1.4784 bits per byte); PRESET=ar is the challenge's
 causal baseline on the same trunk; PRESET=demo trains in minutes on two CPU cores.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import io
 import itertools
@@ -48,7 +50,6 @@ SIZE_LIMIT_BYTES = 16_000_000  # code + artifact
 BUDGET_SECONDS = 600.0  # for training, and again for evaluation
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly, however many are taken
 
-
 class InputError(ValueError):
     """Something the user gave is wrong: one line that names the value, the place and the remedy."""
 
@@ -61,6 +62,8 @@ def knob(group: str, default, meaning: str, unit: str = "", low=0, high=math.inf
     return dataclasses.field(default=default, metadata=metadata)
 
 
+CHAIN_RULES = ("l2r", "sliding", "confidence", "random")
+SCORE_NAMES = ("nelbo", *CHAIN_RULES, "tstep", "tgrid")
 PRESETS: dict[str, dict] = {
     "mdlm": {},  # PR 1699: the defaults below
     "ar": dict(  # the challenge's causal baseline
@@ -70,12 +73,12 @@ PRESETS: dict[str, dict] = {
         data_path="./data/datasets/docs_sp1024", tokenizer_path="./data/tokenizers/docs_1024_bpe.model",
         num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, train_seq_len=128, rope_base=100.0,
         tied_embed_init_std=0.05, masking="count", mask_eps=0.15, mask_max=0.65, loss_weight="flat",
-        iterations=1300, warmdown_iters=850, max_wallclock_seconds=200.0, warmup_steps=0, train_batch_tokens=2048,
+        iterations=1300, warmdown_iters=850, max_wallclock_seconds=400.0, warmup_steps=0, train_batch_tokens=2048,
         matrix_lr=0.04, tied_embed_lr=0.005, scalar_lr=0.01, muon_momentum=0.9, muon_momentum_warmup_steps=100,
-        ema_decay=0.0, train_log_every=100, val_loss_every=200, eval_max_seqs=256, val_batch_size=16384,
+        ema_decay=0.0, train_log_every=100, val_loss_every=200, eval_max_seqs=256, nelbo_passes=1, l2r_seqs=32,
+        val_batch_size=2048,
     ),
 }
-
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Hyperparameters:
@@ -91,7 +94,6 @@ class Hyperparameters:
     eval_only: str = knob("run", "", "path of an artifact to score instead of training")
     data_path: str = knob("data", "./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
     tokenizer_path: str = knob("data", "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
-
     objective: str = knob("model", "mdlm", "masked diffusion, or causal next-token prediction", choices=("mdlm", "ar"))
     vocab_size: int = knob("model", 1024, "real tokens V; MASK is token V", "tokens", low=2, high=65_534)
     train_seq_len: int = knob("model", 1024, "length L of a training and of a scoring window", "tokens", low=1)
@@ -105,9 +107,8 @@ class Hyperparameters:
     logit_softcap: float = knob("model", 30.0, "logits are cap·tanh(logits/cap); 0 leaves them alone")
     qk_gain_init: float = knob("model", 1.5, "initial gain of the normalised queries")
     tied_embed_init_std: float = knob("model", 0.005, "standard deviation of the initial tied embedding")
-    compute_dtype: str = knob("model", "auto", "of activations; auto: bfloat16 on GPUs, the faster one on CPUs",
+    compute_dtype: str = knob("model", "auto", "of activations; auto: bfloat16 on GPUs, float32 on CPUs",
                               choices=("auto", "float32", "bfloat16"))
-
     masking: str = knob("noise", "bernoulli", "each token alone, or exactly k tokens", choices=("bernoulli", "count"))
     time_sampling: str = knob("noise", "stratified", "spread of mask times over the global batch",
                               choices=("stratified", "antithetic", "uniform"))
@@ -115,7 +116,6 @@ class Hyperparameters:
     mask_max: float = knob("noise", 1.0, "largest mask probability", high=1)
     loss_weight: str = knob("noise", "elbo", "of a masked token: 1 / mask probability, or 1", choices=("elbo", "flat"))
     weight_clamp: float = knob("noise", 100.0, "largest ELBO weight")
-
     iterations: int = knob("training", 20_000, "optimizer steps at most", "steps")
     max_wallclock_seconds: float = knob("training", 600.0, "training time at most; 0: no limit", "s")
     warmup_steps: int = knob("training", 20, "compile warm-up, undone before training starts", "steps")
@@ -124,7 +124,6 @@ class Hyperparameters:
     micro_batch_tokens: int = knob("training", 65_536, "tokens of one pass of one process at most", "tokens", low=1)
     train_log_every: int = knob("training", 200, "between log lines (the first 10 steps always log; 0: none)", "steps")
     val_loss_every: int = knob("training", 1000, "between validations; 0: only at the end", "steps")
-
     matrix_lr: float = knob("optimizer", 0.02, "Muon learning rate of the block matrices")
     tied_embed_lr: float = knob("optimizer", 0.05, "Adam learning rate of a tied embedding")
     embed_lr: float = knob("optimizer", 0.6, "Adam learning rate of an untied embedding")
@@ -140,14 +139,22 @@ class Hyperparameters:
     grad_clip_norm: float = knob("optimizer", 1.0, "largest norm of the whole gradient; 0: no limit")
     ema_decay: float = knob("optimizer", 0.999, "decay a step of the averaged weights; 0: no averaging", high=1)
     ema_start_frac: float = knob("optimizer", 0.1, "averaging starts at this share of the clock or steps", high=1)
-
     quant_mode: str = knob("export", "fp8", "storage of matrices and embeddings", choices=("fp8", "fp16", "fp32"))
     pack: str = knob("export", "auto", "compressor; auto: the smallest", choices=("auto", "zlib", "lzma", "zstd"))
-
     nelbo_passes: int = knob("scoring", 4, "masks a sequence of the final any-order NELBO", low=1)
     eval_max_seqs: int = knob("scoring", 4096, "of a validation during training, evenly spaced; 0: all", "windows")
     final_eval_max_seqs: int = knob("scoring", 0, "of the final score, evenly spaced; 0: all", "windows")
-    final_eval_t_samples: int = knob("scoring", 0, "points of PR 1699's t-grid score, beside ours; 0: none")
+    final_eval_t_samples: int = knob("scoring", 0, "as PR 1699: adds tgrid with these points on FINAL_EVAL_MAX_SEQS")
+    scores: str = knob("scoring", "nelbo,l2r", "final scores, any of nelbo,l2r,sliding,confidence,random,tstep,tgrid")
+    l2r_seqs: int = knob("scoring", 512, "chain rule from left to right; 0: all", "windows")
+    sliding_seqs: int = knob("scoring", 4096, "the same, each token with the longest left context; 0: all", "windows")
+    confidence_seqs: int = knob("scoring", 256, "chain rule, surest position first; 0: all", "windows")
+    random_seqs: int = knob("scoring", 256, "chain rule in a seeded random order; 0: all", "windows")
+    tstep_seqs: int = knob("scoring", 1024, "bound of TSTEP_STEPS independent masks; 0: all", "windows")
+    tgrid_seqs: int = knob("scoring", 256, "PR 1699's grid in t, biased, 256 points; 0: all", "windows")
+    tstep_steps: int = knob("scoring", 128, "T of the T-step bound", low=1)
+    stride: int = knob("scoring", 64, "tokens a sliding window scores, at most its length", "tokens", low=1)
+    chain_group: int = knob("scoring", 1, "positions revealed by one model call of a chain rule", low=1)
     val_batch_size: int = knob("scoring", 524_288, "tokens of one scoring pass of all processes", "tokens", low=1)
 
     def __init__(self, preset: str = "mdlm", **overrides):
@@ -178,6 +185,9 @@ class Hyperparameters:
             raise InputError(f"{self.shown('mask_eps')} must be smaller than {self.shown('mask_max')}")
         if self.loss_weight == "elbo" and self.objective == "mdlm" and self.weight_clamp == 0:
             raise InputError(f"{self.shown('weight_clamp')} must be positive, or LOSS_WEIGHT=flat")
+        for name in self.score_names:
+            if name not in SCORE_NAMES:
+                raise InputError(f"{self.shown('scores')}: {name} is not one of {', '.join(SCORE_NAMES)}")
         if self.run_id and not re.fullmatch(r"[\w.+=@-]+", self.run_id):
             raise InputError(f"{self.shown('run_id')} may hold letters, digits and . _ + = @ - only")
 
@@ -189,8 +199,9 @@ class Hyperparameters:
     head_dim = property(lambda self: self.model_dim // self.num_heads)
     mask_id = property(lambda self: self.vocab_size)
     pad_id = property(lambda self: self.vocab_size + 1)
+    score_names = property(lambda self: [name.strip() for name in self.scores.split(",") if name.strip()])
+    headline = property(lambda self: "ar" if self.objective == "ar" else "nelbo", doc="the score behind val_bpb")
     batch_rows = property(lambda self: self.train_batch_tokens // self.train_seq_len, doc="sequences a global batch")
-
 
 def checked_value(spec: dataclasses.Field, value):
     """`value` (a string from the environment, or a Python value) as the type of the field; InputError names it."""
@@ -213,30 +224,22 @@ def checked_value(spec: dataclasses.Field, value):
         raise InputError(f"{name}={value} is not between {limits['low']} and {limits['high']}")
     return value
 
-
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.85)
-    return f" (did you mean {close[0]}?)" if close else ""
-
+    return "".join(f" (did you mean {close}?)" for close in difflib.get_close_matches(name, list(known), 1, 0.85))
 
 def near_misses(env: Mapping[str, str]) -> list[str]:
     """One warning for every variable of `env` that is almost, but not quite, the name of a hyperparameter."""
     known = [f.name.upper() for f in dataclasses.fields(Hyperparameters)]
-    hints = {name: did_you_mean(name, known) for name in env if name not in known}
-    return [f"warning: environment variable {name} is not read{hint}" for name, hint in sorted(hints.items()) if hint]
-
+    hints = ((name, did_you_mean(name, known)) for name in sorted(env) if name not in known)
+    return [f"warning: environment variable {name} is not read{hint}" for name, hint in hints if hint]
 
 def help_text() -> str:
     """The table that --help prints: name, default, unit, meaning, choices, and the presets that change it."""
     lines = [__doc__.strip(), "", "Environment variables:"]
-    group = None
     for spec in dataclasses.fields(Hyperparameters):
         about = spec.metadata
-        if about["group"] != group:
-            group = about["group"]
-            lines += ["", f"  {group}"]
-        default = int(spec.default) if isinstance(spec.default, bool) else spec.default
-        value = f"{spec.name.upper()}={default}"
+        lines += ["", f"  {about['group']}"] if f"  {about['group']}" not in lines else []
+        value = f"{spec.name.upper()}={int(spec.default) if isinstance(spec.default, bool) else spec.default}"
         notes = [about["meaning"] + (f" [{about['unit']}]" if about["unit"] else "")]
         notes += [" | ".join(about["choices"])] if about["choices"] else []
         changed = [f"{preset}: {row[spec.name]}" for preset, row in PRESETS.items() if spec.name in row]
@@ -250,17 +253,14 @@ def help_text() -> str:
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
-
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
 
 def all_reduce(tensor: Tensor) -> Tensor:
     """Sums in place over all processes."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
-
 
 def start_ranks() -> torch.device:
     """Joins the process group that torchrun describes (or a group of one) and returns this process's device.
@@ -280,40 +280,31 @@ def start_ranks() -> torch.device:
         dist.init_process_group(backend)
     return device
 
-
 def raise_everywhere(problem: InputError | None) -> None:
     """Raises the first problem that any process has on all of them, so that none is left waiting for the others."""
-    problems = [str(problem) if problem else None]
+    problems = [problem] * world_size()
     if world_size() > 1:
-        problems = [None] * world_size()
-        dist.all_gather_object(problems, str(problem) if problem else None)
-    for message in problems:
-        if message:
-            raise InputError(message)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
+        dist.all_gather_object(problems, problem)
+    for found in filter(None, problems):
+        raise found
 
 class Clock:
     """Training time in milliseconds; stopped around validation, so that only training is counted."""
-
     def __init__(self, device: torch.device):
         self.device, self.counted_ms, self.started = device, 0.0, None
 
     def start(self) -> None:
-        synchronize(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.started = time.perf_counter()
 
     def stop(self) -> None:
-        synchronize(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.counted_ms, self.started = self.ms(), None
 
     def ms(self) -> float:
-        running = 1000.0 * (time.perf_counter() - self.started) if self.started is not None else 0.0
-        return self.counted_ms + running
+        return self.counted_ms + (1000 * (time.perf_counter() - self.started) if self.started else 0.0)
 
     def shared_ms(self) -> float:
         """The first process's time: decisions that depend on it must be the same everywhere."""
@@ -322,14 +313,12 @@ class Clock:
             dist.broadcast(now, src=0)
         return now.item()
 
-
 class Log:
     """The first process's lines, on the screen and in a file; on a terminal also a progress bar below them."""
-
     def __init__(self, path: Path | None = None):
         self.path = path if rank() == 0 else None
         self.bar = rank() == 0 and sys.stdout.isatty()
-        self.bar_name, self.bar_started, self.bar_drawn, self.bar_from = "", 0.0, 0.0, 0.0
+        self.phase, self.drawn = ("", 0.0, 0.0), 0.0  # name, start and first fraction of the bar; when it was drawn
 
     def __call__(self, line: str, screen: bool = True) -> None:
         if rank() != 0:
@@ -343,23 +332,22 @@ class Log:
     def progress(self, name: str, fraction: float, note: str = "") -> None:
         """Redraws the bar at most five times a second; `fraction` in [0, 1], the time left follows from it."""
         now = time.monotonic()
-        if not self.bar or (now - self.bar_drawn < 0.2 and 0.0 < fraction < 1.0):
+        if not self.bar or (now - self.drawn < 0.2 and 0.0 < fraction < 1.0):
             return
-        if name != self.bar_name:
-            self.bar_name, self.bar_started, self.bar_from = name, now, fraction
-        speed = (fraction - self.bar_from) / max(now - self.bar_started, 1e-9)
-        seconds = int((1 - fraction) / speed) if speed > 0 else 0
-        left = f"{seconds // 60}:{seconds % 60:02d} left" if speed > 0 else ""
-        blocks = int(30 * fraction)
-        line = f"{name} {'█' * blocks}{'░' * (30 - blocks)} {100 * fraction:3.0f} % {left} {note}"
-        print("\r\x1b[K" + (line if fraction < 1.0 else ""), end="", flush=True)
-        self.bar_drawn = now
+        if name != self.phase[0]:
+            self.phase = name, now, fraction
+        speed = (fraction - self.phase[2]) / max(now - self.phase[1], 1e-9)
+        left = "{}:{:02d} left".format(*divmod(int((1 - fraction) / speed), 60)) if speed > 0 else ""
+        bar = f"{'█' * int(30 * fraction):░<30}"
+        line = f"{name} {bar} {100 * fraction:3.0f} % {left} {note}" if fraction < 1.0 else ""
+        print("\r\x1b[K" + line, end="", flush=True)
+        self.drawn = now
 
 
 # == Data and bytes ====================================================================================================
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
-
+BOS_ID = 1  # <s> in the challenge's tokenizers
 
 def open_shard(path: Path) -> np.ndarray:
     """Memory-maps a shard of the challenge: 256 little-endian int32 (magic, version, number of tokens), then uint16."""
@@ -378,10 +366,8 @@ def open_shard(path: Path) -> np.ndarray:
                          f"has {size}; it is truncated or damaged, make or fetch it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
 
-
 class TokenStream:
     """The shards of one split end to end, memory-mapped, read as a ring: after the last token comes the first."""
-
     def __init__(self, folder: str | Path, split: str):
         self.files = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
         if not self.files:
@@ -402,37 +388,33 @@ class TokenStream:
             start = (start + len(parts[-1])) % self.total
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def windows(self, numbers: Iterable[int], length: int) -> Tensor:
-        """(B, 1 + length) int64: window n holds tokens 1 + n·length … (n + 1)·length, after the token before them."""
-        return torch.from_numpy(np.stack([self.read(n * length, 1 + length) for n in numbers]).astype(np.int64))
+    def windows(self, numbers: Iterable[int], length: int, stride: int = 0) -> Tensor:
+        """(B, 1 + length) int64: window n is token n·stride and the `length` after it; without a stride end to end."""
+        starts = [n * (stride or length) for n in numbers]
+        return torch.from_numpy(np.stack([self.read(start, 1 + length) for start in starts]).astype(np.int64))
 
-    def count_windows(self, length: int) -> int:
+    def count_windows(self, length: int, stride: int = 0) -> int:
         """Whole windows without going round the ring; the very first token is only ever a predecessor."""
-        return (self.total - 1) // length
+        return max(1 + (self.total - 1 - length) // (stride or length), 0)
 
     def check_tokens(self, vocab_size: int, first_tokens: int | None = None) -> None:
         """Reads what a run can touch, each process its share of the files; InputError for a token ≥ vocab_size."""
         problem = None
         for i in range(rank(), len(self.shards), world_size()):
-            begins = int(self.ends[i]) - len(self.shards[i])
-            if problem is None and (first_tokens is None or begins < first_tokens):
-                for start in range(0, len(self.shards[i]), 1 << 24):
-                    largest = int(self.shards[i][start:start + (1 << 24)].max())
-                    if largest >= vocab_size:
-                        problem = InputError(f"{self.files[i]}: holds token {largest}, but VOCAB_SIZE={vocab_size}; "
-                                             "the shards were made with another tokenizer")
-                        break
+            shard, begins = self.shards[i], int(self.ends[i]) - len(self.shards[i])
+            if first_tokens is None or begins < first_tokens:
+                largest = max(int(shard[at:at + (1 << 24)].max()) for at in range(0, len(shard), 1 << 24))
+                if largest >= vocab_size:
+                    problem = InputError(f"{self.files[i]}: holds token {largest}, but VOCAB_SIZE={vocab_size}; "
+                                         "the shards were made with another tokenizer")
         raise_everywhere(problem)
-
 
 class ByteTables(NamedTuple):
     """What each token adds to the text, for all ids < table size (the challenge's tables, plus `keeps_space`)."""
-
     base_bytes: Tensor  # (table,) int64, UTF-8 bytes without the leading space
     has_leading_space: Tensor  # (table,) bool
     is_boundary: Tensor  # (table,) bool: control and unknown tokens, which stand for no text
     keeps_space: bool  # whether the first piece after a boundary keeps its leading space when decoded
-
 
 def build_sentencepiece_luts(sp, vocab_size: int, device: torch.device | str = "cpu") -> ByteTables:
     """Byte tables of a SentencePiece model, exact for pieces with several spaces and for text that starts with one."""
@@ -455,22 +437,23 @@ def build_sentencepiece_luts(sp, vocab_size: int, device: torch.device | str = "
         base[token] = len(piece.replace("\u2581", " ").encode())
     return ByteTables(*(torch.from_numpy(table).to(device) for table in (base, space, boundary)), keeps_space)
 
-
-def count_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
-    """(…) int64: exact UTF-8 bytes of the text that tokens (…, L) add after the token `prev` (…) before them."""
+def token_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
+    """(…, L) int64: exact UTF-8 bytes of the text that each of tokens (…, L) adds; `prev` (…) is the token before."""
     tokens = torch.as_tensor(tokens, dtype=torch.int64, device=luts.base_bytes.device)
     first = torch.as_tensor(prev, dtype=torch.int64, device=tokens.device).expand(tokens.shape[:-1])
     before = torch.cat([first[..., None], tokens[..., :-1]], dim=-1)
     counted = luts.has_leading_space[tokens]
     if not luts.keeps_space:
         counted = counted & ~luts.is_boundary[before]
-    return (luts.base_bytes[tokens] + counted).sum(-1)
+    return luts.base_bytes[tokens] + counted
 
+def count_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
+    """(…) int64: exact UTF-8 bytes of the text that tokens (…, L) add after the token `prev` (…) before them."""
+    return token_bytes(tokens, prev, luts).sum(-1)
 
 def load_tokenizer(path: str, vocab_size: int):
     """The SentencePiece model at `path`; InputError when it is missing, foreign or of another size."""
     import sentencepiece
-
     if not Path(path).is_file():
         raise InputError(f"no tokenizer at TOKENIZER_PATH={path}; make it with 'python data/prepare_text.py --source "
                          "docs' (and PRESET=demo) or fetch it with 'python data/fetch_fineweb.py'")
@@ -490,12 +473,11 @@ def seeded(device: torch.device | str, *key) -> torch.Generator:
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
-
 def sample_times(kind: str, u: Tensor) -> Tensor:
     """Mask times t in [0, 1] of a global batch from independent uniform draws u (B,).
 
-    stratified: one offset, one row in each of B equal strata (Sahoo et al. 2024, low-discrepancy sampler), in the order
-    of multiples of the golden ratio, so that any few neighbours are spread evenly too; antithetic: pairs t, 1 − t.
+    stratified: one offset, a row in each of B equal strata (Sahoo et al. 2024), in the order of multiples of the golden
+    ratio, so that any few neighbours are spread evenly too; antithetic: pairs t, 1 − t.
     """
     rows = len(u)
     if kind == "stratified":
@@ -505,17 +487,14 @@ def sample_times(kind: str, u: Tensor) -> Tensor:
         return torch.stack([u[: rows // 2], 1 - u[: rows // 2]], dim=1).flatten()
     return u
 
-
 def mask_probability(hp: Hyperparameters, u: Tensor) -> Tensor:
     """(B,) probability that a token is masked, uniform on [MASK_EPS, MASK_MAX]."""
     return hp.mask_eps + (hp.mask_max - hp.mask_eps) * sample_times(hp.time_sampling, u)
-
 
 def mask_exactly(k: Tensor, keys: Tensor) -> Tensor:
     """Masks the k (B,) positions of each row with the smallest keys (B, L); (B, L) bool."""
     first = torch.arange(keys.shape[-1], device=keys.device) < k[:, None]
     return torch.zeros_like(first).scatter_(1, keys.argsort(-1), first)
-
 
 def sample_masks(hp: Hyperparameters, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Masks of a global batch: (B, L) bool, and the loss weight (B,) of each of a row's masked tokens."""
@@ -530,7 +509,6 @@ def sample_masks(hp: Hyperparameters, generator: torch.Generator) -> tuple[Tenso
     if hp.loss_weight == "flat":
         return mask, torch.ones_like(probability)
     return mask, (1 / probability).clamp(max=hp.weight_clamp)
-
 
 def masked_capacity(hp: Hyperparameters, rows: int) -> int:
     """A static bound on the masked positions of any micro-batch of `rows` rows: only those need the output head.
@@ -548,11 +526,9 @@ def masked_capacity(hp: Hyperparameters, rows: int) -> int:
 
 NORM_EPS = torch.finfo(torch.float32).eps
 
-
 def norm(x: Tensor) -> Tensor:
     """RMS normalisation of the last axis, without gain."""
     return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
-
 
 def rotary_table(length: int, head_dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin (L, head_dim/2) of the rotary embedding, in the dtype and on the device of `like`."""
@@ -560,26 +536,25 @@ def rotary_table(length: int, head_dim: int, base: float, like: Tensor) -> tuple
     angle = torch.outer(torch.arange(length, dtype=torch.float32, device=like.device), base**-exponent)
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Half-split rotary embedding of x (…, L, head_dim)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
-
 class Linear(nn.Linear):
     """A matrix without bias, kept in float32 and applied in the dtype of its input."""
-
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
+def pick(x: Tensor, at: Tensor | None) -> Tensor:
+    """(N, D): the positions `at` (N,) of x (B, L, D), counted through the batch; all of x for None."""
+    return x if at is None else x.flatten(0, 1).index_select(0, at)
 
 class Attention(nn.Module):
     """Grouped-query attention with normalised, rotated and gained queries; bidirectional unless `causal`."""
-
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.head_dim, self.causal = hp.head_dim, hp.objective == "ar"
@@ -590,17 +565,15 @@ class Attention(nn.Module):
         self.proj = Linear(hp.model_dim, hp.model_dim)
         self.q_gain = nn.Parameter(torch.full((hp.num_heads,), hp.qk_gain_init))
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor | None) -> Tensor:
         q, k, v = (c(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for c in (self.c_q, self.c_k, self.c_v))
         q = rotate(norm(q), *rotary) * self.q_gain.to(x.dtype)[:, None, None]  # (B, H, L, head_dim)
         k = rotate(norm(k), *rotary)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=self.shares_keys)
-        return self.proj(y.transpose(1, 2).flatten(2))
-
+        return self.proj(pick(y.transpose(1, 2).flatten(2), at))
 
 class MLP(nn.Module):
     """proj(ReLU(fc x)²)."""
-
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.fc = Linear(hp.model_dim, hp.mlp_mult * hp.model_dim)
@@ -608,7 +581,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.relu(self.fc(x)).square())
-
 
 class Block(nn.Module):
     def __init__(self, hp: Hyperparameters):
@@ -618,12 +590,12 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(hp.model_dim))
         self.resid_mix = nn.Parameter(torch.stack([torch.ones(hp.model_dim), torch.zeros(hp.model_dim)]))
 
-    def forward(self, x: Tensor, x_emb: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, x_emb: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor | None) -> Tensor:
+        """(B, L, D) → (B, L, D), or (N, D) if only the positions `at` (N,) are wanted: attention still sees all."""
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x_emb
-        x = x + self.attn_scale.to(x.dtype) * self.attn(norm(x), rotary)
+        x = pick(x, at) + self.attn_scale.to(x.dtype) * self.attn(norm(x), rotary, at)
         return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
-
 
 class Model(nn.Module):
     """The challenge's U-Net transformer, with its parameter names; bidirectional with a MASK embedding, or causal.
@@ -646,8 +618,13 @@ class Model(nn.Module):
             nn.init.zeros_(block.attn.proj.weight)
             nn.init.zeros_(block.mlp.proj.weight)
 
-    def hidden(self, z: Tensor, masked_fraction: Tensor | None = None) -> Tensor:
-        """Normalised last hidden state (B, L, D) of tokens z (B, L) int64.
+    def on(self, device: torch.device) -> Model:
+        """Moves to the device; activations get the dtype of COMPUTE_DTYPE."""
+        self.compute_dtype = getattr(torch, resolve_dtype(self.hp, device))
+        return self.to(device)
+
+    def hidden(self, z: Tensor, masked_fraction: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        """Normalised last hidden state (B, L, D) of tokens z (B, L) int64; (N, D) at the flat positions `at` (N,).
 
         `masked_fraction` (B,) is for backbones that are told the noise level; this one sees it in z.
         """
@@ -657,7 +634,7 @@ class Model(nn.Module):
         for i, block in enumerate(self.blocks):
             if i >= encoder and skips:
                 x = x + self.skip_weights[i - encoder].to(x.dtype) * skips.pop()
-            x = block(x, x_emb, rotary)
+            x = block(x, x_emb, rotary, at if block is self.blocks[-1] else None)
             if i < encoder:
                 skips.append(x)
         return norm(x)
@@ -671,6 +648,9 @@ class Model(nn.Module):
     def forward(self, z: Tensor, masked_fraction: Tensor | None = None) -> Tensor:
         return self.head(self.hidden(z, masked_fraction))
 
+def resolve_dtype(hp: Hyperparameters, device: torch.device) -> str:
+    """COMPUTE_DTYPE without auto."""
+    return ("bfloat16" if device.type == "cuda" else "float32") if hp.compute_dtype == "auto" else hp.compute_dtype
 
 def build_model(hp: Hyperparameters) -> Model:
     """A new model on the CPU, in float32; its weights depend on hp.seed only, and no global state changes."""
@@ -679,29 +659,14 @@ def build_model(hp: Hyperparameters) -> Model:
         return Model(hp)
 
 
-def resolve_dtype(hp: Hyperparameters, device: torch.device) -> str:
-    """COMPUTE_DTYPE without auto: bfloat16 on GPUs, and on CPUs where it clearly wins a trial on every process."""
-    if hp.compute_dtype != "auto" or device.type == "cuda":
-        return "bfloat16" if hp.compute_dtype == "auto" else hp.compute_dtype
-    seconds = {torch.float32: [], torch.bfloat16: []}
-    for dtype in 4 * list(seconds):
-        started = time.perf_counter()
-        F.relu(torch.ones(1024, hp.model_dim, dtype=dtype) @ torch.ones(hp.model_dim, 4 * hp.model_dim, dtype=dtype))
-        seconds[dtype].append(time.perf_counter() - started)
-    wins = all_reduce(torch.tensor(float(min(seconds[torch.bfloat16]) < 0.7 * min(seconds[torch.float32]))))
-    return "bfloat16" if wins.item() == world_size() else "float32"
-
-
 # == Loss ==============================================================================================================
 
 class Batch(NamedTuple):
     """One micro-batch, with static shapes."""
-
     z: Tensor  # (B, L) int64, what the model sees
     positions: Tensor  # (N,) int64, scored positions of the flattened batch
     targets: Tensor  # (N,) int64, the tokens there
     weights: Tensor  # (N,) float32, already divided by the tokens of the global batch; 0 fills up to N
-
 
 def compact(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """Indices of the True elements of `mask`, flattened, in `capacity` slots: (N,) int64, and which are used (N,) bool.
@@ -713,7 +678,6 @@ def compact(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     positions = torch.arange(capacity + 1, device=flat.device).clamp(max=len(flat) - 1)  # unused slots: all different
     positions.scatter_(0, slot, torch.arange(len(flat), device=flat.device))
     return positions[:capacity], torch.arange(capacity, device=flat.device) < flat.sum()
-
 
 def training_batch(hp: Hyperparameters, stream: TokenStream, step: int, rows: range, capacity: int,
                    device: torch.device) -> Batch:
@@ -732,10 +696,9 @@ def training_batch(hp: Hyperparameters, stream: TokenStream, step: int, rows: ra
     weights = torch.where(used, weight[positions // hp.train_seq_len], 0) / hp.train_batch_tokens
     return Batch(torch.where(mask, hp.mask_id, x0), positions, x0.flatten()[positions], weights)
 
-
 def batch_loss(model: Model, batch: Batch) -> Tensor:
     """Σ weight·nll over the scored positions, in nats; summed over the global batch it is the loss of the step."""
-    h = model.hidden(batch.z).flatten(0, 1)[batch.positions]
+    h = model.hidden(batch.z, at=batch.positions)
     return (F.cross_entropy(model.head(h), batch.targets, reduction="none") * batch.weights).sum()
 
 
@@ -743,7 +706,6 @@ def batch_loss(model: Model, batch: Batch) -> Tensor:
 
 class Kind(NamedTuple):
     """A kind of parameter: what it is called, how it is trained and how it is stored."""
-
     name: str
     pattern: str  # of the parameter's name
     optimizer: str  # muon | adam
@@ -759,14 +721,11 @@ KINDS = (
          "fp16"),
 )
 
-
 def kind_of(name: str) -> Kind:
     return next(kind for kind in KINDS if re.fullmatch(kind.pattern, name))
 
-
 def base_learning_rate(kind: Kind, hp: Hyperparameters) -> float:
     return hp.tied_embed_lr if kind.name == "embed" and hp.tie_embeddings else getattr(hp, kind.lr)
-
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     """Pushes the singular values of each matrix (n, rows, cols) to about 1 by Newton-Schulz iterations.
@@ -782,7 +741,6 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
         gram = x @ x.mT
         x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
     return x.mT if tall else x
-
 
 class Optimizer:
     """Muon and Adam over one flat buffer of weights and one of gradients.
@@ -857,7 +815,6 @@ class Optimizer:
             velocity.zero_()
         self.adam.state.clear()
 
-
 class EMA:
     """Exponential moving average of a flat weight buffer, in float32, from the first update on.
 
@@ -889,7 +846,6 @@ class EMA:
 ARTIFACT_MAGIC, ARTIFACT_VERSION, MAX_HEADER_BYTES = b"MDLMgolf", 1, 1 << 22
 STORAGES = {"fp8": torch.float8_e4m3fn, "fp16": torch.float16, "fp32": torch.float32}
 
-
 class Packer(NamedTuple):
     magic: bytes  # the first bytes of its files
     pack: Callable[[bytes], bytes]
@@ -905,7 +861,6 @@ PACKERS = {
                    lambda packed, limit: zstandard.ZstdDecompressor().stream_reader(packed).read(limit)),
 }
 
-
 def store(tensor: Tensor, storage: str) -> bytes:
     """The tensor's elements, row-major and little-endian; e4m3 saturates at ±448 instead of becoming NaN."""
     tensor = tensor.detach().float().cpu().contiguous()
@@ -913,11 +868,9 @@ def store(tensor: Tensor, storage: str) -> bytes:
         return tensor.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy().tobytes()
     return tensor.to(STORAGES[storage]).numpy().tobytes()
 
-
 def stored_fields() -> list[str]:
     """The hyperparameters an artifact carries: those that define the predictor."""
     return ["preset"] + [f.name for f in dataclasses.fields(Hyperparameters) if f.metadata["group"] == "model"]
-
 
 def save_artifact(model: Model, hp: Hyperparameters, path: str | Path) -> dict:
     """Quantizes, packs and writes the model; returns artifact_bytes, label, raw_bytes and packed_bytes by packer."""
@@ -944,7 +897,6 @@ def save_artifact(model: Model, hp: Hyperparameters, path: str | Path) -> dict:
     return dict(artifact_bytes=len(written), label=unpack_artifact(written, path)[2], raw_bytes=len(raw),
                 packed_bytes={name: len(blob) for name, blob in packed.items()})
 
-
 def read_file_everywhere(path: str | Path) -> bytes:
     """The first process's file, on every process: other machines need not have it."""
     content, problem = [None], None
@@ -956,7 +908,6 @@ def read_file_everywhere(path: str | Path) -> bytes:
     if world_size() > 1:
         dist.broadcast_object_list(content, src=0, device=torch.device("cpu"))
     return content[0]
-
 
 def unpack_artifact(packed: bytes, path: str | Path) -> tuple[dict, bytes, str]:
     """Header, tensor bytes and label of an artifact, verified; InputError (one line, with `path`) for anything else.
@@ -988,13 +939,15 @@ def unpack_artifact(packed: bytes, path: str | Path) -> tuple[dict, bytes, str]:
         raise InputError(f"{path}: not an artifact of this version of train_mdlm.py") from None
     return header, raw[body_at:], "+".join([*sorted(storages), packer])
 
-
 def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
     """A fresh model with the weights on disk, and its hyperparameters; InputError (a ValueError) if it is not sound.
 
     In a group of processes all of them call it, and get what the first one reads.
     """
-    header, body, _ = unpack_artifact(read_file_everywhere(path), path)
+    return restore_artifact(*unpack_artifact(read_file_everywhere(path), path)[:2], path)
+
+def restore_artifact(header: dict, body: bytes, path: str | Path) -> tuple[Model, Hyperparameters]:
+    """Model and hyperparameters of an unpacked artifact; InputError if its tensors are not those of its shape."""
     try:
         hp = Hyperparameters(**header["hyperparameters"])
         model = build_model(hp)
@@ -1013,64 +966,170 @@ def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
 # == Scoring ===========================================================================================================
 
 @torch.no_grad()
-def masked_nll(model: Model, x0: Tensor, mask: Tensor) -> Tensor:
-    """(B,) float64 nats: −Σ ln p(x_i | z) over the masked positions of x0 (B, L), z = x0 with MASK where mask."""
+def token_nll(model: Model, z: Tensor, x0: Tensor, scored: Tensor, masked_fraction: Tensor | None = None) -> Tensor:
+    """(B, L) nats: −ln p(x_i | z) at the positions `scored` (B, L), 0 elsewhere; only those need the output head."""
+    at = scored.flatten().nonzero()[:, 0]
+    h = model.hidden(z, masked_fraction, at)
+    nll = F.cross_entropy(model.head(h), x0.flatten()[at], reduction="none")
+    return nll.new_zeros(x0.numel()).index_copy_(0, at, nll).view(x0.shape)
+
+def masked_nll(model: Model, x0: Tensor, mask: Tensor, scored: Tensor | None = None) -> Tensor:
+    """(B, L) nats of the `scored` tokens of x0 (B, L), or all masked ones, where MASK hides `mask` (B, L)."""
     z = torch.where(mask, model.hp.mask_id, x0)
-    h = model.hidden(z, mask.float().mean(1))[mask]  # (N, D): visible tokens are never scored
-    nll = F.cross_entropy(model.head(h), x0[mask], reduction="none").double()
-    return nll.new_zeros(len(x0)).index_add_(0, mask.nonzero()[:, 0], nll)
+    return token_nll(model, z, x0, mask if scored is None else scored, mask.float().mean(1))
 
+def causal_nll(model: Model, window: Tensor, scored: Tensor | None = None) -> Tensor:
+    """(B, L) nats: −ln p(x_i | the token before the window, x_<i) for window (B, 1 + L), with a causal model."""
+    x0 = window[:, 1:]
+    return token_nll(model, window[:, :-1], x0, torch.ones_like(x0, dtype=torch.bool) if scored is None else scored)
 
-def any_order_nelbo(model: Model, x0: Tensor, passes: int, times: Tensor, draw: Callable[[], Tensor]) -> Tensor:
-    """(B,) float64 nats: mean over passes of (L/k)·masked_nll with exactly k masked, k = 1 + ⌊t·L⌋.
+def weighted_nll(model: Model, x0: Tensor, masks: Iterable[tuple[Tensor, Tensor | float]]) -> Tensor:
+    """(B,) float64 nats: the sum over masks (B, L) of weight · nll of the masked tokens."""
+    nats = torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
+    for mask, weight in masks:
+        nll = masked_nll(model, x0, mask.to(x0.device)).double().sum(1)
+        nats += torch.as_tensor(weight, device=x0.device) * nll
+    return nats
 
-    Pass p uses t = frac(times + p/passes); `draw` returns fresh uniform keys (B, L). With each of `times` (B,) uniform
-    on [0, 1) this is an unbiased estimate of E_k E_mask (L/k)·nll, the code length of x0 averaged over all orders: the
-    continuous-time bound of Sahoo et al. 2024, without its discretisation.
+def uniform_keys(shape: torch.Size, generator: torch.Generator | None) -> Callable[[], Tensor]:
+    return lambda: torch.rand(shape, generator=generator, device=generator.device if generator else "cpu")
+
+def nelbo_masks(passes: int, times: Tensor, draw: Callable[[], Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
+    """Masks (B, L) of k positions and weights (B,): an unbiased estimate of E_k E_mask (L/k)·nll, k uniform on 1..L.
+
+    That is the code length of x0 averaged over all orders: the continuous-time bound of Sahoo et al. 2024 without its
+    discretisation. Small k vary most, so k = 1 + ⌊L·t^1.5⌋ and the weight corrects for its probability (a single pass
+    keeps k uniform, so that windows compare). `times` (B,) are uniform on [0, 1); each pass has an equal share of t,
+    some run through it backwards, and the passes mask consecutive arcs of one random circle, `draw` (B, L), so that
+    together they treat positions evenly.
     """
-    length, nats = x0.shape[1], 0.0
+    rank, start, power = draw().argsort(1).argsort(1), 0, 1.5 if passes > 1 else 1.0
+    length = rank.shape[1]
     for p in range(passes):
-        k = (1 + ((times + p / passes) % 1 * length).long()).clamp(max=length)
-        nats = nats + length / k * masked_nll(model, x0, mask_exactly(k, draw().to(x0.device)))
-    return nats / passes
-
+        t = (p + (1 - times if p.bit_count() % 2 else times)) / passes
+        k = (1 + (length * t**power).long()).clamp(max=length)
+        probability = (k.double() / length) ** (1 / power) - ((k - 1).double() / length) ** (1 / power)
+        yield (rank - start) % length < k[:, None], 1 / (k * probability * passes)
+        start = start + k[:, None]
 
 def nelbo(model: Model, x0: Tensor, passes: int = 4, generator: torch.Generator | None = None) -> Tensor:
     """(B,) float64 nats: unbiased any-order bound of each row of x0 (B, L), with `passes` random masks a row.
 
-    The mask sizes are a rotated lattice over rows and passes: each is uniform on 1..L, together they are evenly spread.
+    The mask sizes are a rotated lattice over rows and passes, so that all rows together have them evenly spread.
     """
-    at = generator.device if generator else "cpu"
-    offset = torch.rand((), generator=generator, device=at, dtype=torch.float64)
-    lattice = torch.arange(len(x0), dtype=torch.float64, device=at) * GOLDEN % 1 / passes
-    return any_order_nelbo(model, x0, passes, (offset + lattice).to(x0.device),
-                           lambda: torch.rand(x0.shape, generator=generator, device=at))
+    draw = uniform_keys(x0.shape, generator)
+    offset = torch.rand((), generator=generator, device=generator.device if generator else "cpu", dtype=torch.float64)
+    lattice = torch.arange(len(x0), dtype=torch.float64, device=offset.device) * GOLDEN
+    return weighted_nll(model, x0, nelbo_masks(passes, (offset + lattice) % 1, draw))
 
+TSTEP_EPS = 1e-3  # ε of the T-step bound and of the t-grid, as published
 
-def tgrid_nelbo(model: Model, x0: Tensor, points: int, draw: Callable[[], Tensor]) -> Tensor:
-    """(B,) float64 nats: PR 1699's estimator on t = linspace(0.001, 1, points). For comparison only, and biased:
+def tstep_masks(steps: int, draw: Callable[[], Tensor]) -> Iterable[tuple[Tensor, float]]:
+    """Independent masks with probability 1 − α_i, weight (α_{i−1} − α_i)/(1 − α_i) = 1/i for α_i = 1 − (1 − ε)·i/T."""
+    for i in range(1, steps + 1):
+        yield draw() < (1 - TSTEP_EPS) * i / steps, 1 / i
 
-    below t = 0.01 the first token is always masked, and t < 0.001 is left out.
+def discrete_elbo(model: Model, x0: Tensor, steps: int = 128, generator: torch.Generator | None = None,
+                  draw: Callable[[], Tensor] | None = None) -> Tensor:
+    """(B,) float64 nats: unbiased estimate of the T-step bound of x0 (B, L) (Austin et al. 2021), one mask a step.
+
+    ε·L·ln V, for what the last step leaves visible, + Σ_i Σ_masked nll / i. `draw` replaces keys of the generator.
     """
-    eps, nats = 1e-3, 0.0
-    for t in torch.linspace(eps, 1.0, points).tolist():
-        mask = draw().to(x0.device) < t
+    terminal = TSTEP_EPS * x0.shape[1] * math.log(model.hp.vocab_size)
+    return terminal + weighted_nll(model, x0, tstep_masks(steps, draw or uniform_keys(x0.shape, generator)))
+
+def tgrid_masks(points: int, draw: Callable[[], Tensor]) -> Iterable[tuple[Tensor, float]]:
+    """PR 1699's grid in t, biased: below t = 0.01 the first token is always masked, and t < 0.001 is left out."""
+    for t in torch.linspace(TSTEP_EPS, 1.0, points).tolist():
+        mask = draw() < t
         if t < 0.01:
             mask[:, 0] = True
-        nats = nats + masked_nll(model, x0, mask) / t
-    return nats * (1 - eps) / points
+        yield mask, (1 - TSTEP_EPS) / points / t
 
+def ordered_nll(model: Model, x0: Tensor, steps: Tensor) -> Tensor:
+    """(B, L) nats of each token given the tokens of earlier steps, and none of its own step, for steps (B, L) int64.
+
+    Positions with a negative step are visible from the start and are not scored. The order is known beforehand, so all
+    model calls of all sequences are independent rows; as many run at a time as keep a GPU busy or a CPU in its caches.
+    """
+    rows = max((65_536 if x0.is_cuda else 2_048) // x0.shape[1], 1)
+    calls = steps.amax(1) + 1
+    sequence = torch.repeat_interleave(calls)  # (number of rows,)
+    step = torch.arange(len(sequence), device=x0.device) - (calls.cumsum(0) - calls)[sequence]
+    nats = torch.zeros(x0.shape, device=x0.device)
+    for s, now in zip(sequence.split(rows), step[:, None].split(rows), strict=True):
+        nats.index_add_(0, s, masked_nll(model, x0[s], steps[s] >= now, steps[s] == now))
+    return nats
 
 @torch.no_grad()
-def causal_nll(model: Model, window: Tensor) -> Tensor:
-    """(B, L) nats: −ln p(x_i | the token before the window, x_<i) for window (B, 1 + L), with a causal model."""
-    logits = model(window[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction="none").view(len(window), -1)
+def reveal(model: Model, z: Tensor, order: Tensor | None, group: int = 1) -> Iterable[tuple[Tensor, Tensor]]:
+    """Fills z (B, L), all MASK, `group` positions a call: yields positions (B, g) and log-probabilities (B, g, V).
 
+    The caller writes the tokens there into z before it goes on: known ones to measure or to encode, decoded ones to
+    decode. `order` (B, L) holds positions; None reveals the positions with the largest maximal probability first, which
+    no hidden token can influence. Less than 2^-13 nats is a tie, and a tie goes to the leftmost: when all is MASK, all
+    positions are alike but for rounding. Elsewhere rounding may decide, so batches of one shape give one order.
+    A causal model goes from left to right, one at a time, after <s>.
+    """
+    rows, length = z.shape
+    for done in range(0, length, group):
+        masked = z == model.hp.mask_id
+        if order is None:
+            at = (~masked).byte().argsort(dim=1, stable=True)[:, : length - done]
+        else:
+            at = order[:, done:done + group]
+        seen = z
+        if model.hp.objective == "ar":  # what follows is not seen, so it is not computed
+            at = torch.full((rows, 1), done, device=z.device)
+            seen = F.pad(z[:, :done], (1, 0), value=BOS_ID)
+        flat = at + seen.shape[1] * torch.arange(rows, device=z.device)[:, None]
+        logits = model.head(model.hidden(seen, masked.float().mean(1), flat.flatten()))
+        logp = logits.log_softmax(-1).unflatten(0, at.shape)
+        if order is None:
+            surest = logp.amax(-1)
+            behind = ((surest.amax(1, keepdim=True) - surest) * 2**12).round()
+            sure = behind.argsort(dim=1, stable=True)[:, :group]
+            at, logp = at.gather(1, sure), logp.take_along_dim(sure[..., None], 1)
+        yield at, logp
+
+def chain_rule(model: Model, x0: Tensor, order: str | Tensor = "l2r", group: int = 1, seed: int = 0,
+               before: Tensor | int = BOS_ID) -> Tensor:
+    """(B, L) nats, indexed by position: −ln p(x_i | what was revealed before its group), an exact and decodable code.
+
+    `order`: l2r, confidence (see `reveal`), random (one permutation, drawn from `seed`), or positions (L,) or (B, L) in
+    order of revealing. `group` positions are revealed by one model call. A causal model has one order, l2r, one at a
+    time, and is given the token `before` (B,) the first, <s> unless said otherwise.
+    """
+    count, length = x0.shape
+    if model.hp.objective == "ar":
+        if isinstance(order, Tensor) or order != "l2r" or group != 1:
+            raise InputError("a causal model predicts from left to right, one token at a time: order l2r, group 1")
+        first = torch.as_tensor(before, device=x0.device).expand(count)
+        return causal_nll(model, torch.cat([first[:, None], x0], dim=1))
+    if isinstance(order, str) and order == "confidence":
+        nats = torch.zeros(x0.shape, device=x0.device)
+        z = torch.full_like(x0, model.hp.mask_id)
+        for at, logp in reveal(model, z, None, group):
+            tokens = x0.gather(1, at)
+            nats.scatter_(1, at, -logp.gather(2, tokens[..., None])[..., 0])
+            z.scatter_(1, at, tokens)
+        return nats
+    if not isinstance(order, Tensor):
+        if order not in ("l2r", "random"):
+            raise InputError(f"{order} is not an order: l2r, confidence, random or a tensor of positions")
+        generator = seeded("cpu", seed, "order")
+        order = torch.arange(length) if order == "l2r" else torch.randperm(length, generator=generator)
+    steps = (order.to(x0.device).argsort(-1) // group).expand(count, length)
+    return ordered_nll(model, x0, steps)
+
+def boundary_bits(count: int, length: int) -> float:
+    """Bits for where `count` always visible tokens stand in a window: log2(L + 1) + log2 C(L, count)."""
+    return math.log2(length + 1) + math.log2(math.comb(length, count))
+
+CHAIN_BATCH = 16  # windows whose chain rules go side by side
 
 class Score(NamedTuple):
     """A code length of a split. bpb: bits per byte, with its standard error; loss: nats per token."""
-
     bpb: float
     stderr: float
     loss: float
@@ -1078,86 +1137,125 @@ class Score(NamedTuple):
     tokens: int
     bytes: int
     ms: float
+    calls: int  # windows that went through the model
 
     def line(self) -> str:
         return (f"bpb:{self.bpb:.4f} stderr:{self.stderr:.4f} seqs:{self.seqs} tokens:{self.tokens} bytes:{self.bytes} "
-                f"time:{self.ms:.0f}ms")
-
+                f"time:{self.ms:.0f}ms calls:{self.calls} tokens_per_s:{1000 * self.tokens / self.ms:.0f}")
 
 def spaced(total: int, wanted: int) -> list[int]:
     """`wanted` of the numbers 0 … total − 1, evenly spaced; all of them for 0."""
     wanted = min(wanted, total) if wanted else total
     return [i * total // wanted for i in range(wanted)]
 
+def ratio(bits: Tensor, size: Tensor) -> tuple[float, float]:
+    """Σ bits / Σ bytes over windows (n,), and its standard error with windows as clusters (not a number for one).
 
-def score_windows(estimate: Callable[[Tensor, range], Tensor], stream: TokenStream, luts: ByteTables,
-                  hp: Hyperparameters, max_seqs: int, note: Callable[[float], None] = lambda fraction: None) -> Score:
-    """Scores evenly spaced windows, shared over the processes.
-
-    `estimate` gets windows (B, 1 + L), the token before first, and their places in the list of scored windows, and
-    returns (B,) nats. The standard error is that of a ratio of sums over sequences: sqrt(Σ (bits_s − bpb·bytes_s)²) /
-    Σ bytes_s.
+    sqrt(Σ (bits_s − ratio·bytes_s)²) / Σ bytes; given differences of bits, it is that of a paired difference.
     """
-    started = time.perf_counter()
-    numbers = spaced(stream.count_windows(hp.train_seq_len), max_seqs)
-    mine = range(len(numbers) * rank() // world_size(), len(numbers) * (rank() + 1) // world_size())
-    batch = max(hp.val_batch_size // (hp.train_seq_len * world_size()), 1)
-    sums = torch.zeros(5, dtype=torch.float64)
-    for at in range(0, len(mine), batch):
-        places = mine[at:at + batch]
-        window = stream.windows([numbers[place] for place in places], hp.train_seq_len)
-        size = count_bytes(window[:, 1:], window[:, 0], luts).double()
-        bits = estimate(window.to(luts.base_bytes.device), places).double().cpu() / math.log(2)
-        size = size.cpu()
-        sums += torch.stack([bits.sum(), size.sum(), (bits * bits).sum(), (bits * size).sum(), (size * size).sum()])
-        note((at + len(places)) / len(mine))
-    bits, size, bits_bits, bits_size, size_size = all_reduce(sums).tolist()
-    if size == 0:
-        raise InputError("the validation windows hold no bytes of text, so there is nothing to divide by")
-    bpb, tokens = bits / size, len(numbers) * hp.train_seq_len
-    variance = max(bits_bits - 2 * bpb * bits_size + bpb * bpb * size_size, 0.0)
-    return Score(bpb, math.sqrt(variance) / size, bits * math.log(2) / tokens, len(numbers), tokens, int(size),
-                 1000 * (time.perf_counter() - started))
-
+    bpb = bits.sum() / size.sum()
+    stderr = (bits - bpb * size).square().sum().sqrt() / size.sum()
+    return bpb.item(), stderr.item() if len(bits) > 1 else math.nan
 
 def row_draws(hp: Hyperparameters, name: str, places: range) -> Callable[[], Tensor]:
     """Uniform keys (B, L) whose rows depend on (seed, place) only, not on the batch or the process."""
     generators = [seeded("cpu", hp.seed, name, place) for place in places]
     return lambda: torch.stack([torch.rand(hp.train_seq_len, generator=g) for g in generators])
 
+def window_nats(name: str, model: Model, hp: Hyperparameters, window: Tensor, scored: Tensor, places: range) -> Tensor:
+    """(B,) nats, or (B, L) by position, of windows (B, 1 + L), the token before first, under the score `name`.
 
-def headline_estimator(model: Model, hp: Hyperparameters, passes: int) -> Callable[[Tensor, range], Tensor]:
-    """The code length behind val_bpb: the any-order NELBO, or −ln p of a causal model."""
+    What is not `scored` (B, L), the left context, is visible and free; `places` number the windows, for their seeds.
+    """
+    x0, draw, length = window[:, 1:], row_draws(hp, name, places), hp.train_seq_len
     if hp.objective == "ar":
-        return lambda window, places: causal_nll(model, window).double().sum(1)
-    offset = torch.rand((), generator=seeded("cpu", hp.seed, "nelbo offset"), dtype=torch.float64).item()
+        return causal_nll(model, window, scored)
+    if name == "confidence":
+        return chain_rule(model, x0, "confidence", hp.chain_group)
+    if name in CHAIN_RULES:
+        order = torch.arange(length).expand(x0.shape) if name != "random" else draw().argsort(1).argsort(1)
+        return ordered_nll(model, x0, (order.to(x0.device) - (~scored).sum(1, keepdim=True)) // hp.chain_group)
+    if name == "tstep":
+        return discrete_elbo(model, x0, hp.tstep_steps, draw=draw)
+    if name == "tgrid":
+        return weighted_nll(model, x0, tgrid_masks(hp.final_eval_t_samples or 256, draw))
+    offset = torch.rand((), generator=seeded("cpu", hp.seed, "nelbo offset"), dtype=torch.float64)
+    times = (offset + torch.tensor(places, dtype=torch.float64) * GOLDEN) % 1
+    return weighted_nll(model, x0, nelbo_masks(hp.nelbo_passes, times, draw))
 
-    def estimate(window: Tensor, places: range) -> Tensor:
-        times = offset + torch.tensor(places, dtype=torch.float64, device=window.device) * GOLDEN % 1 / passes
-        return any_order_nelbo(model, window[:, 1:], passes, times, row_draws(hp, "nelbo", places))
+def model_calls(name: str, hp: Hyperparameters, scored: int) -> int:
+    """How often a window with `scored` tokens to score goes through the model."""
+    if name in CHAIN_RULES and hp.objective == "mdlm":
+        return -(-scored // hp.chain_group)
+    return {"nelbo": hp.nelbo_passes, "tstep": hp.tstep_steps, "tgrid": hp.final_eval_t_samples or 256}.get(name, 1)
 
-    return estimate
+def score_windows(name: str, model: Model, hp: Hyperparameters, stream: TokenStream, luts: ByteTables, max_seqs: int,
+                  note: Callable[[float], None] = lambda fraction: None) -> tuple[Score, Tensor]:
+    """Scores evenly spaced windows, shared over the processes; also bits and bytes (windows, buckets, 2) of each.
 
+    Bucket b holds the positions 2^(b−1) … 2^b − 1 of a window (0: the first), for scores by position; else all is in 0.
+    Sliding windows begin STRIDE tokens apart, and only their last STRIDE tokens are scored: of a whole split, all are.
+    """
+    started, length, device = time.perf_counter(), hp.train_seq_len, luts.base_bytes.device
+    stride = min(hp.stride, length) if name == "sliding" else length
+    total = stream.count_windows(length, stride)
+    numbers = spaced(total, max_seqs)
+    batch = min(hp.val_batch_size // length, len(numbers)) // world_size()
+    if name in CHAIN_RULES and hp.objective == "mdlm":  # the surest position may depend on rounding, so on the batch
+        batch = CHAIN_BATCH if name == "confidence" else min(batch, CHAIN_BATCH)
+    batch = max(batch, 1)
+    bucket = torch.tensor([i.bit_length() for i in range(length)])
+    table = torch.zeros(len(numbers), int(bucket[-1]) + 1, 2, dtype=torch.float64)
+    work = torch.zeros(2, dtype=torch.int64)  # tokens, model calls
+    for at in range(rank() * batch, len(numbers), world_size() * batch):
+        places = range(at, min(at + batch, len(numbers)))
+        window = stream.windows([numbers[place] for place in places], length, stride).to(device)
+        counts = [stride if numbers[place] or len(numbers) < total else length for place in places]
+        work += torch.tensor([[count, model_calls(name, hp, count)] for count in counts]).sum(0)
+        scored = torch.arange(length, device=device) >= length - torch.tensor(counts, device=device)[:, None]
+        nats = window_nats(name, model, hp, window, scored, places).double()
+        size = token_bytes(window[:, 1:], window[:, 0], luts) * scored
+        if nats.dim() == 2:
+            table[places.start:places.stop].index_add_(1, bucket, torch.stack([nats / math.log(2), size], dim=2).cpu())
+        else:
+            table[places.start:places.stop, 0] = torch.stack([nats / math.log(2), size.sum(1)], dim=1).cpu()
+        note((at + batch) / len(numbers))
+    table, (tokens, calls) = all_reduce(table), all_reduce(work).tolist()
+    bits, size = table.sum(1).unbind(1)
+    if size.sum() == 0:
+        raise InputError("the validation windows hold no bytes of text, so there is nothing to divide by")
+    return Score(*ratio(bits, size), bits.sum().item() * math.log(2) / tokens, len(numbers), tokens, int(size.sum()),
+                 1000 * (time.perf_counter() - started), calls), table
+
+def bucket_name(bucket: int, length: int) -> str:
+    """The positions of a bucket: 0, 1, 2-3, 4-7, …"""
+    first, last = (1 << bucket) >> 1, min((1 << bucket) - 1, length - 1)
+    return f"{first}-{last}" if last > first else f"{first}"
 
 def score_artifact(path: Path, hp: Hyperparameters, val: TokenStream, luts: ByteTables, log: Log) -> None:
     """Scores the weights on disk, read into a fresh model, and logs the headline and the scores that were asked for."""
-    model, _ = load_artifact(path)
-    model.to(luts.base_bytes.device).compute_dtype = getattr(torch, hp.compute_dtype)
-    label = unpack_artifact(read_file_everywhere(path), path)[2].replace("+", "_")
-    score = score_windows(headline_estimator(model, hp, hp.nelbo_passes), val, luts, hp, hp.final_eval_max_seqs,
-                          lambda fraction: log.progress("score", fraction))
-    log(f"final_{label}_roundtrip val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} stderr:{score.stderr:.4f} "
-        f"eval_time:{score.ms:.0f}ms")
-    log(f"final_{label}_roundtrip_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
-    log(f"score:{'ar' if hp.objective == 'ar' else 'nelbo'} {score.line()}")
-    if score.ms > 1000 * BUDGET_SECONDS:
-        log(f"OVER BUDGET: evaluation took {score.ms / 1000:.0f} s of the {BUDGET_SECONDS:.0f} s allowed")
-    if hp.final_eval_t_samples and hp.objective == "mdlm":
-        grid = score_windows(
-            lambda window, places: tgrid_nelbo(model, window[:, 1:], hp.final_eval_t_samples,
-                                               row_draws(hp, "tgrid", places)),
-            val, luts, hp, hp.final_eval_max_seqs, lambda fraction: log.progress("t-grid", fraction))
-        log(f"score:tgrid points:{hp.final_eval_t_samples} biased:1 {grid.line()}")
+    header, body, label = unpack_artifact(read_file_everywhere(path), path)
+    model, label = restore_artifact(header, body, path)[0].on(luts.base_bytes.device), label.replace("+", "_")
+    sizes = {name: getattr(hp, f"{name}_seqs") for name in SCORE_NAMES[1:] if name in hp.score_names}
+    if hp.final_eval_t_samples:
+        sizes["tgrid"] = hp.final_eval_max_seqs
+    if hp.objective == "ar" and sizes.keys() - {"sliding"}:  # the headline is its chain rule, from left to right
+        log(f"not for a causal model, which has one order: {' '.join(sizes.keys() - {'sliding'})}")
+        sizes = {name: size for name, size in sizes.items() if name == "sliding"}
+    total_ms = 0.0
+    for name, seqs in {hp.headline: hp.final_eval_max_seqs, **sizes}.items():
+        score, table = score_windows(name, model, hp, val, luts, seqs, functools.partial(log.progress, name))
+        total_ms += score.ms
+        if name == hp.headline:
+            log(f"final_{label}_roundtrip val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
+                f"stderr:{score.stderr:.4f} eval_time:{score.ms:.0f}ms")
+            log(f"final_{label}_roundtrip_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
+        log(f"score:{name} {'biased:1 ' * (name == 'tgrid')}{score.line()}")
+        for bucket, part in enumerate(table.unbind(1) if name in ("l2r", "ar") else ()):
+            bpb, stderr = ratio(*part.unbind(1))
+            log(f"prefix:{bucket_name(bucket, hp.train_seq_len)} bpb:{bpb:.4f} stderr:{stderr:.4f}", screen=False)
+    if total_ms > 1000 * BUDGET_SECONDS:
+        log(f"OVER BUDGET: evaluation took {total_ms / 1000:.0f} s of the {BUDGET_SECONDS:.0f} s allowed")
 
 
 # == Training ==========================================================================================================
@@ -1167,7 +1265,6 @@ def progress(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
     by_clock = elapsed_ms / (1000 * hp.max_wallclock_seconds) if hp.max_wallclock_seconds else 0.0
     return min(max(step / hp.iterations if hp.iterations else 1.0, by_clock), 1.0)
 
-
 def lr_scale(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
     """1, then linearly to 0 over the last WARMDOWN_ITERS steps that the iterations or the clock leave."""
     left = hp.iterations - step
@@ -1175,12 +1272,8 @@ def lr_scale(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
         left = min(left, (1000 * hp.max_wallclock_seconds - elapsed_ms) / (elapsed_ms / step))
     return min(max(left / hp.warmdown_iters, 0.0), 1.0) if hp.warmdown_iters else 1.0
 
-
 def micro_batches(hp: Hyperparameters) -> list[range]:
-    """This process's rows of every global batch, in equal parts of at most MICRO_BATCH_TOKENS tokens.
-
-    InputError if the batch is not made of whole sequences (of pairs, for antithetic times), equally many a process.
-    """
+    """This process's rows of every global batch, in equal parts of at most MICRO_BATCH_TOKENS tokens; or InputError."""
     if hp.train_batch_tokens % hp.train_seq_len:
         raise InputError(f"{hp.shown('train_seq_len')} must divide {hp.shown('train_batch_tokens')}")
     if hp.time_sampling == "antithetic" and hp.batch_rows % 2:
@@ -1196,16 +1289,13 @@ def micro_batches(hp: Hyperparameters) -> list[range]:
     first, size = rank() * rows, fitting[-1]
     return [range(at, at + size) for at in range(first, first + rows, size)]
 
-
 class Trainer:
     """Weights, optimizer and the one training step; any number of processes and micro-batches gives the same sums."""
-
     def __init__(self, hp: Hyperparameters, stream: TokenStream, device: torch.device):
         self.hp, self.stream, self.device = hp, stream, device
         self.micros = micro_batches(hp)
         self.capacity = masked_capacity(hp, len(self.micros[0])) if hp.objective == "mdlm" else 0
-        self.model = build_model(hp).to(device)
-        self.model.compute_dtype = getattr(torch, hp.compute_dtype)
+        self.model = build_model(hp).on(device)
         self.optimizer = Optimizer(self.model, hp)
         self.ema = EMA(hp.ema_decay)
         compiled = device.type == "cuda"
@@ -1241,10 +1331,10 @@ class Trainer:
     def validate(self, val: TokenStream, luts: ByteTables) -> Score:
         """One pass over EVAL_MAX_SEQS windows with the averaged weights, if there are any yet."""
         self.ema.swap(self.optimizer.weights)
-        score = score_windows(headline_estimator(self.model, self.hp, 1), val, luts, self.hp, self.hp.eval_max_seqs)
+        hp = dataclasses.replace(self.hp, nelbo_passes=1)
+        score = score_windows(hp.headline, self.model, hp, val, luts, hp.eval_max_seqs)[0]
         self.ema.swap(self.optimizer.weights)
         return score
-
 
 def train(trainer: Trainer, val: TokenStream, luts: ByteTables, log: Log) -> Model:
     """Runs to the last iteration or the wall-clock cap; returns the model with its averaged weights."""
@@ -1291,18 +1381,15 @@ def hardware(device: torch.device) -> str:
     else:
         info = Path("/proc/cpuinfo").read_text(errors="replace") if Path("/proc/cpuinfo").exists() else ""
         model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-        name = f"CPU {model.group(1).strip() if model else 'unknown'} ({torch.get_num_threads()} threads)"
+        name = f"CPU {model[1].strip() if model else 'unknown'} ({torch.get_num_threads()} threads)"
     return f"{world_size()}x{name}".replace(" ", "_")
-
 
 def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         return f"{allocated >> 20} MiB reserved: {reserved >> 20} MiB"
     import resource
-
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB"
-
 
 def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) -> tuple[Hyperparameters, Log]:
     """Starts the log with the source of this file and the resolved hyperparameters; settles RUN_ID."""
@@ -1330,7 +1417,6 @@ def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) 
         log(warning)
     return hp, log
 
-
 def write_artifact(model: Model, hp: Hyperparameters, path: Path, log: Log) -> None:
     """Packs the model on the first process and logs code + artifact against the limit."""
     problem = None
@@ -1350,7 +1436,6 @@ def write_artifact(model: Model, hp: Hyperparameters, path: Path, log: Log) -> N
         problem = InputError(f"{path}: the artifact could not be written: {error}")
     raise_everywhere(problem)
 
-
 def run(env: Mapping[str, str]) -> None:
     """configure → data → train → pack → unpack → score → log."""
     hp = Hyperparameters.from_env(env)
@@ -1362,7 +1447,7 @@ def run(env: Mapping[str, str]) -> None:
             if name.upper() in env and getattr(hp, name) != getattr(packed, name):
                 raise InputError(f"{hp.shown(name)}, but {artifact} was made with {packed.shown(name)}")
         hp = dataclasses.replace(hp, **{name: getattr(packed, name) for name in stored_fields()[1:]})
-    hp = dataclasses.replace(hp, compute_dtype=resolve_dtype(hp, device))
+    hp = dataclasses.replace(hp, compute_dtype=resolve_dtype(hp, device))  # the artifact carries it
     val = TokenStream(hp.data_path, "val")
     luts = build_sentencepiece_luts(load_tokenizer(hp.tokenizer_path, hp.vocab_size), hp.vocab_size, device)
     if not val.count_windows(hp.train_seq_len):
@@ -1387,7 +1472,6 @@ def run(env: Mapping[str, str]) -> None:
         artifact = Path("logs") / f"{hp.run_id}.mdlm"
         write_artifact(model, hp, artifact, log)
     score_artifact(artifact, hp, val, luts, log)
-
 
 def main() -> None:
     if any(argument in ("-h", "--help") for argument in sys.argv[1:]):

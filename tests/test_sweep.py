@@ -1,0 +1,56 @@
+"""tools/sweep.py: a grid of real runs, one of which fails; nothing finished is run again."""
+
+import json
+import re
+import statistics
+
+import pytest
+
+import sweep
+from conftest import tiny_hp
+
+
+def test_a_grid_is_every_combination():
+    rows = sweep.parse_grid(["NUM_HEADS=2,4", "MASK_EPS=0.001,0.1"])
+    assert len(rows) == 4 and rows[1] == dict(NUM_HEADS="2", MASK_EPS="0.1")
+    assert sweep.run_id(rows[1], 7) == "NUM_HEADS=2+MASK_EPS=0.1_seed7"
+    for bad in (["NUM_HEADS"], ["NUM_HEADS="], ["SEED=1,2"], ["NUM_HEADS=2", "NUM_HEADS=4"], ["NUM_HEDS=2"]):
+        with pytest.raises(ValueError, match=bad[0].split("=")[0]):
+            sweep.parse_grid(bad)
+
+
+def test_sweep_runs_continues_and_compares(tiny_env, tmp_path, tool, monkeypatch):
+    for name in {field.upper() for field in tiny_hp().__dataclass_fields__} - tiny_env.keys():
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (tiny_env | dict(ITERATIONS="2", SCORES="l2r", L2R_SEQS="4")).items():
+        monkeypatch.setenv(name, value)
+    arguments = ["NUM_HEADS=4,3,2", "--seeds", "1,2", "--out", tmp_path / "heads"]
+    done = tool(sweep, *arguments)
+    assert done.returncode == 1 and done.stdout.count("FAILED: NUM_HEADS=3 must divide MODEL_DIM=32") == 2
+    results = json.loads((tmp_path / "heads/results.json").read_text())
+    rows = {row["label"]: row for row in results["rows"]}
+    four, two = rows["NUM_HEADS=4"]["val_bpb"], rows["NUM_HEADS=2"]["val_bpb"]
+    differences = [two[seed] - four[seed] for seed in ("1", "2")]
+    assert rows["NUM_HEADS=2"]["difference"] == pytest.approx(statistics.fmean(differences))
+    expected = statistics.stdev(differences) / 2**0.5
+    assert rows["NUM_HEADS=2"]["difference_stderr"] == pytest.approx(expected)
+    assert rows["NUM_HEADS=3"]["mean"] is None and len(results["failed"]) == 2
+    table = (tmp_path / "heads/README.md").read_text()
+    assert re.search(r"^\| NUM_HEADS=4 \| \d\.\d{4} \| \d\.\d{4} \| 2 \|  \| \d", table, re.MULTILINE)
+    assert (tmp_path / "heads/plot.png").read_bytes().startswith(b"\x89PNG")
+    # again: the finished ones are not run, an unfinished one is
+    log = tmp_path / "heads/logs/NUM_HEADS=2_seed2.txt"
+    log.write_text(log.read_text(encoding="utf-8").partition("\nfinal_")[0], encoding="utf-8")
+    again = tool(sweep, *arguments)
+    assert again.stdout.count("finished before") == 3
+    assert "NUM_HEADS=2_seed2: val_bpb" in again.stdout and log.with_name(f"set-aside-{log.name}").exists()
+    assert json.loads((tmp_path / "heads/results.json").read_text())["rows"][2]["val_bpb"] == two
+
+
+def test_what_cannot_be_swept_is_said_in_one_line(tmp_path, tool):
+    for arguments, message in [
+        (["NUM_HEDS=2", "--out", tmp_path], "NUM_HEDS is not a hyperparameter"),
+        (["NUM_HEADS=2", "--seeds", "a", "--out", tmp_path], "--seeds and --gpus take whole numbers"),
+    ]:
+        done = tool(sweep, *arguments)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,220 @@
+"""Runs the script over a grid of hyperparameters and seeds, and tells what differs.
+
+    PRESET=demo python tools/sweep.py NUM_HEADS=2,4,8 MASK_EPS=0.001,0.1 --seeds 1337,42,2026 --out sweeps/heads
+
+Every combination is a row, every seed a run; what is set in the environment holds for all of them. Runs go one after
+the other, or side by side on the GPUs that --gpus names. Logs and artifacts are kept under OUT/logs; a run that is
+finished there is not run again, a run that failed is noted and the others go on, and a second call tries it again.
+Afterwards OUT/README.md holds the table (mean and standard deviation over seeds, and the difference to the first row,
+paired by seed, with its standard error), OUT/results.json the same for programs, OUT/plot.png a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from make_record import parse_log  # noqa: E402
+from train_mdlm import Hyperparameters, InputError  # noqa: E402
+
+SCRIPT = ROOT / "train_mdlm.py"
+
+
+def parse_grid(arguments: list[str]) -> list[dict[str, str]]:
+    """The rows of a grid given as NAME=a,b,c …; InputError for what the script would refuse."""
+    grid = {}
+    for argument in arguments:
+        name, equals, values = argument.partition("=")
+        if not equals or not values or name in grid or name in ("SEED", "RUN_ID", "EVAL_ONLY"):
+            raise InputError(f"{argument}: give NAME=value,value,… once for each hyperparameter; seeds with --seeds")
+        grid[name] = values.split(",")
+    rows = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    known = {field.upper() for field in Hyperparameters.__dataclass_fields__}
+    for name in grid.keys() - known:
+        raise InputError(f"{name} is not a hyperparameter of train_mdlm.py; see train_mdlm.py --help")
+    return rows
+
+
+def label(row: dict[str, str]) -> str:
+    return "+".join(f"{name}={value}" for name, value in row.items()) or "as-it-is"
+
+
+def run_id(row: dict[str, str], seed: int) -> str:
+    return re.sub(r"[^\w.+=@-]", "-", f"{label(row)}_seed{seed}")
+
+
+def environment(row: dict[str, str], seed: int) -> dict[str, str]:
+    """Of a run, with absolute paths, because it runs in another folder; InputError for what does not fit together."""
+    env = {**os.environ, **row, "SEED": str(seed), "RUN_ID": run_id(row, seed)}
+    hp = Hyperparameters.from_env(env)
+    return env | {name.upper(): str(Path(getattr(hp, name)).resolve()) for name in ("data_path", "tokenizer_path")}
+
+
+def finished(row: dict[str, str], seed: int, out: Path) -> dict | None:
+    """What the log of a run says, or None if there is no finished one with these hyperparameters."""
+    try:
+        hp, path = Hyperparameters.from_env(environment(row, seed)), out / "logs" / f"{run_id(row, seed)}.txt"
+        facts = parse_log(path)
+    except InputError:
+        return None
+    resolved = re.search(r"^hyperparameters: .*$", path.read_text(encoding="utf-8"), re.MULTILINE)[0] + " "
+    settled = ("compute_dtype",)  # auto becomes what the device does
+    wanted = [hp.shown(name) for name in hp.__dataclass_fields__ if name not in settled]
+    return facts if all(f" {setting} " in resolved for setting in wanted) else None
+
+
+def run(row: dict[str, str], seed: int, out: Path, processes: int, gpu: str | None) -> str:
+    """Runs one configuration; returns the reason if it failed, else an empty string."""
+    try:
+        env = environment(row, seed)
+    except InputError as error:
+        return str(error)
+    for old in out.glob(f"logs/{env['RUN_ID']}.*"):  # an earlier attempt that did not finish, or with other settings
+        old.replace(old.with_name(f"set-aside-{old.name}"))
+    if gpu is not None:
+        env["CUDA_VISIBLE_DEVICES"] = gpu
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    done = subprocess.run([sys.executable, *launch, str(SCRIPT)], cwd=out, env=env, capture_output=True, text=True)
+    if done.returncode == 0 and finished(row, seed, out):
+        return ""
+    reasons = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
+    return (reasons or [f"exit status {done.returncode}"])[0].strip()
+
+
+def run_all(rows: list[dict], seeds: list[int], out: Path, processes: int, gpus: list[str]) -> dict[str, str]:
+    """Runs what is not finished; the reasons of those that failed, by run."""
+    places, failed, lock = Queue(), {}, threading.Lock()
+    for gpu in gpus or [None]:
+        places.put(gpu)
+
+    def one(job: tuple[dict, int]) -> None:
+        row, seed = job
+        if finished(row, seed, out):
+            print(f"{run_id(row, seed)}: finished before", flush=True)
+            return
+        gpu = places.get()
+        try:
+            reason = run(row, seed, out, processes, gpu)
+        finally:
+            places.put(gpu)
+        facts = finished(row, seed, out)
+        with lock:
+            if reason:
+                failed[run_id(row, seed)] = reason
+            print(f"{run_id(row, seed)}: " + (f"FAILED: {reason}" if reason else f"val_bpb {facts['val_bpb']:.4f}"),
+                  flush=True)
+
+    with ThreadPoolExecutor(len(gpus) or 1) as pool:
+        list(pool.map(one, [(row, seed) for seed in seeds for row in rows]))
+    return failed
+
+
+def summary(rows: list[dict], seeds: list[int], out: Path) -> list[dict]:
+    """A dictionary a row: label, val_bpb by seed, other scores, mean, deviation, paired difference to the first row."""
+    found = []
+    for row in rows:
+        runs = {seed: facts for seed in seeds if (facts := finished(row, seed, out))}
+        bpb = {seed: facts["val_bpb"] for seed, facts in runs.items()}
+        first = found[0]["val_bpb"] if found else bpb
+        differences = [bpb[seed] - first[seed] for seed in bpb.keys() & first.keys()]
+        others = {name: statistics.fmean(facts["others"][name][0] for facts in runs.values())
+                  for name in (next(iter(runs.values()))["others"] if runs else ())
+                  if all(name in facts["others"] for facts in runs.values())}
+        found.append(dict(
+            label=label(row), val_bpb=bpb, others=others,
+            mean=statistics.fmean(bpb.values()) if bpb else None,
+            std=statistics.stdev(bpb.values()) if len(bpb) > 1 else None,
+            difference=statistics.fmean(differences) if differences else None,
+            difference_stderr=statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None,
+            params=next((facts["params"] for facts in runs.values()), None),
+            total_bytes=max((facts["total_bytes"] for facts in runs.values()), default=None),
+            train_seconds=statistics.fmean(facts["train_seconds"] for facts in runs.values()) if runs else None,
+            steps=[facts["step_stop"] for facts in runs.values()],
+            scripts=sorted({facts["code_bytes"] for facts in runs.values()})))
+    return found
+
+
+def table(found: list[dict], failed: dict[str, str]) -> str:
+    """Markdown: a line a row, then what failed."""
+    def number(value: float | None, form: str = ".4f") -> str:
+        return "–" if value is None else format(value, form)
+
+    names = sorted({name for row in found for name in row["others"]})
+    heads = ["", "val_bpb", "std. dev.", "seeds", "− first row, paired", *names, "parameters", "code + artifact",
+             "training"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for i, row in enumerate(found):
+        paired = f"{number(row['difference'], '+.4f')} ± {number(row['difference_stderr'])}" if i else ""
+        cells = [row["label"], number(row["mean"]), number(row["std"]), str(len(row["val_bpb"])), paired,
+                 *(number(row["others"].get(name)) for name in names), number(row["params"], ","),
+                 number(row["total_bytes"], ","), number(row["train_seconds"], ".0f") + " s"]
+        lines.append(f"| {' | '.join(cells)} |")
+    if len({steps for row in found for steps in row["steps"]}) > 1:
+        lines += ["", "Not all runs made the same number of steps: some met the wall clock first."]
+    if len({size for row in found for size in row["scripts"]}) > 1:
+        lines += ["", "Not all runs are of the same script: it was changed between them."]
+    return "\n".join(lines + [f"\nFailed: {name}: {reason}" for name, reason in failed.items()]) + "\n"
+
+
+def draw(found: list[dict], out: Path) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(max(4.0, 1.2 * len(found)), 4), layout="constrained")
+    for at, row in enumerate(found):
+        axes.scatter([at] * len(row["val_bpb"]), list(row["val_bpb"].values()), color="C0", s=14, alpha=0.6)
+        if row["mean"] is not None:
+            axes.errorbar([at + 0.12], [row["mean"]], yerr=[row["std"] or 0.0], color="black", marker="o", capsize=3)
+    axes.set_xticks(range(len(found)), [row["label"].replace("+", "\n") for row in found], fontsize=8)
+    axes.set(ylabel="val_bpb: seeds, and mean ± standard deviation")
+    axes.grid(alpha=0.3, axis="y")
+    figure.savefig(out, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grid", nargs="+", metavar="NAME=a,b,c")
+    parser.add_argument("--seeds", default="1337", help="separated by commas")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the logs and of the table")
+    parser.add_argument("--gpus", default="", help="numbers of GPUs, separated by commas: one run on each at a time")
+    parser.add_argument("--nproc", type=int, default=1, help="processes a run (torchrun)")
+    arguments = parser.parse_args()
+    try:
+        if not re.fullmatch(r"\d+(,\d+)*", arguments.seeds) or not re.fullmatch(r"(\d+(,\d+)*)?", arguments.gpus):
+            raise InputError("--seeds and --gpus take whole numbers separated by commas")
+        if arguments.nproc < 1 or (arguments.nproc > 1 and "," in arguments.gpus):
+            raise InputError("--nproc is at least 1, and with several processes a run --gpus is at most one number")
+        rows, seeds = parse_grid(arguments.grid), sorted({int(seed) for seed in arguments.seeds.split(",")})
+        try:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{arguments.out}: cannot be made: {error.strerror}") from None
+        failed = run_all(rows, seeds, arguments.out, arguments.nproc, [g for g in arguments.gpus.split(",") if g])
+        found = summary(rows, seeds, arguments.out)
+        (arguments.out / "README.md").write_text(table(found, failed), encoding="utf-8")
+        results = json.dumps(dict(rows=found, failed=failed), indent=2) + "\n"
+        (arguments.out / "results.json").write_text(results, encoding="utf-8")
+        draw(found, arguments.out / "plot.png")
+        print(table(found, failed), end="")
+    except InputError as error:
+        print(f"sweep.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
