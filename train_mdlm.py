@@ -145,7 +145,7 @@ class Hyperparameters:
     eval_max_seqs: int = knob("scoring", 4096, "of a validation during training, evenly spaced; 0: all", "windows")
     final_eval_max_seqs: int = knob("scoring", 0, "of the final score, evenly spaced; 0: all", "windows")
     final_eval_t_samples: int = knob("scoring", 0, "as PR 1699: adds tgrid with these points on FINAL_EVAL_MAX_SEQS")
-    scores: str = knob("scoring", "nelbo,l2r", "final scores, any of nelbo,l2r,sliding,confidence,random,tstep,tgrid")
+    scores: str = knob("scoring", "nelbo,l2r", f"final scores, any of {','.join(SCORE_NAMES)}")
     l2r_seqs: int = knob("scoring", 512, "chain rule from left to right; 0: all", "windows")
     sliding_seqs: int = knob("scoring", 4096, "the same, each token with the longest left context; 0: all", "windows")
     confidence_seqs: int = knob("scoring", 256, "chain rule, surest position first; 0: all", "windows")
@@ -201,6 +201,7 @@ class Hyperparameters:
     pad_id = property(lambda self: self.vocab_size + 1)
     score_names = property(lambda self: [name.strip() for name in self.scores.split(",") if name.strip()])
     headline = property(lambda self: "ar" if self.objective == "ar" else "nelbo", doc="the score behind val_bpb")
+    tgrid_points = property(lambda self: self.final_eval_t_samples or 256, doc="as published unless given")
     batch_rows = property(lambda self: self.train_batch_tokens // self.train_seq_len, doc="sequences a global batch")
 
 def checked_value(spec: dataclasses.Field, value):
@@ -1167,9 +1168,9 @@ def window_nats(name: str, model: Model, hp: Hyperparameters, window: Tensor, sc
 
     What is not `scored` (B, L), the left context, is visible and free; `places` number the windows, for their seeds.
     """
-    x0, draw, length = window[:, 1:], row_draws(hp, name, places), hp.train_seq_len
     if hp.objective == "ar":
         return causal_nll(model, window, scored)
+    x0, draw, length = window[:, 1:], row_draws(hp, name, places), hp.train_seq_len
     if name == "confidence":
         return chain_rule(model, x0, "confidence", hp.chain_group)
     if name in CHAIN_RULES:
@@ -1178,7 +1179,7 @@ def window_nats(name: str, model: Model, hp: Hyperparameters, window: Tensor, sc
     if name == "tstep":
         return discrete_elbo(model, x0, hp.tstep_steps, draw=draw)
     if name == "tgrid":
-        return weighted_nll(model, x0, tgrid_masks(hp.final_eval_t_samples or 256, draw))
+        return weighted_nll(model, x0, tgrid_masks(hp.tgrid_points, draw))
     offset = torch.rand((), generator=seeded("cpu", hp.seed, "nelbo offset"), dtype=torch.float64)
     times = (offset + torch.tensor(places, dtype=torch.float64) * GOLDEN) % 1
     return weighted_nll(model, x0, nelbo_masks(hp.nelbo_passes, times, draw))
@@ -1187,7 +1188,7 @@ def model_calls(name: str, hp: Hyperparameters, scored: int) -> int:
     """How often a window with `scored` tokens to score goes through the model."""
     if name in CHAIN_RULES and hp.objective == "mdlm":
         return -(-scored // hp.chain_group)
-    return {"nelbo": hp.nelbo_passes, "tstep": hp.tstep_steps, "tgrid": hp.final_eval_t_samples or 256}.get(name, 1)
+    return {"nelbo": hp.nelbo_passes, "tstep": hp.tstep_steps, "tgrid": hp.tgrid_points}.get(name, 1)
 
 def score_windows(name: str, model: Model, hp: Hyperparameters, stream: TokenStream, luts: ByteTables, max_seqs: int,
                   note: Callable[[float], None] = lambda fraction: None) -> tuple[Score, Tensor]:

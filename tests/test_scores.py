@@ -457,7 +457,7 @@ def test_reported_calls_are_the_calls_made(split, name, calls):
     assert tm.score_windows(name, model, hp, val, luts, 6)[0].calls == sum(rows) == 6 * calls
 
 
-def test_grouped_chain_rules_are_faster_and_looser(split):
+def test_a_group_of_four_takes_a_quarter_of_the_calls(split):
     hp, val, luts, model = split
     one = tm.score_windows("l2r", model, hp, val, luts, 8)[0]
     four = tm.score_windows("l2r", model, dataclasses.replace(hp, chain_group=4), val, luts, 8)[0]

@@ -12,6 +12,7 @@ paired by seed, with its standard error), OUT/results.json the same for programs
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -142,7 +143,7 @@ def summary(rows: list[dict], seeds: list[int], out: Path) -> list[dict]:
             total_bytes=max((facts["total_bytes"] for facts in runs.values()), default=None),
             train_seconds=statistics.fmean(facts["train_seconds"] for facts in runs.values()) if runs else None,
             steps=[facts["step_stop"] for facts in runs.values()],
-            scripts=sorted({facts["code_bytes"] for facts in runs.values()})))
+            scripts=sorted({hashlib.sha256(facts["source"].encode()).hexdigest() for facts in runs.values()})))
     return found
 
 
@@ -163,7 +164,7 @@ def table(found: list[dict], failed: dict[str, str]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     if len({steps for row in found for steps in row["steps"]}) > 1:
         lines += ["", "Not all runs made the same number of steps: some met the wall clock first."]
-    if len({size for row in found for size in row["scripts"]}) > 1:
+    if len({script for row in found for script in row["scripts"]}) > 1:
         lines += ["", "Not all runs are of the same script: it was changed between them."]
     return "\n".join(lines + [f"\nFailed: {name}: {reason}" for name, reason in failed.items()]) + "\n"
 
