@@ -14,6 +14,8 @@ def test_a_grid_is_every_combination():
     rows = sweep.parse_grid(["NUM_HEADS=2,4", "MASK_EPS=0.001,0.1"])
     assert len(rows) == 4 and rows[1] == dict(NUM_HEADS="2", MASK_EPS="0.1")
     assert sweep.run_id(rows[1], 7) == "NUM_HEADS=2+MASK_EPS=0.1_seed7"
+    tied = sweep.parse_grid(["NUM_HEADS=NUM_KV_HEADS=2,4", "MASK_EPS=0.1"])
+    assert tied == [dict(NUM_HEADS=n, NUM_KV_HEADS=n, MASK_EPS="0.1") for n in "24"]
     for bad in (["NUM_HEADS"], ["NUM_HEADS="], ["SEED=1,2"], ["NUM_HEADS=2", "NUM_HEADS=4"], ["NUM_HEDS=2"]):
         with pytest.raises(ValueError, match=bad[0].split("=")[0]):
             sweep.parse_grid(bad)

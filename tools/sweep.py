@@ -2,11 +2,12 @@
 
     PRESET=demo python tools/sweep.py NUM_HEADS=2,4,8 MASK_EPS=0.001,0.1 --seeds 1337,42,2026 --out sweeps/heads
 
-Every combination is a row, every seed a run; what is set in the environment holds for all of them. Runs go one after
-the other, or side by side on the GPUs that --gpus names. Logs and artifacts are kept under OUT/logs; a run that is
-finished there is not run again, a run that failed is noted and the others go on, and a second call tries it again.
-Afterwards OUT/README.md holds the table (mean and standard deviation over seeds, and the difference to the first row,
-paired by seed, with its standard error), OUT/results.json the same for programs, OUT/plot.png a picture.
+Every combination is a row, every seed a run, and NUM_HEADS=NUM_KV_HEADS=2,4 gives both the same value. What is set in
+the environment holds for all of them. Runs go one after the other, or side by side on the GPUs that --gpus names. Logs
+and artifacts are kept under OUT/logs; a run that is finished there is not run again, a run that failed is noted and the
+others go on, and a second call tries it again. Afterwards OUT/README.md holds the table (mean and standard deviation
+over seeds, and the difference to the first row, paired by seed, with its standard error), OUT/results.json the same for
+programs, OUT/plot.png a picture.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ SCRIPT = ROOT / "train_mdlm.py"
 
 
 def parse_grid(arguments: list[str]) -> list[dict[str, str]]:
-    """The rows of a grid given as NAME=a,b,c …; InputError for what the script would refuse."""
-    grid = {}
-    for argument in arguments:
-        name, equals, values = argument.partition("=")
-        if not equals or not values or name in grid or name in ("SEED", "RUN_ID", "EVAL_ONLY"):
-            raise InputError(f"{argument}: give NAME=value,value,… once for each hyperparameter; seeds with --seeds")
-        grid[name] = values.split(",")
-    rows = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    """The rows of a grid given as NAME=a,b,c or NAME=NAME=a,b,c …; InputError for what the script would refuse."""
+    grid, axes = [], []
     known = {field.upper() for field in Hyperparameters.__dataclass_fields__}
-    for name in grid.keys() - known:
-        raise InputError(f"{name} is not a hyperparameter of train_mdlm.py; see train_mdlm.py --help")
-    return rows
+    for argument in arguments:
+        *names, values = argument.split("=")
+        if not names or not values or set(names) & {*grid, "SEED", "RUN_ID", "EVAL_ONLY"}:
+            raise InputError(f"{argument}: give NAME=value,value,… once for each hyperparameter; seeds with --seeds")
+        for name in set(names) - known:
+            raise InputError(f"{name} is not a hyperparameter of train_mdlm.py; see train_mdlm.py --help")
+        axes.append([dict.fromkeys(names, value) for value in values.split(",")])
+        grid += names
+    return [{name: value for part in parts for name, value in part.items()} for parts in itertools.product(*axes)]
 
 
 def label(row: dict[str, str]) -> str:
