@@ -1,9 +1,8 @@
 """Masked diffusion language models for parameter golf: train, pack into 16,000,000 bytes, score as a code length.
 
 Claim: every score this file prints is the length of a code that somebody could decode (but one, printed as biased:1,
-which repeats a published estimator for comparison). The default system is PR 1699 of
-the challenge (19,190,656 parameters, fp8 e4m3 export, published at 1.4784 bits per byte); PRESET=ar is the challenge's
-causal baseline on the same trunk; PRESET=demo trains in minutes on two CPU cores.
+which repeats a published estimator). The default system is PR 1699 of the challenge (19,190,656 parameters, fp8 e4m3,
+published at 1.4784 bits per byte); presets llada and eos are PR 1106 and PR 1241, ar the challenge's causal baseline.
 
     python train_mdlm.py --help                                         every hyperparameter, its default and meaning
     PRESET=demo torchrun --standalone --nproc_per_node=1 train_mdlm.py  after data/prepare_text.py --source docs
@@ -12,11 +11,13 @@ causal baseline on the same trunk; PRESET=demo trains in minutes on two CPU core
 
 Sections: hyperparameters · ranks, clock and log · data and bytes · noise · model · loss · optimizers and EMA ·
 artifact · scoring · training · main. Importing has no side effect. Shape letters: B sequences, L positions, D width,
-H heads, V real tokens, N scored positions of a batch. MASK is token V: it has an embedding and is never predicted.
+H heads, V real tokens, N scored positions of a batch. MASK is token V, PAD is V + 1: seen, never predicted.
 """
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -46,29 +47,33 @@ try:
 except ImportError:  # a plain torch installation: PACK=auto then chooses between zlib and lzma
     zstandard = None
 
-SIZE_LIMIT_BYTES = 16_000_000  # code + artifact
-BUDGET_SECONDS = 600.0  # for training, and again for evaluation
+SIZE_LIMIT_BYTES, BUDGET_SECONDS = 16_000_000, 600.0  # code + artifact; training, and again evaluation
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly, however many are taken
 
 class InputError(ValueError):
     """Something the user gave is wrong: one line that names the value, the place and the remedy."""
 
-
 # == Hyperparameters ===================================================================================================
 
-def knob(group: str, default, meaning: str, unit: str = "", low=0, high=math.inf, choices: Sequence[str] = ()):
+def knob(group: str, default, meaning: str, unit: str = "", low=0, high=math.inf, choices: str = ""):
     """A hyperparameter: the environment variable is its name in capitals; numbers lie in [low, high]."""
-    metadata = dict(group=group, meaning=meaning, unit=unit, low=low, high=high, choices=tuple(choices))
-    return dataclasses.field(default=default, metadata=metadata)
-
+    return dataclasses.field(default=default, metadata=dict(group=group, meaning=meaning, unit=unit, low=low, high=high,
+                                                            choices=choices.split("|") if choices else []))
 
 CHAIN_RULES = ("l2r", "sliding", "confidence", "random")
 SCORE_NAMES = ("nelbo", *CHAIN_RULES, "tstep", "tgrid")
+LLADA = dict(  # PR 1106
+    backbone="dit", num_layers=11, model_dim=512, num_kv_heads=8, mlp_mult=3, tie_embeddings=False, logit_softcap=0.0,
+    train_seq_len=2048, time_sampling="antithetic", mask_eps=0.0, mask_max=0.999, loss_weight="dsigma",
+    weight_clamp=1000.0, iterations=6000, lr_warmup_steps=300, warmdown_iters=1500, warmdown_shape="cosine",
+    min_lr_frac=0.1, train_batch_tokens=65_536, optimizer="adamw", matrix_lr=6e-4, embed_lr=6e-4, head_lr=6e-4,
+    scalar_lr=6e-4, weight_decay=0.1, weight_decay_on="all", ema_decay=0.0, scores="nelbo,l2r,tstep", tstep_seqs=500,
+    tstep_steps=512)
 PRESETS: dict[str, dict] = {
-    "mdlm": {},  # PR 1699: the defaults below
-    "ar": dict(  # the challenge's causal baseline
-        objective="ar", num_layers=9, model_dim=512, matrix_lr=0.04, grad_clip_norm=0.0, ema_decay=0.0,
-    ),
+    "mdlm": {},  # PR 1699: the defaults below; ar is the challenge's causal baseline
+    "llada": LLADA,
+    "eos": LLADA | dict(doc_chunks=True, anchor_bos=True, lr_cycle_steps=6000, tstep_steps=128),  # PR 1241
+    "ar": dict(objective="ar", num_layers=9, model_dim=512, matrix_lr=0.04, grad_clip_norm=0.0, ema_decay=0.0),
     "demo": dict(  # two CPU cores, a few minutes, the documentation of the installed packages
         data_path="./data/datasets/docs_sp1024", tokenizer_path="./data/tokenizers/docs_1024_bpe.model",
         num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, train_seq_len=128, rope_base=100.0,
@@ -76,28 +81,25 @@ PRESETS: dict[str, dict] = {
         iterations=1300, warmdown_iters=850, max_wallclock_seconds=400.0, warmup_steps=0, train_batch_tokens=2048,
         matrix_lr=0.04, tied_embed_lr=0.005, scalar_lr=0.01, muon_momentum=0.9, muon_momentum_warmup_steps=100,
         ema_decay=0.0, train_log_every=100, val_loss_every=200, eval_max_seqs=256, nelbo_passes=1, l2r_seqs=32,
-        val_batch_size=2048,
-    ),
+        val_batch_size=2048),
 }
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Hyperparameters:
-    """Resolved configuration: the field defaults, then the preset's row of PRESETS, then the given values.
-
-    Raises InputError (a ValueError) for an unknown name, a value of the wrong type or out of range, or values that do
-    not fit each other.
-    """
-
-    preset: str = knob("run", "mdlm", "named configuration; the other variables override it", choices=tuple(PRESETS))
+    """Resolved configuration: the defaults, then the preset's row of PRESETS, then the given values; or InputError."""
+    preset: str = knob("run", "mdlm", "named configuration; the other variables override it", choices="|".join(PRESETS))
     run_id: str = knob("run", "", "names logs/<RUN_ID>.txt and logs/<RUN_ID>.mdlm; empty: start time and preset")
     seed: int = knob("run", 1337, "of initial weights, mask times and masks", high=2**63 - 1)
     eval_only: str = knob("run", "", "path of an artifact to score instead of training")
     data_path: str = knob("data", "./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
     tokenizer_path: str = knob("data", "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
-    objective: str = knob("model", "mdlm", "masked diffusion, or causal next-token prediction", choices=("mdlm", "ar"))
-    vocab_size: int = knob("model", 1024, "real tokens V; MASK is token V", "tokens", low=2, high=65_534)
+    objective: str = knob("model", "mdlm", "masked diffusion, or causal next-token prediction", choices="mdlm|ar")
+    backbone: str = knob("model", "unet", "the challenge's trunk, or a stack told the noise level", choices="unet|dit")
+    vocab_size: int = knob("model", 1024, "real tokens V; MASK is V, PAD is V + 1", "tokens", low=2, high=65_534)
+    doc_chunks: bool = knob("model", False, "train on documents, cut into chunks of at most L tokens, PAD after them")
+    anchor_bos: bool = knob("model", False, "<s> is never masked; scores pay for where it is")
     train_seq_len: int = knob("model", 1024, "length L of a training and of a scoring window", "tokens", low=1)
-    num_layers: int = knob("model", 8, "transformer blocks; the first half feeds skips to the second", low=1)
+    num_layers: int = knob("model", 8, "blocks; those of the U-Net's first half feed skips to the second", low=1)
     model_dim: int = knob("model", 576, "width D of the residual stream", low=2)
     num_heads: int = knob("model", 8, "attention heads H", low=1)
     num_kv_heads: int = knob("model", 4, "key/value heads, each shared by a group of query heads", low=1)
@@ -107,28 +109,36 @@ class Hyperparameters:
     logit_softcap: float = knob("model", 30.0, "logits are cap·tanh(logits/cap); 0 leaves them alone")
     qk_gain_init: float = knob("model", 1.5, "initial gain of the normalised queries")
     tied_embed_init_std: float = knob("model", 0.005, "standard deviation of the initial tied embedding")
-    compute_dtype: str = knob("model", "auto", "of activations; auto: bfloat16 on GPUs, float32 on CPUs",
-                              choices=("auto", "float32", "bfloat16"))
-    masking: str = knob("noise", "bernoulli", "each token alone, or exactly k tokens", choices=("bernoulli", "count"))
-    time_sampling: str = knob("noise", "stratified", "spread of mask times over the global batch",
-                              choices=("stratified", "antithetic", "uniform"))
+    compute_dtype: str = knob("model", "auto", "of activations; auto: bfloat16 on GPUs",
+                              choices="auto|float32|bfloat16")
+    masking: str = knob("noise", "bernoulli", "each token alone, or exactly k tokens", choices="bernoulli|count")
+    time_sampling: str = knob("noise", "stratified", "of mask times in a batch",
+                              choices="stratified|antithetic|uniform")
     mask_eps: float = knob("noise", 0.001, "smallest mask probability", high=1)
     mask_max: float = knob("noise", 1.0, "largest mask probability", high=1)
-    loss_weight: str = knob("noise", "elbo", "of a masked token: 1 / mask probability, or 1", choices=("elbo", "flat"))
-    weight_clamp: float = knob("noise", 100.0, "largest ELBO weight")
+    loss_weight: str = knob("noise", "elbo", "at mask probability p: 1/p, about 1/(1 − p), 1",
+                            choices="elbo|dsigma|flat")
+    weight_clamp: float = knob("noise", 100.0, "largest loss weight", low=1)
     iterations: int = knob("training", 20_000, "optimizer steps at most", "steps")
     max_wallclock_seconds: float = knob("training", 600.0, "training time at most; 0: no limit", "s")
     warmup_steps: int = knob("training", 20, "compile warm-up, undone before training starts", "steps")
-    warmdown_iters: int = knob("training", 1200, "linear decay of the learning rates to 0 at the end", "steps")
+    lr_warmup_steps: int = knob("training", 0, "linear growth of the learning rates at the start", "steps")
+    warmdown_iters: int = knob("training", 1200, "decay of the learning rates at the end", "steps")
+    warmdown_shape: str = knob("training", "linear", "of that decay", choices="linear|cosine")
+    min_lr_frac: float = knob("training", 0.0, "where it ends, of the full learning rates", high=1)
+    lr_cycle_steps: int = knob("training", 0, "growth and decay start again every so many steps; 0: never", "steps")
     train_batch_tokens: int = knob("training", 524_288, "tokens of the global batch", "tokens", low=1)
     micro_batch_tokens: int = knob("training", 65_536, "tokens of one pass of one process at most", "tokens", low=1)
     train_log_every: int = knob("training", 200, "between log lines (the first 10 steps always log; 0: none)", "steps")
     val_loss_every: int = knob("training", 1000, "between validations; 0: only at the end", "steps")
-    matrix_lr: float = knob("optimizer", 0.02, "Muon learning rate of the block matrices")
+    optimizer: str = knob("optimizer", "muon", "of the block matrices; the rest has AdamW", choices="muon|adamw")
+    matrix_lr: float = knob("optimizer", 0.02, "learning rate of the block matrices")
     tied_embed_lr: float = knob("optimizer", 0.05, "Adam learning rate of a tied embedding")
     embed_lr: float = knob("optimizer", 0.6, "Adam learning rate of an untied embedding")
     head_lr: float = knob("optimizer", 0.008, "Adam learning rate of an untied head")
-    scalar_lr: float = knob("optimizer", 0.04, "Adam learning rate of gains, scales and skips")
+    scalar_lr: float = knob("optimizer", 0.04, "Adam learning rate of gains, scales, skips and biases")
+    weight_decay: float = knob("optimizer", 0.0, "decoupled decay a step, times the learning rate")
+    weight_decay_on: str = knob("optimizer", "matrices", "block and head matrices, or all", choices="matrices|all")
     muon_momentum: float = knob("optimizer", 0.95, "Nesterov momentum of Muon", high=1)
     muon_momentum_warmup_start: float = knob("optimizer", 0.85, "Muon momentum at step 0", high=1)
     muon_momentum_warmup_steps: int = knob("optimizer", 500, "until MUON_MOMENTUM is reached", "steps")
@@ -139,8 +149,8 @@ class Hyperparameters:
     grad_clip_norm: float = knob("optimizer", 1.0, "largest norm of the whole gradient; 0: no limit")
     ema_decay: float = knob("optimizer", 0.999, "decay a step of the averaged weights; 0: no averaging", high=1)
     ema_start_frac: float = knob("optimizer", 0.1, "averaging starts at this share of the clock or steps", high=1)
-    quant_mode: str = knob("export", "fp8", "storage of matrices and embeddings", choices=("fp8", "fp16", "fp32"))
-    pack: str = knob("export", "auto", "compressor; auto: the smallest", choices=("auto", "zlib", "lzma", "zstd"))
+    quant_mode: str = knob("export", "fp8", "storage of matrices and embeddings", choices="fp8|fp16|fp32")
+    pack: str = knob("export", "auto", "compressor; auto: the smallest", choices="auto|zlib|lzma|zstd")
     nelbo_passes: int = knob("scoring", 4, "masks a sequence of the final any-order NELBO", low=1)
     eval_max_seqs: int = knob("scoring", 4096, "of a validation during training, evenly spaced; 0: all", "windows")
     final_eval_max_seqs: int = knob("scoring", 0, "of the final score, evenly spaced; 0: all", "windows")
@@ -175,21 +185,19 @@ class Hyperparameters:
         return cls(**given)
 
     def _check_together(self) -> None:
-        for small, large in (("num_heads", "model_dim"), ("num_kv_heads", "num_heads")):
-            if getattr(self, large) % getattr(self, small):
-                raise InputError(f"{self.shown(small)} must divide {self.shown(large)}")
-        if self.head_dim % 2:
-            raise InputError(f"{self.shown('model_dim')} / {self.shown('num_heads')} = {self.head_dim} must be even "
-                             "for rotary embeddings")
-        if self.mask_eps >= self.mask_max:
-            raise InputError(f"{self.shown('mask_eps')} must be smaller than {self.shown('mask_max')}")
-        if self.loss_weight == "elbo" and self.objective == "mdlm" and self.weight_clamp == 0:
-            raise InputError(f"{self.shown('weight_clamp')} must be positive, or LOSS_WEIGHT=flat")
-        for name in self.score_names:
-            if name not in SCORE_NAMES:
-                raise InputError(f"{self.shown('scores')}: {name} is not one of {', '.join(SCORE_NAMES)}")
-        if self.run_id and not re.fullmatch(r"[\w.+=@-]+", self.run_id):
-            raise InputError(f"{self.shown('run_id')} may hold letters, digits and . _ + = @ - only")
+        shown, causal = self.shown, self.objective == "ar"
+        foreign = [name for name in self.score_names if name not in SCORE_NAMES]
+        for wrong, message in (
+            (self.model_dim % self.num_heads, f"{shown('num_heads')} must divide {shown('model_dim')}"),
+            (self.num_heads % self.num_kv_heads, f"{shown('num_kv_heads')} must divide {shown('num_heads')}"),
+            (self.head_dim % 2, f"{shown('model_dim')} / {shown('num_heads')} must be even for rotary embeddings"),
+            (self.mask_eps >= self.mask_max, f"{shown('mask_eps')} must be smaller than {shown('mask_max')}"),
+            (causal and (self.backbone != "unet" or self.doc_chunks or self.anchor_bos),
+             f"OBJECTIVE=ar does not go with {shown('backbone')} {shown('doc_chunks')} {shown('anchor_bos')}"),
+            (foreign, f"{shown('scores')}: {', '.join(foreign)} is not one of {', '.join(SCORE_NAMES)}"),
+            (re.search(r"[^\w.+=@-]", self.run_id), f"{shown('run_id')}: letters, digits and . _ + = @ - only")):
+            if wrong:
+                raise InputError(message)
 
     def shown(self, name: str) -> str:
         """`NAME=value`, as the user writes it."""
@@ -207,17 +215,14 @@ class Hyperparameters:
 def checked_value(spec: dataclasses.Field, value):
     """`value` (a string from the environment, or a Python value) as the type of the field; InputError names it."""
     name, kind, limits = spec.name.upper(), type(spec.default), spec.metadata
-    wanted = {int: "a whole number", float: "a number", bool: "0 or 1", str: "text"}[kind]
+    parse = {"0": False, "1": True, "false": False, "true": True}.__getitem__ if kind is bool else kind
     try:
-        if isinstance(value, str) and kind is bool:
-            value = {"0": False, "1": True, "false": False, "true": True}[value.strip().lower()]
-        elif isinstance(value, str) and kind is not str:
-            value = kind(value)
-        elif kind is float and type(value) is int:
-            value = float(value)
+        value = parse(value.strip().lower() if kind is bool else value) if isinstance(value, str) else value
+        value = float(value) if kind is float and type(value) is int else value
         if type(value) is not kind or (kind is float and not math.isfinite(value)):
             raise ValueError
     except (ValueError, KeyError):
+        wanted = {int: "a whole number", float: "a number", bool: "0 or 1", str: "text"}[kind]
         raise InputError(f"{name}={value} is not {wanted}") from None
     if limits["choices"] and value not in limits["choices"]:
         raise InputError(f"{name}={value} is not one of {', '.join(limits['choices'])}")
@@ -236,18 +241,16 @@ def near_misses(env: Mapping[str, str]) -> list[str]:
 
 def help_text() -> str:
     """The table that --help prints: name, default, unit, meaning, choices, and the presets that change it."""
-    lines = [__doc__.strip(), "", "Environment variables:"]
+    lines, group = [__doc__.strip(), "", "Environment variables:"], ""
     for spec in dataclasses.fields(Hyperparameters):
         about = spec.metadata
-        lines += ["", f"  {about['group']}"] if f"  {about['group']}" not in lines else []
-        value = f"{spec.name.upper()}={int(spec.default) if isinstance(spec.default, bool) else spec.default}"
-        notes = [about["meaning"] + (f" [{about['unit']}]" if about["unit"] else "")]
-        notes += [" | ".join(about["choices"])] if about["choices"] else []
+        lines += ["", f"  {about['group']}"] if about["group"] != group else []
+        group = about["group"]
+        default = f"{spec.name.upper()}={int(spec.default) if isinstance(spec.default, bool) else spec.default}"
+        lines += [f"    {default:<36} {about['meaning']}" + f" [{about['unit']}]" * bool(about["unit"])]
         changed = [f"{preset}: {row[spec.name]}" for preset, row in PRESETS.items() if spec.name in row]
-        notes += ["; ".join(changed)] if changed else []
-        lines += [f"    {value:<36} {notes[0]}"] + [f"    {'':<36}   {note}" for note in notes[1:]]
+        lines += [f"{'':<43}{note}" for note in (" | ".join(about["choices"]), "; ".join(changed)) if note]
     return "\n".join(lines)
-
 
 # == Ranks, clock and log ==============================================================================================
 
@@ -264,55 +267,55 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 def start_ranks() -> torch.device:
-    """Joins the process group that torchrun describes (or a group of one) and returns this process's device.
-
-    CPU tensors always travel by gloo, so that control messages never wait for the GPU.
-    """
+    """Joins the process group that torchrun describes (or a group of one) and returns this process's device."""
+    device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         wanted, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if wanted > found:
             raise InputError(f"--nproc_per_node={wanted}, but this machine has {found} GPUs")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
+        backend = "cpu:gloo,cuda:nccl"  # control messages never wait for the GPU
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     return device
 
-def raise_everywhere(problem: InputError | None) -> None:
-    """Raises the first problem that any process has on all of them, so that none is left waiting for the others."""
-    problems = [problem] * world_size()
+def on_first_process(work: Callable):
+    """What work() returns on the first process, on all of them; what it finds wrong is an InputError on all of them."""
+    result = [None, None]
+    try:
+        result[0] = work() if rank() == 0 else None
+    except InputError as error:
+        result[1] = error
+    except OSError as error:
+        result[1] = InputError(f"{error.filename}: cannot be read or written: {error.strerror}")
     if world_size() > 1:
-        dist.all_gather_object(problems, problem)
-    for found in filter(None, problems):
-        raise found
+        dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
+    if result[1]:
+        raise result[1]
+    return result[0]
 
 class Clock:
-    """Training time in milliseconds; stopped around validation, so that only training is counted."""
+    """Training time in milliseconds, from now on; what is done while it is paused is not counted."""
     def __init__(self, device: torch.device):
-        self.device, self.counted_ms, self.started = device, 0.0, None
+        self.device, self.started = device, 0.0
+        self.started = self.now()
 
-    def start(self) -> None:
+    def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.started = time.perf_counter()
-
-    def stop(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.counted_ms, self.started = self.ms(), None
+        return time.perf_counter()
 
     def ms(self) -> float:
-        return self.counted_ms + (1000 * (time.perf_counter() - self.started) if self.started else 0.0)
+        """The mean over the processes: decisions that depend on it must be the same everywhere."""
+        own = torch.tensor(1000 * (time.perf_counter() - self.started), dtype=torch.float64)
+        return all_reduce(own).item() / world_size()
 
-    def shared_ms(self) -> float:
-        """The first process's time: decisions that depend on it must be the same everywhere."""
-        now = torch.tensor([self.ms()], dtype=torch.float64)
-        if world_size() > 1:
-            dist.broadcast(now, src=0)
-        return now.item()
+    @contextlib.contextmanager
+    def paused(self) -> Iterable[None]:
+        since = self.now()
+        yield
+        self.started += self.now() - since
 
 class Log:
     """The first process's lines, on the screen and in a file; on a terminal also a progress bar below them."""
@@ -322,10 +325,8 @@ class Log:
         self.phase, self.drawn = ("", 0.0, 0.0), 0.0  # name, start and first fraction of the bar; when it was drawn
 
     def __call__(self, line: str, screen: bool = True) -> None:
-        if rank() != 0:
-            return
-        if screen:
-            print(("\r\x1b[K" if self.bar else "") + line, flush=True)
+        if screen and rank() == 0:
+            print("\r\x1b[K" * self.bar + line, flush=True)
         if self.path:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
@@ -339,55 +340,47 @@ class Log:
             self.phase = name, now, fraction
         speed = (fraction - self.phase[2]) / max(now - self.phase[1], 1e-9)
         left = "{}:{:02d} left".format(*divmod(int((1 - fraction) / speed), 60)) if speed > 0 else ""
-        bar = f"{'█' * int(30 * fraction):░<30}"
-        line = f"{name} {bar} {100 * fraction:3.0f} % {left} {note}" if fraction < 1.0 else ""
-        print("\r\x1b[K" + line, end="", flush=True)
+        line = f"{name} {'█' * int(30 * fraction):░<30} {100 * fraction:3.0f} % {left} {note}"
+        print("\r\x1b[K" + line * (fraction < 1.0), end="", flush=True)
         self.drawn = now
-
 
 # == Data and bytes ====================================================================================================
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 BOS_ID = 1  # <s> in the challenge's tokenizers
+REMEDY = "run 'python data/prepare_text.py --source docs' (for PRESET=demo) or 'python data/fetch_fineweb.py'"
 
 def open_shard(path: Path) -> np.ndarray:
     """Memory-maps a shard of the challenge: 256 little-endian int32 (magic, version, number of tokens), then uint16."""
-    header_bytes = 4 * SHARD_HEADER_INTS
+    begin = 4 * SHARD_HEADER_INTS
     try:
-        size = path.stat().st_size
-        header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
+        size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if header.size < SHARD_HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise InputError(f"{path}: not a token shard (bad header); make it again with data/prepare_text.py or "
-                         "fetch it again with data/fetch_fineweb.py")
-    count = int(header[2])
-    if count < 1 or size != header_bytes + 2 * count:
-        raise InputError(f"{path}: the header says {count} tokens, so {header_bytes + 2 * count} bytes, but the file "
-                         f"has {size}; it is truncated or damaged, make or fetch it again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
+        raise InputError(f"{path}: not a token shard (bad header); {REMEDY}")
+    if header[2] < 1 or size != begin + 2 * int(header[2]):
+        raise InputError(f"{path}: truncated or damaged, its header says {header[2]} tokens; {REMEDY}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=begin, shape=(int(header[2]),))
 
 class TokenStream:
-    """The shards of one split end to end, memory-mapped, read as a ring: after the last token comes the first."""
+    """The shards of one split end to end, as a ring: after the last token comes the first. Two at most are mapped."""
     def __init__(self, folder: str | Path, split: str):
         self.files = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
         if not self.files:
-            raise InputError(f"no {split} shards in DATA_PATH={folder}; make them with 'python data/prepare_text.py "
-                             "--source docs' (and PRESET=demo) or fetch them with 'python data/fetch_fineweb.py'")
-        self.shards = [open_shard(path) for path in self.files]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+            raise InputError(f"no {split} shards in DATA_PATH={folder}; {REMEDY}")
+        self.ends = np.cumsum([len(open_shard(path)) for path in self.files])
         self.total = int(self.ends[-1])
+        self.shard = functools.lru_cache(maxsize=2)(lambda i: open_shard(self.files[i]))
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from position `start` of the ring, uint16."""
-        parts, start = [], start % self.total
-        while count > 0:
-            i = int(np.searchsorted(self.ends, start, side="right"))
-            offset = start - int(self.ends[i]) + len(self.shards[i])
-            parts.append(self.shards[i][offset:offset + count])
-            count -= len(parts[-1])
-            start = (start + len(parts[-1])) % self.total
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        i = int(np.searchsorted(self.ends, start % self.total, side="right"))
+        shard = self.shard(i)
+        offset = start % self.total - int(self.ends[i]) + len(shard)
+        part = shard[offset:offset + count]
+        missing = count - len(part)
+        return np.concatenate([part, self.read(start + len(part), missing)]) if missing else part
 
     def windows(self, numbers: Iterable[int], length: int, stride: int = 0) -> Tensor:
         """(B, 1 + length) int64: window n is token n·stride and the `length` after it; without a stride end to end."""
@@ -398,17 +391,68 @@ class TokenStream:
         """Whole windows without going round the ring; the very first token is only ever a predecessor."""
         return max(1 + (self.total - 1 - length) // (stride or length), 0)
 
-    def check_tokens(self, vocab_size: int, first_tokens: int | None = None) -> None:
+    def count_tokens(self, numbers: range, length: int) -> int:
+        """Tokens in those windows, without PAD."""
+        return len(numbers) * length
+
+    def order(self, epoch: int) -> Sequence[int]:
+        """The shards in the order in which they are read."""
+        return range(len(self.files))
+
+    def check_tokens(self, vocab_size: int, first_tokens: float = math.inf) -> None:
         """Reads what a run can touch, each process its share of the files; InputError for a token ≥ vocab_size."""
-        problem = None
-        for i in range(rank(), len(self.shards), world_size()):
-            shard, begins = self.shards[i], int(self.ends[i]) - len(self.shards[i])
-            if first_tokens is None or begins < first_tokens:
-                largest = max(int(shard[at:at + (1 << 24)].max()) for at in range(0, len(shard), 1 << 24))
-                if largest >= vocab_size:
-                    problem = InputError(f"{self.files[i]}: holds token {largest}, but VOCAB_SIZE={vocab_size}; "
-                                         "the shards were made with another tokenizer")
-        raise_everywhere(problem)
+        largest, before = torch.zeros(len(self.files), dtype=torch.int64), 0
+        for place, i in enumerate(self.order(0)):
+            if place % world_size() == rank() and before < first_tokens:
+                largest[i] = int(open_shard(self.files[i]).max())
+            before += int(np.diff(self.ends, prepend=0)[i])
+        i = int(all_reduce(largest).argmax())
+        if largest[i] >= vocab_size:
+            raise InputError(f"{self.files[i]}: holds token {largest[i]}, but VOCAB_SIZE={vocab_size}; the shards were "
+                             "made with another tokenizer")
+
+class DocumentStream(TokenStream):
+    """The same shards as documents: each begins with <s> and is cut into chunks of at most L tokens, PAD after them.
+
+    Chunks are numbered without end: epoch after epoch, the shards and the chunks of a shard in orders that depend on
+    (seed, epoch). No chunk crosses a document or a shard. In memory: where the chunks of two shards begin.
+    """
+    def __init__(self, folder: str | Path, split: str, hp: Hyperparameters):
+        super().__init__(folder, split)
+        self.length, self.pad_id, self.seed = hp.train_seq_len, hp.pad_id, hp.seed
+        self.begins = [0]  # number of the first chunk of every visit of a shard, as far as is known
+        self.visit = functools.lru_cache(maxsize=2)(self._visit)
+
+    def order(self, epoch: int) -> Sequence[int]:
+        return torch.randperm(len(self.files), generator=seeded("cpu", self.seed, "shards", epoch)).tolist()
+
+    def _visit(self, visit: int) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        """The tokens of a shard, where its chunks begin (and the last one ends), and the order of its chunks."""
+        epoch, place = divmod(visit, len(self.files))
+        shard = self.shard(self.order(epoch)[place])
+        documents = np.union1d([0], np.flatnonzero(shard == BOS_ID))  # a shard may begin inside a document
+        chunks = -(-np.diff(documents, append=len(shard)) // self.length)
+        inside = np.arange(chunks.sum()) - np.repeat(chunks.cumsum() - chunks, chunks)
+        starts = np.append(np.repeat(documents, chunks) + self.length * inside, len(shard))
+        return shard, starts, torch.randperm(len(inside), generator=seeded("cpu", self.seed, "chunks", visit))
+
+    def chunk(self, number: int) -> np.ndarray:
+        """The tokens of a chunk, uint16."""
+        while self.begins[-1] <= number:
+            self.begins.append(self.begins[-1] + len(self.visit(len(self.begins) - 1)[2]))
+        visit = bisect.bisect_right(self.begins, number) - 1
+        shard, starts, order = self.visit(visit)
+        at = int(order[number - self.begins[visit]])
+        return shard[starts[at]:starts[at + 1]]
+
+    def windows(self, numbers: Iterable[int], length: int, stride: int = 0) -> Tensor:
+        """(B, 1 + length) int64: PAD, then the tokens of a chunk, then PAD."""
+        chunks = [self.chunk(n) for n in numbers]
+        rows = [np.pad(c.astype(np.int64), (1, length - len(c)), constant_values=self.pad_id) for c in chunks]
+        return torch.from_numpy(np.stack(rows))
+
+    def count_tokens(self, numbers: range, length: int) -> int:
+        return sum(len(self.chunk(n)) for n in numbers)
 
 class ByteTables(NamedTuple):
     """What each token adds to the text, for all ids < table size (the challenge's tables, plus `keeps_space`)."""
@@ -419,7 +463,7 @@ class ByteTables(NamedTuple):
 
 def build_sentencepiece_luts(sp, vocab_size: int, device: torch.device | str = "cpu") -> ByteTables:
     """Byte tables of a SentencePiece model, exact for pieces with several spaces and for text that starts with one."""
-    size = max(int(sp.vocab_size()), vocab_size)
+    size = max(int(sp.vocab_size()), vocab_size + 2)  # MASK and PAD stand for no text
     base, space, boundary = np.zeros(size, np.int64), np.zeros(size, bool), np.ones(size, bool)
     keeps_space = False
     for token in range(int(sp.vocab_size())):
@@ -443,10 +487,7 @@ def token_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
     tokens = torch.as_tensor(tokens, dtype=torch.int64, device=luts.base_bytes.device)
     first = torch.as_tensor(prev, dtype=torch.int64, device=tokens.device).expand(tokens.shape[:-1])
     before = torch.cat([first[..., None], tokens[..., :-1]], dim=-1)
-    counted = luts.has_leading_space[tokens]
-    if not luts.keeps_space:
-        counted = counted & ~luts.is_boundary[before]
-    return luts.base_bytes[tokens] + counted
+    return luts.base_bytes[tokens] + (luts.has_leading_space[tokens] & (luts.keeps_space | ~luts.is_boundary[before]))
 
 def count_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
     """(…) int64: exact UTF-8 bytes of the text that tokens (…, L) add after the token `prev` (…) before them."""
@@ -456,8 +497,7 @@ def load_tokenizer(path: str, vocab_size: int):
     """The SentencePiece model at `path`; InputError when it is missing, foreign or of another size."""
     import sentencepiece
     if not Path(path).is_file():
-        raise InputError(f"no tokenizer at TOKENIZER_PATH={path}; make it with 'python data/prepare_text.py --source "
-                         "docs' (and PRESET=demo) or fetch it with 'python data/fetch_fineweb.py'")
+        raise InputError(f"no tokenizer at TOKENIZER_PATH={path}; {REMEDY}")
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=path)
     except (RuntimeError, OSError):
@@ -465,7 +505,6 @@ def load_tokenizer(path: str, vocab_size: int):
     if int(sp.vocab_size()) != vocab_size:
         raise InputError(f"{path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
     return sp
-
 
 # == Noise: when and what to mask ======================================================================================
 
@@ -477,8 +516,8 @@ def seeded(device: torch.device | str, *key) -> torch.Generator:
 def sample_times(kind: str, u: Tensor) -> Tensor:
     """Mask times t in [0, 1] of a global batch from independent uniform draws u (B,).
 
-    stratified: one offset, a row in each of B equal strata (Sahoo et al. 2024), in the order of multiples of the golden
-    ratio, so that any few neighbours are spread evenly too; antithetic: pairs t, 1 − t.
+    stratified: one offset, a row in each of B equal strata (Sahoo et al. 2024), ordered so that any few neighbours are
+    spread evenly too; antithetic: pairs t, 1 − t.
     """
     rows = len(u)
     if kind == "stratified":
@@ -492,24 +531,33 @@ def mask_probability(hp: Hyperparameters, u: Tensor) -> Tensor:
     """(B,) probability that a token is masked, uniform on [MASK_EPS, MASK_MAX]."""
     return hp.mask_eps + (hp.mask_max - hp.mask_eps) * sample_times(hp.time_sampling, u)
 
+def hideable(hp: Hyperparameters, x: Tensor) -> Tensor:
+    """(B, L) bool: what noise may mask (or has masked) in x (B, L): not PAD and, with ANCHOR_BOS, not <s>."""
+    return (x != hp.pad_id) & (x != BOS_ID) if hp.anchor_bos else x != hp.pad_id
+
 def mask_exactly(k: Tensor, keys: Tensor) -> Tensor:
     """Masks the k (B,) positions of each row with the smallest keys (B, L); (B, L) bool."""
     first = torch.arange(keys.shape[-1], device=keys.device) < k[:, None]
     return torch.zeros_like(first).scatter_(1, keys.argsort(-1), first)
 
-def sample_masks(hp: Hyperparameters, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Masks of a global batch: (B, L) bool, and the loss weight (B,) of each of a row's masked tokens."""
-    rows, length, device = hp.batch_rows, hp.train_seq_len, generator.device
-    probability = mask_probability(hp, torch.rand(rows, generator=generator, device=device))
-    keys = torch.rand(rows, length, generator=generator, device=device)
+def draw_noise(hp: Hyperparameters, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Of a global batch: mask probabilities (B,), and uniform keys (B, L) that decide what they mask."""
+    size, device = (hp.batch_rows, hp.train_seq_len), generator.device
+    probability = mask_probability(hp, torch.rand(size[0], generator=generator, device=device))
+    return probability, torch.rand(size, generator=generator, device=device)
+
+def apply_noise(hp: Hyperparameters, x0: Tensor, probability: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks x0 (B, L): the mask (B, L) bool, the loss weight (B,) of its tokens, and the probability (B,) behind it."""
+    free = hideable(hp, x0)
     if hp.masking == "count":
-        k = (probability * length).ceil().clamp(1, length)
-        mask, probability = mask_exactly(k, keys), k / length
+        count = free.sum(1).clamp(min=1)
+        k = (probability * count).ceil().clamp(min=1)
+        mask, probability = mask_exactly(k, torch.where(free, keys, 2)) & free, k / count
     else:
-        mask = keys < probability[:, None]
-    if hp.loss_weight == "flat":
-        return mask, torch.ones_like(probability)
-    return mask, (1 / probability).clamp(max=hp.weight_clamp)
+        mask = (keys < probability[:, None]) & free
+    weight = {"flat": torch.ones_like(probability), "elbo": 1 / probability,  # elbo is the bound's weight,
+              "dsigma": (hp.mask_max - hp.mask_eps) / (1 - probability)}[hp.loss_weight]  # dsigma PR 1106's σ′(t)
+    return mask, weight.clamp(max=hp.weight_clamp), probability
 
 def masked_capacity(hp: Hyperparameters, rows: int) -> int:
     """A static bound on the masked positions of any micro-batch of `rows` rows: only those need the output head.
@@ -522,10 +570,9 @@ def masked_capacity(hp: Hyperparameters, rows: int) -> int:
     slack = rows if hp.masking == "count" else 4 * math.sqrt(positions)
     return min(positions, math.ceil(float(max(ends)) * hp.train_seq_len + slack))
 
-
 # == Model =============================================================================================================
 
-NORM_EPS = torch.finfo(torch.float32).eps
+NORM_EPS, COND_DIM = torch.finfo(torch.float32).eps, 128  # COND_DIM: width of the noise condition, as published
 
 def norm(x: Tensor) -> Tensor:
     """RMS normalisation of the last axis, without gain."""
@@ -543,10 +590,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 class Linear(nn.Linear):
-    """A matrix without bias, kept in float32 and applied in the dtype of its input."""
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
-
+    """A matrix, kept in float32 and applied in the dtype of its input."""
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
@@ -555,21 +599,22 @@ def pick(x: Tensor, at: Tensor | None) -> Tensor:
     return x if at is None else x.flatten(0, 1).index_select(0, at)
 
 class Attention(nn.Module):
-    """Grouped-query attention with normalised, rotated and gained queries; bidirectional unless `causal`."""
+    """Grouped-query attention with normalised and rotated queries and keys; bidirectional unless `causal`."""
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.head_dim, self.causal = hp.head_dim, hp.objective == "ar"
         self.shares_keys = hp.num_kv_heads < hp.num_heads
-        self.c_q = Linear(hp.model_dim, hp.model_dim)
-        self.c_k = Linear(hp.model_dim, hp.num_kv_heads * hp.head_dim)
-        self.c_v = Linear(hp.model_dim, hp.num_kv_heads * hp.head_dim)
-        self.proj = Linear(hp.model_dim, hp.model_dim)
-        self.q_gain = nn.Parameter(torch.full((hp.num_heads,), hp.qk_gain_init))
+        self.c_q = Linear(hp.model_dim, hp.model_dim, bias=False)
+        self.c_k = Linear(hp.model_dim, hp.num_kv_heads * hp.head_dim, bias=False)
+        self.c_v = Linear(hp.model_dim, hp.num_kv_heads * hp.head_dim, bias=False)
+        self.proj = Linear(hp.model_dim, hp.model_dim, bias=False)
+        self.q_gain = nn.Parameter(torch.full((hp.num_heads,), hp.qk_gain_init)) if hp.backbone == "unet" else None
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor | None) -> Tensor:
         q, k, v = (c(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for c in (self.c_q, self.c_k, self.c_v))
-        q = rotate(norm(q), *rotary) * self.q_gain.to(x.dtype)[:, None, None]  # (B, H, L, head_dim)
-        k = rotate(norm(k), *rotary)
+        q, k = rotate(norm(q), *rotary), rotate(norm(k), *rotary)  # (B, H, L, head_dim)
+        if self.q_gain is not None:
+            q = q * self.q_gain.to(x.dtype)[:, None, None]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=self.shares_keys)
         return self.proj(pick(y.transpose(1, 2).flatten(2), at))
 
@@ -577,19 +622,22 @@ class MLP(nn.Module):
     """proj(ReLU(fc x)²)."""
     def __init__(self, hp: Hyperparameters):
         super().__init__()
-        self.fc = Linear(hp.model_dim, hp.mlp_mult * hp.model_dim)
-        self.proj = Linear(hp.mlp_mult * hp.model_dim, hp.model_dim)
+        self.fc = Linear(hp.model_dim, hp.mlp_mult * hp.model_dim, bias=False)
+        self.proj = Linear(hp.mlp_mult * hp.model_dim, hp.model_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.relu(self.fc(x)).square())
 
-class Block(nn.Module):
+class UNetBlock(nn.Module):
+    """A block of the challenge's trunk: it can mix the embedding in again, and its branches have gains."""
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.attn, self.mlp = Attention(hp), MLP(hp)
         self.attn_scale = nn.Parameter(torch.ones(hp.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(hp.model_dim))
         self.resid_mix = nn.Parameter(torch.stack([torch.ones(hp.model_dim), torch.zeros(hp.model_dim)]))
+        nn.init.zeros_(self.attn.proj.weight)
+        nn.init.zeros_(self.mlp.proj.weight)
 
     def forward(self, x: Tensor, x_emb: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor | None) -> Tensor:
         """(B, L, D) → (B, L, D), or (N, D) if only the positions `at` (N,) are wanted: attention still sees all."""
@@ -598,26 +646,45 @@ class Block(nn.Module):
         x = pick(x, at) + self.attn_scale.to(x.dtype) * self.attn(norm(x), rotary, at)
         return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
 
+class DiTBlock(nn.Module):
+    """A plain pre-norm block; the noise level scales and shifts what its norms return (adaLN; Peebles & Xie 2023)."""
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        self.attn, self.mlp = Attention(hp), MLP(hp)
+        self.attn_mod, self.mlp_mod = (nn.Linear(COND_DIM, 2 * hp.model_dim) for _ in range(2))
+
+    def forward(self, x: Tensor, cond: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor | None) -> Tensor:
+        """As UNetBlock, with cond (B, COND_DIM) in place of the embedding."""
+        mods = self.attn_mod(cond)[:, None], self.mlp_mod(cond)[:, None]  # (B, 1, 2D): scale, then shift
+        (scale, shift), after = mods[0].to(x.dtype).chunk(2, -1), mods[1].to(x.dtype)
+        after = after if at is None else after[at // x.shape[1], 0]
+        x = pick(x, at) + self.attn(norm(x) * (1 + scale) + shift, rotary, at)
+        scale, shift = after.chunk(2, -1)
+        return x + self.mlp(norm(x) * (1 + scale) + shift)
+
+def noise_features(masked_fraction: Tensor) -> Tensor:
+    """(B, COND_DIM): sines and cosines of σ = −ln(1 − masked_fraction) (B,), at most 6.9, over frequencies 1 … 1e-4."""
+    sigma = -(1 - masked_fraction).clamp(min=1e-3).log()
+    half = torch.arange(COND_DIM // 2, dtype=torch.float32, device=sigma.device)
+    angle = sigma[:, None] * 10_000 ** (-2 * half / COND_DIM)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
 class Model(nn.Module):
-    """The challenge's U-Net transformer, with its parameter names; bidirectional with a MASK embedding, or causal.
-
-    `compute_dtype` is the dtype of activations; parameters stay float32, logits are float32.
-    """
-
+    """The challenge's U-Net transformer, masked or causal, or PR 1106's stack; parameters and logits are float32."""
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.hp, self.compute_dtype = hp, torch.float32
-        self.tok_emb = nn.Embedding(hp.vocab_size + (hp.objective == "mdlm"), hp.model_dim)
-        self.blocks = nn.ModuleList(Block(hp) for _ in range(hp.num_layers))
-        self.skip_weights = nn.Parameter(torch.ones(hp.num_layers // 2, hp.model_dim))
-        self.lm_head = None if hp.tie_embeddings else Linear(hp.model_dim, hp.vocab_size)
+        unet, rows = hp.backbone == "unet", hp.vocab_size + (hp.objective == "mdlm") + hp.doc_chunks
+        self.tok_emb = nn.Embedding(rows, hp.model_dim)
+        self.blocks = nn.ModuleList((UNetBlock if unet else DiTBlock)(hp) for _ in range(hp.num_layers))
+        self.skip_weights = nn.Parameter(torch.ones(hp.num_layers // 2, hp.model_dim)) if unet else None
+        self.time_embed = None if unet else nn.Sequential(
+            nn.Linear(COND_DIM, 4 * COND_DIM), nn.SiLU(), nn.Linear(4 * COND_DIM, COND_DIM))
+        self.lm_head = None if hp.tie_embeddings else Linear(hp.model_dim, hp.vocab_size, bias=False)
         if hp.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=hp.tied_embed_init_std)
-        else:
+        elif unet:
             nn.init.zeros_(self.lm_head.weight)
-        for block in self.blocks:
-            nn.init.zeros_(block.attn.proj.weight)
-            nn.init.zeros_(block.mlp.proj.weight)
 
     def on(self, device: torch.device) -> Model:
         """Moves to the device; activations get the dtype of COMPUTE_DTYPE."""
@@ -627,16 +694,21 @@ class Model(nn.Module):
     def hidden(self, z: Tensor, masked_fraction: Tensor | None = None, at: Tensor | None = None) -> Tensor:
         """Normalised last hidden state (B, L, D) of tokens z (B, L) int64; (N, D) at the flat positions `at` (N,).
 
-        `masked_fraction` (B,) is for backbones that are told the noise level; this one sees it in z.
+        `masked_fraction` (B,) is what a DiT is told of the noise; without it, the true fraction of what may be masked.
         """
-        x = x_emb = norm(self.tok_emb(z)).to(self.compute_dtype)
+        x, skips, encoder = self.tok_emb(z), [], len(self.blocks) // 2
+        if self.time_embed is None:
+            x = given = norm(x).to(self.compute_dtype)
+        else:
+            if masked_fraction is None:
+                masked_fraction = (z == self.hp.mask_id).sum(1) / hideable(self.hp, z).sum(1).clamp(min=1)
+            x, given = x.to(self.compute_dtype), F.silu(self.time_embed(noise_features(masked_fraction)))
         rotary = rotary_table(z.shape[1], self.hp.head_dim, self.hp.rope_base, x)
-        encoder, skips = len(self.blocks) // 2, []
         for i, block in enumerate(self.blocks):
-            if i >= encoder and skips:
+            if skips and i >= encoder:
                 x = x + self.skip_weights[i - encoder].to(x.dtype) * skips.pop()
-            x = block(x, x_emb, rotary, at if block is self.blocks[-1] else None)
-            if i < encoder:
+            x = block(x, given, rotary, at if block is self.blocks[-1] else None)
+            if self.skip_weights is not None and i < encoder:
                 skips.append(x)
         return norm(x)
 
@@ -659,7 +731,6 @@ def build_model(hp: Hyperparameters) -> Model:
         torch.manual_seed(hp.seed)
         return Model(hp)
 
-
 # == Loss ==============================================================================================================
 
 class Batch(NamedTuple):
@@ -668,17 +739,12 @@ class Batch(NamedTuple):
     positions: Tensor  # (N,) int64, scored positions of the flattened batch
     targets: Tensor  # (N,) int64, the tokens there
     weights: Tensor  # (N,) float32, already divided by the tokens of the global batch; 0 fills up to N
+    masked_fraction: Tensor | None  # (B,) float32, the probability behind the mask; None for a causal model
 
 def compact(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Indices of the True elements of `mask`, flattened, in `capacity` slots: (N,) int64, and which are used (N,) bool.
-
-    Shapes do not depend on the data, so neither a compiler nor the host has to wait for a count.
-    """
-    flat = mask.flatten()
-    slot = torch.where(flat, flat.cumsum(0) - 1, capacity).clamp(max=capacity)
-    positions = torch.arange(capacity + 1, device=flat.device).clamp(max=len(flat) - 1)  # unused slots: all different
-    positions.scatter_(0, slot, torch.arange(len(flat), device=flat.device))
-    return positions[:capacity], torch.arange(capacity, device=flat.device) < flat.sum()
+    """Flat indices of `capacity` elements of `mask` (N,), True ones first, and their values (N,): static shapes."""
+    positions = (~mask.flatten()).byte().argsort(stable=True)[:capacity]
+    return positions, mask.flatten()[positions]
 
 def training_batch(hp: Hyperparameters, stream: TokenStream, step: int, rows: range, capacity: int,
                    device: torch.device) -> Batch:
@@ -687,21 +753,21 @@ def training_batch(hp: Hyperparameters, stream: TokenStream, step: int, rows: ra
     window = stream.windows(range(first + rows.start, first + rows.stop), hp.train_seq_len)
     if device.type == "cuda":
         window = window.pin_memory().to(device, non_blocking=True)
+    x0, tokens = window[:, 1:], stream.count_tokens(range(first, first + hp.batch_rows), hp.train_seq_len)
     if hp.objective == "ar":
-        targets = window[:, 1:].flatten()
-        weights = torch.full(targets.shape, 1 / hp.train_batch_tokens, device=device)
-        return Batch(window[:, :-1], torch.arange(len(targets), device=device), targets, weights)
-    mask, weight = (full[rows.start:rows.stop] for full in sample_masks(hp, seeded(device, hp.seed, "train", step)))
-    x0 = window[:, 1:]
+        weights = torch.full((x0.numel(),), 1 / tokens, device=device)
+        return Batch(window[:, :-1], torch.arange(x0.numel(), device=device), x0.flatten(), weights, None)
+    noise = (full[rows.start:rows.stop] for full in draw_noise(hp, seeded(device, hp.seed, "train", step)))
+    mask, weight, probability = apply_noise(hp, x0, *noise)
     positions, used = compact(mask, capacity)
-    weights = torch.where(used, weight[positions // hp.train_seq_len], 0) / hp.train_batch_tokens
-    return Batch(torch.where(mask, hp.mask_id, x0), positions, x0.flatten()[positions], weights)
+    weights = torch.where(used, weight[positions // hp.train_seq_len], 0) / tokens
+    z, targets = torch.where(mask, hp.mask_id, x0), torch.where(used, x0.flatten()[positions], 0)
+    return Batch(z, positions, targets, weights, probability)
 
 def batch_loss(model: Model, batch: Batch) -> Tensor:
     """Σ weight·nll over the scored positions, in nats; summed over the global batch it is the loss of the step."""
-    h = model.hidden(batch.z, at=batch.positions)
+    h = model.hidden(batch.z, batch.masked_fraction, batch.positions)
     return (F.cross_entropy(model.head(h), batch.targets, reduction="none") * batch.weights).sum()
-
 
 # == Optimizers and EMA ================================================================================================
 
@@ -709,24 +775,20 @@ class Kind(NamedTuple):
     """A kind of parameter: what it is called, how it is trained and how it is stored."""
     name: str
     pattern: str  # of the parameter's name
-    optimizer: str  # muon | adam
+    optimizer: str  # muon (if OPTIMIZER is) | adamw
     lr: str  # the hyperparameter that holds the learning rate
+    decays: bool  # whether WEIGHT_DECAY_ON=matrices means it
     storage: str  # in the artifact; empty: QUANT_MODE
 
-
 KINDS = (
-    Kind("matrix", r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", "muon", "matrix_lr", ""),
-    Kind("embed", r"tok_emb\.weight", "adam", "embed_lr", ""),
-    Kind("head", r"lm_head\.weight", "adam", "head_lr", ""),
-    Kind("gain", r"(blocks\.\d+\.)?(attn\.q_gain|attn_scale|mlp_scale|resid_mix|skip_weights)", "adam", "scalar_lr",
-         "fp16"),
-)
+    Kind("matrix", r"(blocks\.\d+\.(attn|mlp)(_mod|\.\w+)|time_embed\.\d)\.weight", "muon", "matrix_lr", True, ""),
+    Kind("embed", r"tok_emb\.weight", "adamw", "embed_lr", False, ""),
+    Kind("head", r"lm_head\.weight", "adamw", "head_lr", True, ""),
+    Kind("gain", r"(blocks\.\d+\.)?(attn\.q_gain|attn_scale|mlp_scale|resid_mix|skip_weights)|.*\.bias", "adamw",
+         "scalar_lr", False, "fp16"))
 
 def kind_of(name: str) -> Kind:
     return next(kind for kind in KINDS if re.fullmatch(kind.pattern, name))
-
-def base_learning_rate(kind: Kind, hp: Hyperparameters) -> float:
-    return hp.tied_embed_lr if kind.name == "embed" and hp.tie_embeddings else getattr(hp, kind.lr)
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     """Pushes the singular values of each matrix (n, rows, cols) to about 1 by Newton-Schulz iterations.
@@ -744,16 +806,14 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     return x.mT if tall else x
 
 class Optimizer:
-    """Muon and Adam over one flat buffer of weights and one of gradients.
+    """Muon and AdamW over one flat buffer of weights and one of gradients, of which the model's become views.
 
-    The model's parameters become views of `weights`, their gradients views of `grads`: zeroing, reducing over the
-    processes, clipping and averaging are one call each, and matrices of one shape are one stack without a copy.
+    So zeroing, reducing, clipping and averaging are one call each, and matrices of one shape are one stack.
     """
-
     def __init__(self, model: Model, hp: Hyperparameters):
         def stacked(item: tuple[str, nn.Parameter]) -> tuple:
             kind = kind_of(item[0])
-            return KINDS.index(kind), tuple(item[1].shape) if kind.optimizer == "muon" else ()
+            return KINDS.index(kind), tuple(item[1].shape) if kind.optimizer == hp.optimizer == "muon" else ()
 
         groups = [list(g) for _, g in itertools.groupby(sorted(model.named_parameters(), key=stacked), key=stacked)]
         sizes = [sum(p.numel() for _, p in group) for group in groups]
@@ -768,14 +828,16 @@ class Optimizer:
             for p, w, g in zip(parameters, weights.split(counts), grads.split(counts), strict=True):
                 w.copy_(p.detach().flatten())
                 p.data, p.grad = w.view(p.shape), g.view(p.shape)
-            if kind.optimizer == "muon":
+            if kind.optimizer == hp.optimizer == "muon":
                 stack = (len(parameters), *parameters[0].shape)
                 self.muon.append((weights.view(stack), grads.view(stack), torch.zeros_like(weights).view(stack)))
             else:
                 flat = nn.Parameter(weights)
                 flat.grad = grads
-                adam.append(dict(params=[flat], base_lr=base_learning_rate(kind, hp)))
-        self.adam = torch.optim.Adam(adam, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True)
+                lr = "tied_embed_lr" if kind.name == "embed" and hp.tie_embeddings else kind.lr
+                decay = hp.weight_decay if kind.decays or hp.weight_decay_on == "all" else 0.0
+                adam.append(dict(params=[flat], base_lr=getattr(hp, lr), weight_decay=decay))
+        self.adam = torch.optim.AdamW(adam, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True)
 
     @torch.no_grad()
     def step(self, step: int, lr_scale: float) -> None:
@@ -790,6 +852,7 @@ class Optimizer:
             velocity.mul_(momentum).add_(grads)
             update = self._orthogonalize_shared(grads.add(velocity, alpha=momentum))
             taller = max(1.0, weights.shape[-2] / weights.shape[-1]) ** 0.5
+            weights.mul_(1 - hp.matrix_lr * lr_scale * hp.weight_decay)
             weights.add_(update, alpha=-hp.matrix_lr * lr_scale * taller)
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
@@ -801,8 +864,6 @@ class Optimizer:
         share = -(-len(stack) // world_size())
         mine = slice(rank() * share, (rank() + 1) * share)
         part = orthogonalize(stack[mine], self.hp.muon_backend_steps)
-        if world_size() == 1:
-            return part
         whole = part.new_zeros(stack.shape)
         whole[mine] = part
         return all_reduce(whole)
@@ -817,20 +878,14 @@ class Optimizer:
         self.adam.state.clear()
 
 class EMA:
-    """Exponential moving average of a flat weight buffer, in float32, from the first update on.
-
-    After n updates: d^(n-1)·w_1 + (1 − d)·Σ_{i=2..n} d^(n−i)·w_i.
-    """
-
+    """Moving average of a flat buffer in float32: after n updates d^(n-1)·w_1 + (1 − d)·Σ_{i=2..n} d^(n−i)·w_i."""
     def __init__(self, decay: float):
         self.decay, self.average = decay, None
 
     @torch.no_grad()
     def update(self, weights: Tensor) -> None:
-        if self.average is None:
-            self.average = weights.float().clone()
-        else:
-            self.average.lerp_(weights.float(), 1 - self.decay)
+        self.average = weights.float().clone() if self.average is None else self.average
+        self.average.lerp_(weights.float(), 1 - self.decay)
 
     @torch.no_grad()
     def swap(self, weights: Tensor) -> None:
@@ -839,7 +894,6 @@ class EMA:
             held = weights.clone()
             weights.copy_(self.average)
             self.average.copy_(held)
-
 
 # == Artifact ==========================================================================================================
 
@@ -851,7 +905,6 @@ class Packer(NamedTuple):
     magic: bytes  # the first bytes of its files
     pack: Callable[[bytes], bytes]
     unpack: Callable[[bytes, int], bytes]  # (packed, limit): at most `limit` bytes, however many there are
-
 
 PACKERS = {
     "zlib": Packer(b"\x78\xda", lambda raw: zlib.compress(raw, 9),
@@ -898,23 +951,11 @@ def save_artifact(model: Model, hp: Hyperparameters, path: str | Path) -> dict:
     return dict(artifact_bytes=len(written), label=unpack_artifact(written, path)[2], raw_bytes=len(raw),
                 packed_bytes={name: len(blob) for name, blob in packed.items()})
 
-def read_file_everywhere(path: str | Path) -> bytes:
-    """The first process's file, on every process: other machines need not have it."""
-    content, problem = [None], None
-    try:
-        content = [Path(path).read_bytes() if rank() == 0 else None]
-    except OSError as error:
-        problem = InputError(f"{path}: cannot be read: {error.strerror}")
-    raise_everywhere(problem)
-    if world_size() > 1:
-        dist.broadcast_object_list(content, src=0, device=torch.device("cpu"))
-    return content[0]
+def unpack_artifact(packed: bytes, path: str | Path) -> tuple[Model, Hyperparameters, str]:
+    """A fresh model with the weights of an artifact, its hyperparameters, and a label, for example fp8+lzma.
 
-def unpack_artifact(packed: bytes, path: str | Path) -> tuple[dict, bytes, str]:
-    """Header, tensor bytes and label of an artifact, verified; InputError (one line, with `path`) for anything else.
-
-    The checksum comes first; then the length of the header is unpacked, the header, and what it accounts for. The label
-    says how the matrices are stored and how the file is packed, for example fp8+lzma.
+    InputError (one line, with `path`) if it is not sound. The checksum comes first; then the length of the header is
+    unpacked, the header, and what it accounts for.
     """
     packed, checksum = packed[:-32], packed[-32:]
     packer = next((name for name, packer in PACKERS.items() if packed.startswith(packer.magic)), "")
@@ -928,41 +969,29 @@ def unpack_artifact(packed: bytes, path: str | Path) -> tuple[dict, bytes, str]:
         if not start.startswith(ARTIFACT_MAGIC) or body_at > MAX_HEADER_BYTES:
             raise ValueError
         header = json.loads(PACKERS[packer].unpack(packed, body_at)[12:])
-        sizes = [math.prod(entry["shape"]) * STORAGES[entry["storage"]].itemsize for entry in header["tensors"]]
-        offsets = [entry["offset"] for entry in header["tensors"]]
-        storages = {entry["storage"] for entry in header["tensors"] if not kind_of(entry["name"]).storage}
-        if header["version"] != ARTIFACT_VERSION or offsets != [sum(sizes[:i]) for i in range(len(sizes))]:
-            raise ValueError
+        table = [(entry["name"], entry["shape"], entry["storage"], entry["offset"]) for entry in header["tensors"]]
+        sizes = [math.prod(shape) * STORAGES[storage].itemsize for _, shape, storage, _ in table]
+        offsets = [body_at + offset for *_, offset in table]
         raw = PACKERS[packer].unpack(packed, body_at + sum(sizes) + 1)
-        if len(raw) != body_at + sum(sizes):
+        ends = list(itertools.accumulate(sizes, initial=body_at))
+        if header["version"] != ARTIFACT_VERSION or [*offsets, len(raw)] != ends:
             raise ValueError
-    except Exception:  # the decompressors and the parser each have their own errors; they all mean the same here
-        raise InputError(f"{path}: not an artifact of this version of train_mdlm.py") from None
-    return header, raw[body_at:], "+".join([*sorted(storages), packer])
-
-def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
-    """A fresh model with the weights on disk, and its hyperparameters; InputError (a ValueError) if it is not sound.
-
-    In a group of processes all of them call it, and get what the first one reads.
-    """
-    return restore_artifact(*unpack_artifact(read_file_everywhere(path), path)[:2], path)
-
-def restore_artifact(header: dict, body: bytes, path: str | Path) -> tuple[Model, Hyperparameters]:
-    """Model and hyperparameters of an unpacked artifact; InputError if its tensors are not those of its shape."""
-    try:
         hp = Hyperparameters(**header["hyperparameters"])
         model = build_model(hp)
-        tensors = {}
-        for entry in header["tensors"]:
-            dtype, offset = STORAGES[entry["storage"]], entry["offset"]
-            raw = bytearray(body[offset:offset + math.prod(entry["shape"]) * dtype.itemsize])
-            flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0)  # one layer has no skips
-            tensors[entry["name"]] = flat.view(entry["shape"]).float()
-        model.load_state_dict(tensors)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{path}: the tensors do not fit the hyperparameters: {str(error).splitlines()[0]}") from None
-    return model, hp
+        parts = [torch.frombuffer(bytearray(raw[at:at + size]), dtype=STORAGES[storage]) if size else torch.empty(0)
+                 for (_, _, storage, _), at, size in zip(table, offsets, sizes)]  # one layer has no skips
+        model.load_state_dict({name: part.view(shape).float() for (name, shape, *_), part in zip(table, parts)})
+    except Exception:  # decompressors, parser and model each have their own errors; they all mean the same here
+        raise InputError(f"{path}: not an artifact of this version of train_mdlm.py") from None
+    return model, hp, "+".join([*sorted({entry[2] for entry in table if not kind_of(entry[0]).storage}), packer])
 
+def read_artifact(path: str | Path) -> tuple[Model, Hyperparameters, str]:
+    """As unpack_artifact; in a group of processes all of them call it, and get what the first one reads."""
+    return unpack_artifact(on_first_process(Path(path).read_bytes), path)
+
+def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
+    """A fresh model with the weights on disk, and its hyperparameters; InputError (a ValueError) if it is not sound."""
+    return read_artifact(path)[:2]
 
 # == Scoring ===========================================================================================================
 
@@ -974,10 +1003,11 @@ def token_nll(model: Model, z: Tensor, x0: Tensor, scored: Tensor, masked_fracti
     nll = F.cross_entropy(model.head(h), x0.flatten()[at], reduction="none")
     return nll.new_zeros(x0.numel()).index_copy_(0, at, nll).view(x0.shape)
 
-def masked_nll(model: Model, x0: Tensor, mask: Tensor, scored: Tensor | None = None) -> Tensor:
+def masked_nll(model: Model, x0: Tensor, mask: Tensor, scored: Tensor | None = None,
+               masked_fraction: Tensor | None = None) -> Tensor:
     """(B, L) nats of the `scored` tokens of x0 (B, L), or all masked ones, where MASK hides `mask` (B, L)."""
-    z = torch.where(mask, model.hp.mask_id, x0)
-    return token_nll(model, z, x0, mask if scored is None else scored, mask.float().mean(1))
+    return token_nll(model, torch.where(mask, model.hp.mask_id, x0), x0, mask if scored is None else scored,
+                     masked_fraction)
 
 def causal_nll(model: Model, window: Tensor, scored: Tensor | None = None) -> Tensor:
     """(B, L) nats: −ln p(x_i | the token before the window, x_<i) for window (B, 1 + L), with a causal model."""
@@ -985,43 +1015,42 @@ def causal_nll(model: Model, window: Tensor, scored: Tensor | None = None) -> Te
     return token_nll(model, window[:, :-1], x0, torch.ones_like(x0, dtype=torch.bool) if scored is None else scored)
 
 def weighted_nll(model: Model, x0: Tensor, masks: Iterable[tuple[Tensor, Tensor | float]]) -> Tensor:
-    """(B,) float64 nats: the sum over masks (B, L) of weight · nll of the masked tokens."""
-    nats = torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
+    """(B,) float64 nats: the sum over masks (B, L) of weight · nll of the masked tokens; what is anchored stays."""
+    nats, free = torch.zeros(len(x0), dtype=torch.float64, device=x0.device), hideable(model.hp, x0)
     for mask, weight in masks:
-        nll = masked_nll(model, x0, mask.to(x0.device)).double().sum(1)
+        nll = masked_nll(model, x0, mask.to(x0.device) & free).double().sum(1)
         nats += torch.as_tensor(weight, device=x0.device) * nll
     return nats
 
-def uniform_keys(shape: torch.Size, generator: torch.Generator | None) -> Callable[[], Tensor]:
-    return lambda: torch.rand(shape, generator=generator, device=generator.device if generator else "cpu")
+def key_source(shape: Sequence[int], generators) -> Callable[[], Tensor]:
+    """A function that draws uniform keys (B, L), from one generator (or None) or from one for each row."""
+    if isinstance(generators, list):
+        return lambda: torch.stack([torch.rand(shape[1], generator=g) for g in generators])
+    return lambda: torch.rand(shape, generator=generators, device=generators.device if generators else "cpu")
 
-def nelbo_masks(passes: int, times: Tensor, draw: Callable[[], Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
-    """Masks (B, L) of k positions and weights (B,): an unbiased estimate of E_k E_mask (L/k)·nll, k uniform on 1..L.
+def nelbo_masks(passes: int, times: Tensor, draw: Callable, free: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Masks (B, L) of k positions and weights (B,): an unbiased estimate of E_k E_mask (n/k)·nll, k uniform on 1..n,
+    for rows of which n tokens are `free` (B, L) to be masked: the code length of x0 averaged over all orders.
 
-    That is the code length of x0 averaged over all orders: the continuous-time bound of Sahoo et al. 2024 without its
-    discretisation. Small k vary most, so k = 1 + ⌊L·t^1.5⌋ and the weight corrects for its probability (a single pass
-    keeps k uniform, so that windows compare). `times` (B,) are uniform on [0, 1); each pass has an equal share of t,
-    some run through it backwards, and the passes mask consecutive arcs of one random circle, `draw` (B, L), so that
-    together they treat positions evenly.
+    That is the continuous-time bound of Sahoo et al. 2024 without its discretisation. Small k vary most, so several
+    passes take k = 1 + ⌊n·t^1.5⌋ and weights correct for it. `times` (B,) are uniform on [0, 1); each pass has an equal
+    share of t, some run through it backwards, and they mask consecutive arcs of one random circle, `draw` (B, L).
     """
-    rank, start, power = draw().argsort(1).argsort(1), 0, 1.5 if passes > 1 else 1.0
-    length = rank.shape[1]
+    rank, start, power = torch.where(free, draw(), 2).argsort(1).argsort(1), 0, 1.5 if passes > 1 else 1.0
+    n = free.sum(1).clamp(min=1)
     for p in range(passes):
         t = (p + (1 - times if p.bit_count() % 2 else times)) / passes
-        k = (1 + (length * t**power).long()).clamp(max=length)
-        probability = (k.double() / length) ** (1 / power) - ((k - 1).double() / length) ** (1 / power)
-        yield (rank - start) % length < k[:, None], 1 / (k * probability * passes)
+        k = (1 + (n * t**power).long()).minimum(n)
+        probability = (k.double() / n) ** (1 / power) - ((k - 1).double() / n) ** (1 / power)
+        yield free & ((rank - start) % n[:, None] < k[:, None]), 1 / (k * probability * passes)
         start = start + k[:, None]
 
 def nelbo(model: Model, x0: Tensor, passes: int = 4, generator: torch.Generator | None = None) -> Tensor:
-    """(B,) float64 nats: unbiased any-order bound of each row of x0 (B, L), with `passes` random masks a row.
-
-    The mask sizes are a rotated lattice over rows and passes, so that all rows together have them evenly spread.
-    """
-    draw = uniform_keys(x0.shape, generator)
-    offset = torch.rand((), generator=generator, device=generator.device if generator else "cpu", dtype=torch.float64)
-    lattice = torch.arange(len(x0), dtype=torch.float64, device=offset.device) * GOLDEN
-    return weighted_nll(model, x0, nelbo_masks(passes, (offset + lattice) % 1, draw))
+    """(B,) float64 nats: unbiased any-order bound of the rows of x0 (B, L); `passes` masks each, of lattice sizes."""
+    draw, device = key_source(x0.shape, generator), generator.device if generator else "cpu"
+    offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
+    times = (offset + torch.arange(len(x0), dtype=torch.float64, device=device) * GOLDEN) % 1
+    return weighted_nll(model, x0, nelbo_masks(passes, times, draw, hideable(model.hp, x0).to(device)))
 
 TSTEP_EPS = 1e-3  # ε of the T-step bound and of the t-grid, as published
 
@@ -1030,14 +1059,13 @@ def tstep_masks(steps: int, draw: Callable[[], Tensor]) -> Iterable[tuple[Tensor
     for i in range(1, steps + 1):
         yield draw() < (1 - TSTEP_EPS) * i / steps, 1 / i
 
-def discrete_elbo(model: Model, x0: Tensor, steps: int = 128, generator: torch.Generator | None = None,
-                  draw: Callable[[], Tensor] | None = None) -> Tensor:
+def discrete_elbo(model: Model, x0: Tensor, steps: int = 128, generator=None) -> Tensor:
     """(B,) float64 nats: unbiased estimate of the T-step bound of x0 (B, L) (Austin et al. 2021), one mask a step.
 
-    ε·L·ln V, for what the last step leaves visible, + Σ_i Σ_masked nll / i. `draw` replaces keys of the generator.
+    ε·L·ln V, for what the last step leaves visible, + Σ_i Σ_masked nll / i. A list has a generator for each row.
     """
-    terminal = TSTEP_EPS * x0.shape[1] * math.log(model.hp.vocab_size)
-    return terminal + weighted_nll(model, x0, tstep_masks(steps, draw or uniform_keys(x0.shape, generator)))
+    terminal = TSTEP_EPS * math.log(model.hp.vocab_size) * hideable(model.hp, x0).sum(1)
+    return terminal + weighted_nll(model, x0, tstep_masks(steps, key_source(x0.shape, generator)))
 
 def tgrid_masks(points: int, draw: Callable[[], Tensor]) -> Iterable[tuple[Tensor, float]]:
     """PR 1699's grid in t, biased: below t = 0.01 the first token is always masked, and t < 0.001 is left out."""
@@ -1050,9 +1078,11 @@ def tgrid_masks(points: int, draw: Callable[[], Tensor]) -> Iterable[tuple[Tenso
 def ordered_nll(model: Model, x0: Tensor, steps: Tensor) -> Tensor:
     """(B, L) nats of each token given the tokens of earlier steps, and none of its own step, for steps (B, L) int64.
 
-    Positions with a negative step are visible from the start and are not scored. The order is known beforehand, so all
-    model calls of all sequences are independent rows; as many run at a time as keep a GPU busy or a CPU in its caches.
+    Positions with a negative step, and anchors, are visible from the start and are not scored. The order is known
+    beforehand, so all model calls of all sequences are independent rows; as many run at a time as keep a GPU busy or a
+    CPU in its caches.
     """
+    steps = steps.masked_fill(~hideable(model.hp, x0), -1)
     rows = max((65_536 if x0.is_cuda else 2_048) // x0.shape[1], 1)
     calls = steps.amax(1) + 1
     sequence = torch.repeat_interleave(calls)  # (number of rows,)
@@ -1064,30 +1094,28 @@ def ordered_nll(model: Model, x0: Tensor, steps: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reveal(model: Model, z: Tensor, order: Tensor | None, group: int = 1) -> Iterable[tuple[Tensor, Tensor]]:
-    """Fills z (B, L), all MASK, `group` positions a call: yields positions (B, g) and log-probabilities (B, g, V).
+    """Fills z (B, L), MASK but for anchors, `group` positions a call: yields positions (B, g) and log-probabilities
+    (B, g, V); of a full row, positions that are not MASK. The caller writes the tokens there into z before it goes on.
 
-    The caller writes the tokens there into z before it goes on: known ones to measure or to encode, decoded ones to
-    decode. `order` (B, L) holds positions; None reveals the positions with the largest maximal probability first, which
-    no hidden token can influence. Less than 2^-13 nats is a tie, and a tie goes to the leftmost: when all is MASK, all
-    positions are alike but for rounding. Elsewhere rounding may decide, so batches of one shape give one order.
-    A causal model goes from left to right, one at a time, after <s>.
+    `order` (B, L) holds positions; None reveals the positions with the largest maximal probability first, which no
+    hidden token can influence. Less than 2^-13 nats is a tie and goes to the leftmost: when all is MASK, positions are
+    alike but for rounding. Elsewhere rounding may decide, so batches of one shape give one order. A causal model goes
+    from left to right, one at a time, after <s>.
     """
     rows, length = z.shape
     for done in range(0, length, group):
         masked = z == model.hp.mask_id
-        if order is None:
-            at = (~masked).byte().argsort(dim=1, stable=True)[:, : length - done]
-        else:
-            at = order[:, done:done + group]
+        at = order[:, done:done + group] if order is not None else (
+            (~masked).byte().argsort(dim=1, stable=True)[:, :length - done])  # those that are still MASK come first
         seen = z
         if model.hp.objective == "ar":  # what follows is not seen, so it is not computed
             at = torch.full((rows, 1), done, device=z.device)
             seen = F.pad(z[:, :done], (1, 0), value=BOS_ID)
         flat = at + seen.shape[1] * torch.arange(rows, device=z.device)[:, None]
-        logits = model.head(model.hidden(seen, masked.float().mean(1), flat.flatten()))
+        logits = model.head(model.hidden(seen, at=flat.flatten()))
         logp = logits.log_softmax(-1).unflatten(0, at.shape)
         if order is None:
-            surest = logp.amax(-1)
+            surest = logp.amax(-1).where(masked.gather(1, at), -math.inf)
             behind = ((surest.amax(1, keepdim=True) - surest) * 2**12).round()
             sure = behind.argsort(dim=1, stable=True)[:, :group]
             at, logp = at.gather(1, sure), logp.take_along_dim(sure[..., None], 1)
@@ -1098,8 +1126,8 @@ def chain_rule(model: Model, x0: Tensor, order: str | Tensor = "l2r", group: int
     """(B, L) nats, indexed by position: −ln p(x_i | what was revealed before its group), an exact and decodable code.
 
     `order`: l2r, confidence (see `reveal`), random (one permutation, drawn from `seed`), or positions (L,) or (B, L) in
-    order of revealing. `group` positions are revealed by one model call. A causal model has one order, l2r, one at a
-    time, and is given the token `before` (B,) the first, <s> unless said otherwise.
+    order of revealing; `group` of them a model call. Anchors cost nothing here: `boundary_bits` pays for their places.
+    A causal model has one order, l2r, one at a time, and is given the token `before` (B,) the first.
     """
     count, length = x0.shape
     if model.hp.objective == "ar":
@@ -1109,10 +1137,11 @@ def chain_rule(model: Model, x0: Tensor, order: str | Tensor = "l2r", group: int
         return causal_nll(model, torch.cat([first[:, None], x0], dim=1))
     if isinstance(order, str) and order == "confidence":
         nats = torch.zeros(x0.shape, device=x0.device)
-        z = torch.full_like(x0, model.hp.mask_id)
+        z = x0.masked_fill(hideable(model.hp, x0), model.hp.mask_id)
         for at, logp in reveal(model, z, None, group):
-            tokens = x0.gather(1, at)
-            nats.scatter_(1, at, -logp.gather(2, tokens[..., None])[..., 0])
+            tokens, masked = x0.gather(1, at), z.gather(1, at) == model.hp.mask_id
+            nll = -logp.gather(2, tokens.clamp(max=model.hp.vocab_size - 1)[..., None])[..., 0]
+            nats.scatter_add_(1, at, torch.where(masked, nll, 0))
             z.scatter_(1, at, tokens)
         return nats
     if not isinstance(order, Tensor):
@@ -1127,8 +1156,6 @@ def boundary_bits(count: int, length: int) -> float:
     """Bits for where `count` always visible tokens stand in a window: log2(L + 1) + log2 C(L, count)."""
     return math.log2(length + 1) + math.log2(math.comb(length, count))
 
-CHAIN_BATCH = 16  # windows whose chain rules go side by side
-
 class Score(NamedTuple):
     """A code length of a split. bpb: bits per byte, with its standard error; loss: nats per token."""
     bpb: float
@@ -1138,11 +1165,13 @@ class Score(NamedTuple):
     tokens: int
     bytes: int
     ms: float
-    calls: int  # windows that went through the model
+    boundary_bits: float  # of all bits those for the places of anchors
 
     def line(self) -> str:
-        return (f"bpb:{self.bpb:.4f} stderr:{self.stderr:.4f} seqs:{self.seqs} tokens:{self.tokens} bytes:{self.bytes} "
-                f"time:{self.ms:.0f}ms calls:{self.calls} tokens_per_s:{1000 * self.tokens / self.ms:.0f}")
+        line = (f"bpb:{self.bpb:.4f} stderr:{self.stderr:.4f} seqs:{self.seqs} tokens:{self.tokens} bytes:{self.bytes} "
+                f"time:{self.ms:.0f}ms tokens_per_s:{1000 * self.tokens / self.ms:.0f}")
+        paid = f" boundary_bits:{self.boundary_bits:.1f} boundary_bpb:{self.boundary_bits / self.bytes:.4f}"
+        return line + paid * (self.boundary_bits > 0)
 
 def spaced(total: int, wanted: int) -> list[int]:
     """`wanted` of the numbers 0 … total − 1, evenly spaced; all of them for 0."""
@@ -1150,18 +1179,12 @@ def spaced(total: int, wanted: int) -> list[int]:
     return [i * total // wanted for i in range(wanted)]
 
 def ratio(bits: Tensor, size: Tensor) -> tuple[float, float]:
-    """Σ bits / Σ bytes over windows (n,), and its standard error with windows as clusters (not a number for one).
-
-    sqrt(Σ (bits_s − ratio·bytes_s)²) / Σ bytes; given differences of bits, it is that of a paired difference.
+    """Σ bits / Σ bytes over windows (n,), and sqrt(Σ (bits_s − ratio·bytes_s)²) / Σ bytes, its standard error with
+    windows as clusters (not a number for one); given differences of bits, it is that of a paired difference.
     """
     bpb = bits.sum() / size.sum()
     stderr = (bits - bpb * size).square().sum().sqrt() / size.sum()
     return bpb.item(), stderr.item() if len(bits) > 1 else math.nan
-
-def row_draws(hp: Hyperparameters, name: str, places: range) -> Callable[[], Tensor]:
-    """Uniform keys (B, L) whose rows depend on (seed, place) only, not on the batch or the process."""
-    generators = [seeded("cpu", hp.seed, name, place) for place in places]
-    return lambda: torch.stack([torch.rand(hp.train_seq_len, generator=g) for g in generators])
 
 def window_nats(name: str, model: Model, hp: Hyperparameters, window: Tensor, scored: Tensor, places: range) -> Tensor:
     """(B,) nats, or (B, L) by position, of windows (B, 1 + L), the token before first, under the score `name`.
@@ -1170,31 +1193,26 @@ def window_nats(name: str, model: Model, hp: Hyperparameters, window: Tensor, sc
     """
     if hp.objective == "ar":
         return causal_nll(model, window, scored)
-    x0, draw, length = window[:, 1:], row_draws(hp, name, places), hp.train_seq_len
+    x0, generators = window[:, 1:], [seeded("cpu", hp.seed, name, place) for place in places]
+    draw = key_source(x0.shape, generators)
     if name == "confidence":
         return chain_rule(model, x0, "confidence", hp.chain_group)
     if name in CHAIN_RULES:
-        order = torch.arange(length).expand(x0.shape) if name != "random" else draw().argsort(1).argsort(1)
+        order = torch.arange(x0.shape[1]).expand(x0.shape) if name != "random" else draw().argsort(1).argsort(1)
         return ordered_nll(model, x0, (order.to(x0.device) - (~scored).sum(1, keepdim=True)) // hp.chain_group)
     if name == "tstep":
-        return discrete_elbo(model, x0, hp.tstep_steps, draw=draw)
+        return discrete_elbo(model, x0, hp.tstep_steps, generators)
     if name == "tgrid":
         return weighted_nll(model, x0, tgrid_masks(hp.tgrid_points, draw))
     offset = torch.rand((), generator=seeded("cpu", hp.seed, "nelbo offset"), dtype=torch.float64)
     times = (offset + torch.tensor(places, dtype=torch.float64) * GOLDEN) % 1
-    return weighted_nll(model, x0, nelbo_masks(hp.nelbo_passes, times, draw))
-
-def model_calls(name: str, hp: Hyperparameters, scored: int) -> int:
-    """How often a window with `scored` tokens to score goes through the model."""
-    if name in CHAIN_RULES and hp.objective == "mdlm":
-        return -(-scored // hp.chain_group)
-    return {"nelbo": hp.nelbo_passes, "tstep": hp.tstep_steps, "tgrid": hp.tgrid_points}.get(name, 1)
+    return weighted_nll(model, x0, nelbo_masks(hp.nelbo_passes, times, draw, hideable(hp, x0).cpu()))
 
 def score_windows(name: str, model: Model, hp: Hyperparameters, stream: TokenStream, luts: ByteTables, max_seqs: int,
                   note: Callable[[float], None] = lambda fraction: None) -> tuple[Score, Tensor]:
-    """Scores evenly spaced windows, shared over the processes; also bits and bytes (windows, buckets, 2) of each.
+    """Scores evenly spaced windows, shared over the processes; also bits (but for anchors' places) and bytes of each in
+    (windows, buckets, 2): bucket b holds positions 2^(b−1) … 2^b − 1 (0: the first), or all is in bucket 0.
 
-    Bucket b holds the positions 2^(b−1) … 2^b − 1 of a window (0: the first), for scores by position; else all is in 0.
     Sliding windows begin STRIDE tokens apart, and only their last STRIDE tokens are scored: of a whole split, all are.
     """
     started, length, device = time.perf_counter(), hp.train_seq_len, luts.base_bytes.device
@@ -1203,40 +1221,39 @@ def score_windows(name: str, model: Model, hp: Hyperparameters, stream: TokenStr
     numbers = spaced(total, max_seqs)
     batch = min(hp.val_batch_size // length, len(numbers)) // world_size()
     if name in CHAIN_RULES and hp.objective == "mdlm":  # the surest position may depend on rounding, so on the batch
-        batch = CHAIN_BATCH if name == "confidence" else min(batch, CHAIN_BATCH)
+        batch = 16 if name == "confidence" else min(batch, 16)
     batch = max(batch, 1)
+    counts = [stride if n or len(numbers) < total else length for n in numbers]
     bucket = torch.tensor([i.bit_length() for i in range(length)])
     table = torch.zeros(len(numbers), int(bucket[-1]) + 1, 2, dtype=torch.float64)
-    work = torch.zeros(2, dtype=torch.int64)  # tokens, model calls
+    boundaries = torch.zeros(len(numbers), dtype=torch.float64)
     for at in range(rank() * batch, len(numbers), world_size() * batch):
-        places = range(at, min(at + batch, len(numbers)))
-        window = stream.windows([numbers[place] for place in places], length, stride).to(device)
-        counts = [stride if numbers[place] or len(numbers) < total else length for place in places]
-        work += torch.tensor([[count, model_calls(name, hp, count)] for count in counts]).sum(0)
-        scored = torch.arange(length, device=device) >= length - torch.tensor(counts, device=device)[:, None]
-        nats = window_nats(name, model, hp, window, scored, places).double()
+        here = slice(at, at + batch)
+        window = stream.windows(numbers[here], length, stride).to(device)
+        scored = torch.arange(length, device=device) >= length - torch.tensor(counts[here], device=device)[:, None]
+        nats = window_nats(name, model, hp, window, scored, range(len(numbers))[here]).double()
+        nats = nats if nats.dim() == 2 else F.pad(nats[:, None], (0, length - 1))  # no positions: all in the first
         size = token_bytes(window[:, 1:], window[:, 0], luts) * scored
-        if nats.dim() == 2:
-            table[places.start:places.stop].index_add_(1, bucket, torch.stack([nats / math.log(2), size], dim=2).cpu())
-        else:
-            table[places.start:places.stop, 0] = torch.stack([nats / math.log(2), size.sum(1)], dim=1).cpu()
+        table[here].index_add_(1, bucket, torch.stack([nats / math.log(2), size], dim=2).cpu())
+        if hp.anchor_bos:
+            anchors = (scored & ~hideable(hp, window[:, 1:])).sum(1).tolist()
+            boundaries[here] = torch.tensor([*map(boundary_bits, anchors, counts[here])], dtype=torch.float64)
         note((at + batch) / len(numbers))
-    table, (tokens, calls) = all_reduce(table), all_reduce(work).tolist()
-    bits, size = table.sum(1).unbind(1)
+    bits, size = all_reduce(table).sum(1).unbind(1)
     if size.sum() == 0:
         raise InputError("the validation windows hold no bytes of text, so there is nothing to divide by")
-    return Score(*ratio(bits, size), bits.sum().item() * math.log(2) / tokens, len(numbers), tokens, int(size.sum()),
-                 1000 * (time.perf_counter() - started), calls), table
+    bits = bits + all_reduce(boundaries)
+    return Score(*ratio(bits, size), bits.sum().item() * math.log(2) / sum(counts), len(numbers), sum(counts),
+                 int(size.sum()), 1000 * (time.perf_counter() - started), boundaries.sum().item()), table
 
 def bucket_name(bucket: int, length: int) -> str:
     """The positions of a bucket: 0, 1, 2-3, 4-7, …"""
     first, last = (1 << bucket) >> 1, min((1 << bucket) - 1, length - 1)
     return f"{first}-{last}" if last > first else f"{first}"
 
-def score_artifact(path: Path, hp: Hyperparameters, val: TokenStream, luts: ByteTables, log: Log) -> None:
-    """Scores the weights on disk, read into a fresh model, and logs the headline and the scores that were asked for."""
-    header, body, label = unpack_artifact(read_file_everywhere(path), path)
-    model, label = restore_artifact(header, body, path)[0].on(luts.base_bytes.device), label.replace("+", "_")
+def score_model(model: Model, label: str, hp: Hyperparameters, val: TokenStream, luts: ByteTables, log: Log) -> None:
+    """Logs the headline and the scores that were asked for, of a model read from disk and the label of its file."""
+    model, label = model.on(luts.base_bytes.device), label.replace("+", "_")
     sizes = {name: getattr(hp, f"{name}_seqs") for name in SCORE_NAMES[1:] if name in hp.score_names}
     if hp.final_eval_t_samples:
         sizes["tgrid"] = hp.final_eval_max_seqs
@@ -1259,7 +1276,6 @@ def score_artifact(path: Path, hp: Hyperparameters, val: TokenStream, luts: Byte
     if total_ms > 1000 * BUDGET_SECONDS:
         log(f"OVER BUDGET: evaluation took {total_ms / 1000:.0f} s of the {BUDGET_SECONDS:.0f} s allowed")
 
-
 # == Training ==========================================================================================================
 
 def progress(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
@@ -1268,28 +1284,29 @@ def progress(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
     return min(max(step / hp.iterations if hp.iterations else 1.0, by_clock), 1.0)
 
 def lr_scale(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
-    """1, then linearly to 0 over the last WARMDOWN_ITERS steps that the iterations or the clock leave."""
-    left = hp.iterations - step
+    """Grows over LR_WARMUP_STEPS, decays to MIN_LR_FRAC over the last steps that iterations, clock or cycle leave."""
+    at = step % hp.lr_cycle_steps if hp.lr_cycle_steps else step
+    left = min(hp.iterations - step, hp.lr_cycle_steps - at) if hp.lr_cycle_steps else hp.iterations - step
     if hp.max_wallclock_seconds and step >= 10:  # before that, a step's time says little
         left = min(left, (1000 * hp.max_wallclock_seconds - elapsed_ms) / (elapsed_ms / step))
-    return min(max(left / hp.warmdown_iters, 0.0), 1.0) if hp.warmdown_iters else 1.0
+    scale = min(max(left / hp.warmdown_iters, 0.0), 1.0) if hp.warmdown_iters else 1.0
+    if hp.warmdown_shape == "cosine":
+        scale = (1 - math.cos(math.pi * scale)) / 2
+    return min((at + 1) / max(hp.lr_warmup_steps, 1), 1.0) * (hp.min_lr_frac + (1 - hp.min_lr_frac) * scale)
 
 def micro_batches(hp: Hyperparameters) -> list[range]:
     """This process's rows of every global batch, in equal parts of at most MICRO_BATCH_TOKENS tokens; or InputError."""
-    if hp.train_batch_tokens % hp.train_seq_len:
-        raise InputError(f"{hp.shown('train_seq_len')} must divide {hp.shown('train_batch_tokens')}")
+    rows, rest = divmod(hp.batch_rows, world_size())
+    if hp.train_batch_tokens % hp.train_seq_len or rest:
+        raise InputError(f"{hp.shown('train_batch_tokens')} is no multiple of {hp.shown('train_seq_len')} times the "
+                         f"{world_size()} processes that share its sequences; choose a multiple of "
+                         f"{hp.train_seq_len * world_size()}")
     if hp.time_sampling == "antithetic" and hp.batch_rows % 2:
         raise InputError(f"TIME_SAMPLING=antithetic needs an even batch, not one of {hp.batch_rows} sequences")
-    if hp.batch_rows % world_size():
-        raise InputError(f"{hp.shown('train_batch_tokens')} / {hp.shown('train_seq_len')} = {hp.batch_rows} sequences "
-                         f"cannot be shared by {world_size()} processes; choose a multiple of "
-                         f"{hp.train_seq_len * world_size()} tokens")
-    rows = hp.batch_rows // world_size()
     fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n * hp.train_seq_len <= hp.micro_batch_tokens]
     if not fitting:
         raise InputError(f"{hp.shown('micro_batch_tokens')} is less than one sequence, {hp.shown('train_seq_len')}")
-    first, size = rank() * rows, fitting[-1]
-    return [range(at, at + size) for at in range(first, first + rows, size)]
+    return [range(at, at + fitting[-1]) for at in range(rank() * rows, (rank() + 1) * rows, fitting[-1])]
 
 class Trainer:
     """Weights, optimizer and the one training step; any number of processes and micro-batches gives the same sums."""
@@ -1302,7 +1319,7 @@ class Trainer:
         self.ema = EMA(hp.ema_decay)
         compiled = device.type == "cuda"
         self.loss = torch.compile(batch_loss, dynamic=False, fullgraph=True) if compiled else batch_loss
-        self.events: list = []
+        self.done = torch.cuda.Event() if compiled else None
 
     def step(self, step: int, scale: float) -> Tensor:
         """One optimizer step on the global batch of `step`; this process's part of the loss, not yet read."""
@@ -1313,11 +1330,9 @@ class Trainer:
             loss.backward()
             total += loss.detach()
         self.optimizer.step(step, scale)
-        if self.device.type == "cuda":  # the host stays two steps ahead at most, so that its clock tells the truth
-            self.events.append(torch.cuda.Event())
-            self.events[-1].record()
-            if len(self.events) > 2:
-                self.events.pop(0).synchronize()
+        if self.done:  # the host stays one step ahead at most, so that its clock tells the truth
+            self.done.synchronize()
+            self.done.record()
         return total
 
     def warm_up(self, log: Log) -> None:
@@ -1340,25 +1355,22 @@ class Trainer:
 
 def train(trainer: Trainer, val: TokenStream, luts: ByteTables, log: Log) -> Model:
     """Runs to the last iteration or the wall-clock cap; returns the model with its averaged weights."""
-    hp, clock = trainer.hp, Clock(trainer.device)
     trainer.warm_up(log)
-    step, elapsed_ms, note = 0, 0.0, ""
-    clock.start()
+    hp, clock, step, elapsed_ms, note = trainer.hp, Clock(trainer.device), 0, 0.0, ""
     while True:
         done = progress(hp, step, elapsed_ms)
         if done >= 1 or (hp.val_loss_every and step and step % hp.val_loss_every == 0):
-            clock.stop()
-            score = trainer.validate(val, luts)
+            with clock.paused():
+                score = trainer.validate(val, luts)
             log(f"step:{step}/{hp.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
                 f"stderr:{score.stderr:.4f} seqs:{score.seqs} train_time:{clock.ms():.0f}ms "
                 f"step_avg:{clock.ms() / max(step, 1):.2f}ms")
             note = f"val_bpb {score.bpb:.3f}"
-            clock.start()
         if done >= 1:
             break
         loss = trainer.step(step, lr_scale(hp, step, elapsed_ms))
         step += 1
-        elapsed_ms = clock.shared_ms() if hp.max_wallclock_seconds else clock.ms()
+        elapsed_ms = clock.ms()
         if hp.ema_decay and progress(hp, step, elapsed_ms) >= hp.ema_start_frac:
             if trainer.ema.average is None:
                 log(f"ema:started step:{step} decay:{hp.ema_decay}")
@@ -1373,40 +1385,35 @@ def train(trainer: Trainer, val: TokenStream, luts: ByteTables, log: Log) -> Mod
     trainer.ema.swap(trainer.optimizer.weights)
     return trainer.model
 
-
 # == Main ==============================================================================================================
 
 def hardware(device: torch.device) -> str:
     """For example 8xNVIDIA_H100_80GB_HBM3 or 2xCPU_AMD_EPYC_(2_threads)."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        info = Path("/proc/cpuinfo").read_text(errors="replace") if Path("/proc/cpuinfo").exists() else ""
-        model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-        name = f"CPU {model[1].strip() if model else 'unknown'} ({torch.get_num_threads()} threads)"
-    return f"{world_size()}x{name}".replace(" ", "_")
+        return f"{world_size()}x{torch.cuda.get_device_name(device)}".replace(" ", "_")
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.+)", info.read_text(errors="replace") if info.exists() else "")
+    return f"{world_size()}xCPU {model[1] if model else ''} ({torch.get_num_threads()} threads)".replace(" ", "_")
 
 def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         return f"{allocated >> 20} MiB reserved: {reserved >> 20} MiB"
-    import resource
+    import resource  # not on every system
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB"
 
 def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) -> tuple[Hyperparameters, Log]:
     """Starts the log with the source of this file and the resolved hyperparameters; settles RUN_ID."""
     if not hp.run_id:
         hp = dataclasses.replace(hp, run_id=time.strftime("%Y%m%d-%H%M%S_") + hp.preset)
-    path, problem = Path("logs") / f"{hp.run_id}.txt", None
-    try:
-        if rank() == 0 and path.exists():
-            problem = InputError(f"{path} is there already: {hp.shown('run_id')} was used before; choose another")
-        elif rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-    except OSError as error:
-        problem = InputError(f"{path}: cannot be written: {error.strerror}")
-    raise_everywhere(problem)
+    path = Path("logs") / f"{hp.run_id}.txt"
+
+    def create() -> None:
+        if path.exists():
+            raise InputError(f"{path} is there already: {hp.shown('run_id')} was used before; choose another")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    on_first_process(create)
     log = Log(path)
     log(Path(__file__).read_text(encoding="utf-8"), screen=False)
     log("=" * 100, screen=False)
@@ -1421,50 +1428,47 @@ def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) 
 
 def write_artifact(model: Model, hp: Hyperparameters, path: Path, log: Log) -> None:
     """Packs the model on the first process and logs code + artifact against the limit."""
-    problem = None
-    try:
-        if rank() == 0:
-            info = save_artifact(model, hp, path)
-            code_bytes, label = len(Path(__file__).read_bytes()), info["label"]
-            total = code_bytes + info["artifact_bytes"]
-            packers = " ".join(f"{name}:{size}" for name, size in info["packed_bytes"].items())
-            log(f"Code size: {code_bytes} bytes")
-            log(f"Serialized model {label}: {info['artifact_bytes']} bytes (raw:{info['raw_bytes']} {packers})")
-            log(f"Total submission size {label}: {total} bytes")
-            if total > SIZE_LIMIT_BYTES:
-                over = total - SIZE_LIMIT_BYTES
-                log(f"OVER BUDGET: {total} bytes is {over} more than the {SIZE_LIMIT_BYTES} allowed")
-    except (InputError, OSError) as error:
-        problem = InputError(f"{path}: the artifact could not be written: {error}")
-    raise_everywhere(problem)
+    info = on_first_process(lambda: save_artifact(model, hp, path))
+    code_bytes, label = len(Path(__file__).read_bytes()), info["label"]
+    total = code_bytes + info["artifact_bytes"]
+    packers = " ".join(f"{name}:{size}" for name, size in info["packed_bytes"].items())
+    log(f"Code size: {code_bytes} bytes")
+    log(f"Serialized model {label}: {info['artifact_bytes']} bytes (raw:{info['raw_bytes']} {packers})")
+    log(f"Total submission size {label}: {total} bytes")
+    if total > SIZE_LIMIT_BYTES:
+        log(f"OVER BUDGET: {total} bytes is {total - SIZE_LIMIT_BYTES} more than the {SIZE_LIMIT_BYTES} allowed")
 
-def run(env: Mapping[str, str]) -> None:
-    """configure → data → train → pack → unpack → score → log."""
-    hp = Hyperparameters.from_env(env)
-    device = start_ranks()
-    artifact = None
-    if hp.eval_only:
-        artifact, packed = Path(hp.eval_only), load_artifact(hp.eval_only)[1]
-        for name in stored_fields()[1:]:
-            if name.upper() in env and getattr(hp, name) != getattr(packed, name):
-                raise InputError(f"{hp.shown(name)}, but {artifact} was made with {packed.shown(name)}")
-        hp = dataclasses.replace(hp, **{name: getattr(packed, name) for name in stored_fields()[1:]})
-    hp = dataclasses.replace(hp, compute_dtype=resolve_dtype(hp, device))  # the artifact carries it
+def open_validation(hp: Hyperparameters, device: torch.device) -> tuple[TokenStream, ByteTables]:
+    """The validation split and the tokenizer's byte tables; InputError if they, or the windows, do not fit."""
     val = TokenStream(hp.data_path, "val")
     luts = build_sentencepiece_luts(load_tokenizer(hp.tokenizer_path, hp.vocab_size), hp.vocab_size, device)
     if not val.count_windows(hp.train_seq_len):
         raise InputError(f"{val.files[0]}: the validation split has {val.total} tokens, less than a window of "
                          f"{hp.shown('train_seq_len')} and the token before it")
     val.check_tokens(hp.vocab_size)
-    if not artifact:
-        stream = TokenStream(hp.data_path, "train")
+    return val, luts
+
+def run(env: Mapping[str, str]) -> None:
+    """configure → data → train → pack → unpack → score → log."""
+    hp = Hyperparameters.from_env(env)
+    device = start_ranks()
+    if hp.eval_only:
+        model, packed, label = read_artifact(hp.eval_only)
+        for name in stored_fields()[1:]:
+            if name.upper() in env and getattr(hp, name) != getattr(packed, name):
+                raise InputError(f"{hp.shown(name)}, but {hp.eval_only} was made with {packed.shown(name)}")
+        hp = dataclasses.replace(hp, **{name: getattr(packed, name) for name in stored_fields()[1:]})
+    hp = dataclasses.replace(hp, compute_dtype=resolve_dtype(hp, device))  # the artifact carries it
+    val, luts = open_validation(hp, device)
+    if not hp.eval_only:
+        stream = DocumentStream(hp.data_path, "train", hp) if hp.doc_chunks else TokenStream(hp.data_path, "train")
         stream.check_tokens(hp.vocab_size, 1 + max(hp.iterations, hp.warmup_steps) * hp.train_batch_tokens)
         micro_batches(hp)
     hp, log = open_log(hp, env, device)
-    log(f"dataset:{Path(hp.data_path).name} val_tokens:{val.total} "
-        f"val_windows:{val.count_windows(hp.train_seq_len)}" + ("" if artifact else f" train_tokens:{stream.total}"))
-    if artifact:
-        log(f"eval_only:{artifact} compute_dtype:{hp.compute_dtype}")
+    log(f"dataset:{Path(hp.data_path).name} val_tokens:{val.total} val_windows:{val.count_windows(hp.train_seq_len)}"
+        + ("" if hp.eval_only else f" train_tokens:{stream.total}"))
+    if hp.eval_only:
+        log(f"eval_only:{hp.eval_only} compute_dtype:{hp.compute_dtype}")
     else:
         trainer = Trainer(hp, stream, device)
         log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())}")
@@ -1473,7 +1477,8 @@ def run(env: Mapping[str, str]) -> None:
         log(f"peak memory allocated: {peak_memory(device)}")
         artifact = Path("logs") / f"{hp.run_id}.mdlm"
         write_artifact(model, hp, artifact, log)
-    score_artifact(artifact, hp, val, luts, log)
+        model, _, label = read_artifact(artifact)
+    score_model(model, label, hp, val, luts, log)
 
 def main() -> None:
     if any(argument in ("-h", "--help") for argument in sys.argv[1:]):
@@ -1489,7 +1494,6 @@ def main() -> None:
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     main()

@@ -55,7 +55,7 @@ def test_paired_difference_by_position(artifacts, tiny_env):
 def test_artifacts_that_cannot_be_compared(artifacts, tiny_env, tool):
     for names, message in [
         (("mdlm.mdlm", "short.mdlm"), "TRAIN_SEQ_LEN=16"),
-        (("mdlm.mdlm", "absent.mdlm"), "cannot be read"),
+        (("mdlm.mdlm", "absent.mdlm"), "absent.mdlm: cannot be read"),
     ]:
         done = tool(compare, *(artifacts / name for name in names), *where(tiny_env))
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1

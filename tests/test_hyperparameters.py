@@ -52,10 +52,15 @@ def test_preset_then_overrides():
         ({"EMA_DECAY": "nan"}, "EMA_DECAY=nan is not a number"),
         ({"EMA_DECAY": "1.5"}, "EMA_DECAY=1.5 is not between 0 and 1"),
         ({"TIE_EMBEDDINGS": "yes"}, "TIE_EMBEDDINGS=yes is not 0 or 1"),
-        ({"PRESET": "mdml"}, "PRESET=mdml is not one of mdlm, ar, demo"),
+        ({"PRESET": "mdml"}, "PRESET=mdml is not one of mdlm, llada, eos, ar, demo"),
         ({"PACK": "gzip"}, "PACK=gzip is not one of auto, zlib, lzma, zstd"),
         ({"MASK_EPS": "0.5", "MASK_MAX": "0.5"}, "MASK_EPS=0.5 must be smaller than MASK_MAX=0.5"),
-        ({"RUN_ID": "../x"}, "RUN_ID=../x may hold"),
+        (
+            {"OBJECTIVE": "ar", "ANCHOR_BOS": "1"},
+            "OBJECTIVE=ar does not go with BACKBONE=unet DOC_CHUNKS=0 ANCHOR_BOS=1",
+        ),
+        ({"PRESET": "llada", "OBJECTIVE": "ar"}, "OBJECTIVE=ar does not go with BACKBONE=dit"),
+        ({"RUN_ID": "../x"}, "RUN_ID=../x: letters"),
     ],
 )
 def test_wrong_values_are_one_clear_line(env, message):

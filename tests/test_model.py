@@ -142,3 +142,88 @@ def test_bfloat16_activations_stay_close():
     exact = model(z)
     model.compute_dtype = torch.bfloat16
     assert (model(z) - exact).abs().max() < 0.1
+
+
+def reference_dit(model, z, masked_fraction):
+    """PR 1106's stack for one sequence, in float64: logits (L, V)."""
+    hp, w = model.hp, {name: value.double().numpy() for name, value in model.state_dict().items()}
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    sigma = -np.log(1 - masked_fraction)
+    angle = sigma * np.exp(-np.log(10_000) * np.arange(64) / 64)
+    c = np.concatenate([np.sin(angle), np.cos(angle)])
+    c = silu(w["time_embed.0.weight"] @ c + w["time_embed.0.bias"])
+    c = silu(w["time_embed.2.weight"] @ c + w["time_embed.2.bias"])
+    x = w["tok_emb.weight"][z]
+    for i in range(hp.num_layers):
+
+        def p(name, i=i):
+            return w[f"blocks.{i}.{name}"]
+
+        def modulated(x, name, p=p):
+            scale, shift = np.split(p(f"{name}.weight") @ c + p(f"{name}.bias"), 2)
+            return rms(x) * (1 + scale) + shift
+
+        h, d, heads = modulated(x, "attn_mod"), hp.head_dim, []
+        for head in range(hp.num_heads):
+            q, k, v = (h @ p(f"attn.c_{part}.weight")[head * d : (head + 1) * d].T for part in "qkv")
+            scores = rms(rotate(q, hp.rope_base)) @ rms(rotate(k, hp.rope_base)).T / np.sqrt(d)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            heads.append(weights / weights.sum(-1, keepdims=True) @ v)
+        x = x + np.concatenate(heads, 1) @ p("attn.proj.weight").T
+        x = x + np.maximum(modulated(x, "mlp_mod") @ p("mlp.fc.weight").T, 0) ** 2 @ p("mlp.proj.weight").T
+    return rms(x) @ w["lm_head.weight"].T
+
+
+def dit_hp(**overrides):
+    """PRESET=llada, or eos, at a size for which float64 loops take no time."""
+    values = dict(preset="llada", vocab_size=23, train_seq_len=12, num_layers=3, model_dim=24, num_heads=2)
+    return tm.Hyperparameters(**(values | dict(num_kv_heads=2, train_batch_tokens=48) | overrides))
+
+
+def test_the_dit_is_the_published_stack():
+    model = random_model(dit_hp(), scale=0.2)
+    z = torch.randint(0, 24, (4, 12), generator=torch.Generator().manual_seed(1))
+    told = torch.tensor([0.05, 0.4, 0.8, 0.99])
+    expected = np.stack([reference_dit(model, row.numpy(), t.item()) for row, t in zip(z, told)])
+    assert np.abs(model(z, told).detach().numpy() - expected).max() < 1e-4 * np.abs(expected).max()
+    assert not torch.allclose(model(z, told), model(z, told.flip(0)), atol=1e-3)  # it listens
+    at = torch.tensor([3, 17, 40, 41])
+    picked = model.head(model.hidden(z, told, at))
+    assert torch.allclose(picked, model(z, told).flatten(0, 1)[at], atol=1e-5)
+    with torch.autocast("cpu", enabled=False):
+        model.compute_dtype = torch.bfloat16
+        assert (model(z, told).float() - torch.from_numpy(expected)).abs().mean() < 0.05 * np.abs(expected).max()
+
+
+def test_the_dit_finds_the_noise_level_itself():
+    """Without being told: the masked share of what may be masked, so neither PAD nor, with ANCHOR_BOS, <s>."""
+    z = torch.tensor([[23, 23, 5, 1, 1, 7, 8, 9, 23, 2, 24, 24], [4] * 12, [23] * 12])
+    for preset, share in (("llada", 3 / 10), ("eos", 3 / 8)):
+        hp = dit_hp(preset=preset, doc_chunks=True)
+        model = random_model(hp)
+        assert torch.allclose(model(z), model(z, torch.tensor([share, 0.0, 1.0])), atol=1e-6)
+    assert torch.isfinite(model(torch.full((1, 12), 24))).all()  # nothing but PAD
+
+
+def test_the_dit_has_the_designs_names_and_the_unet_nothing_of_it():
+    names = {name for name, _ in tm.build_model(dit_hp()).named_parameters()}
+    block = {"attn.c_q.weight", "attn.c_k.weight", "attn.c_v.weight", "attn.proj.weight", "mlp.fc.weight"}
+    block |= {"mlp.proj.weight"} | {f"{kind}_mod.{part}" for kind in ("attn", "mlp") for part in ("weight", "bias")}
+    expected = {f"blocks.{i}.{name}" for i in range(3) for name in block} | {"tok_emb.weight", "lm_head.weight"}
+    assert names == expected | {f"time_embed.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")}
+    unet = {name for name, _ in tm.build_model(tiny_hp()).named_parameters()}
+    assert not any("mod" in name or "time" in name for name in unet)
+    for preset, rows in (("llada", 24), ("eos", 25)):
+        assert tm.build_model(dit_hp(preset=preset)).tok_emb.weight.shape == (rows, 24)
+
+
+def test_published_parameter_counts_of_the_dit():
+    """About 33 M: 11 blocks of 10·D² and two modulations, embedding and head, the noise embedding."""
+    d, c = 512, 128
+    shared = 11 * (10 * d * d + 2 * (c * 2 * d + 2 * d)) + 1024 * d + c * 4 * c + 4 * c + 4 * c * c + c
+    for preset, rows in (("llada", 1025), ("eos", 1026)):
+        model = tm.build_model(tm.Hyperparameters(preset=preset))
+        assert sum(p.numel() for p in model.parameters()) == shared + rows * d

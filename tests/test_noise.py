@@ -6,6 +6,12 @@ import torch
 import train_mdlm as tm
 
 
+def masks_of(hp, generator):
+    """Mask (B, L) and weights (B,) of a global batch without PAD and anchors."""
+    x0 = torch.full((hp.batch_rows, hp.train_seq_len), 5)
+    return tm.apply_noise(hp, x0, *tm.draw_noise(hp, generator))[:2]
+
+
 def hp_of(**overrides):
     return tm.Hyperparameters(
         **(dict(preset="demo", vocab_size=384, train_seq_len=32, train_batch_tokens=32 * 24) | overrides)
@@ -35,7 +41,7 @@ def test_antithetic_and_uniform_times():
 @pytest.mark.parametrize("masking", ["bernoulli", "count"])
 def test_masks_have_the_promised_probability_and_weight(sampling, masking):
     hp = hp_of(time_sampling=sampling, masking=masking, mask_eps=0.1, mask_max=0.9, loss_weight="elbo")
-    masks, weights = zip(*(tm.sample_masks(hp, tm.seeded("cpu", 0, step)) for step in range(300)))
+    masks, weights = zip(*(masks_of(hp, tm.seeded("cpu", 0, step)) for step in range(300)))
     masks, weights = torch.stack(masks).float(), torch.stack(weights)
     assert abs(masks.mean() - 0.5) < 0.03
     assert (masks.mean((0, 1)) - 0.5).abs().max() < 0.06  # every position alike
@@ -43,13 +49,13 @@ def test_masks_have_the_promised_probability_and_weight(sampling, masking):
     assert abs((masks.mean(2) * weights).mean() - 1) < 0.02
     if masking == "count":
         assert torch.allclose(masks.sum(2) * weights, torch.tensor(32.0))
-    flat = tm.sample_masks(hp_of(loss_weight="flat"), tm.seeded("cpu", 0, 0))[1]
+    flat = masks_of(hp_of(loss_weight="flat"), tm.seeded("cpu", 0, 0))[1]
     assert torch.equal(flat, torch.ones(24))
 
 
 def test_weights_are_clamped():
     hp = hp_of(mask_eps=0.001, masking="bernoulli", loss_weight="elbo", weight_clamp=3.0)
-    assert tm.sample_masks(hp, tm.seeded("cpu", 0, 0))[1].max() == 3.0
+    assert masks_of(hp, tm.seeded("cpu", 0, 0))[1].max() == 3.0
 
 
 def test_mask_exactly_masks_the_smallest_keys_even_with_ties():
@@ -64,9 +70,7 @@ def test_mask_exactly_masks_the_smallest_keys_even_with_ties():
 def test_head_capacity_is_never_exceeded(sampling, masking, rows):
     hp = hp_of(time_sampling=sampling, masking=masking)
     capacity = tm.masked_capacity(hp, rows)
-    most = max(
-        tm.sample_masks(hp, tm.seeded("cpu", 1, step))[0].view(-1, rows * 32).sum(1).max() for step in range(500)
-    )
+    most = max(masks_of(hp, tm.seeded("cpu", 1, step))[0].view(-1, rows * 32).sum(1).max() for step in range(500))
     assert most <= capacity <= rows * 32
 
 

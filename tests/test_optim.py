@@ -1,6 +1,7 @@
 """Muon against an SVD, the flat optimizer against PyTorch's, EMA and schedules against closed forms."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_three_steps_equal_separate_optimizers():
         [
             dict(params=[p], lr=0.5 * rates[tm.kind_of(n).name])
             for n, p in named.items()
-            if tm.kind_of(n).optimizer == "adam"
+            if tm.kind_of(n).optimizer == "adamw"
         ],
         betas=(0.9, 0.95),
         eps=1e-8,
@@ -66,6 +67,47 @@ def test_three_steps_equal_separate_optimizers():
         for name, p in model.named_parameters():
             assert torch.allclose(p, named[name], atol=1e-5), (step, name)
             assert p.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("decay_on", ["matrices", "all"])
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_weight_decay_is_decoupled_and_for_the_kinds_that_were_named(decay_on, kind):
+    """AdamW of PyTorch per tensor on the same gradients; Muon's matrices shrink by lr·decay before the update."""
+    rates = dict(matrix_lr=0.01, embed_lr=0.02, head_lr=0.03, scalar_lr=0.04)
+    hp = tiny_hp(
+        backbone="dit", tie_embeddings=False, optimizer=kind, weight_decay=0.5, weight_decay_on=decay_on, **rates
+    )
+    model = random_model(hp)
+    other, z = copy.deepcopy(model), torch.randint(0, 4, (4, 4), generator=torch.Generator().manual_seed(0))
+    optimizer, named, groups = tm.Optimizer(model, hp), dict(other.named_parameters()), []
+    for name, p in named.items():
+        matrix = p.dim() == 2 and not name.startswith(("tok_emb", "lm_head"))
+        if not (matrix and kind == "muon"):
+            lr = rates[
+                "matrix_lr" if matrix else "embed_lr" if "emb.w" in name else "head_lr" if p.dim() == 2 else "scalar_lr"
+            ]
+            decays = decay_on == "all" or matrix or name == "lm_head.weight"
+            groups.append(dict(params=[p], lr=0.5 * lr, weight_decay=0.5 if decays else 0.0))
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    for step in range(3):
+        for m in (model, other):
+            (m(z).logsumexp(-1).sum() * 30).backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.step(step, 0.5)
+        adamw.step()
+        other.zero_grad()
+        for name, p in model.named_parameters():
+            if kind == "muon" and tm.kind_of(name).name == "matrix":
+                update = (1 - 0.5 * 0.01 * 0.5) * before[name] - p
+                assert (
+                    0.001
+                    < update.norm() / (0.5 * 0.01 * min(p.shape) ** 0.5)
+                    < 2 * (max(p.shape) / min(p.shape)) ** 0.5
+                )
+                named[name].data.copy_(p)
+            else:
+                assert torch.allclose(p, named[name], atol=1e-5), (step, name)
 
 
 def test_parameters_are_views_of_one_buffer_in_every_kind():
@@ -129,3 +171,23 @@ def test_learning_rate_schedules():
     assert tm.lr_scale(timed, 50, 9_000.0) == pytest.approx(1_000 / 180 / 40)  # 180 ms a step: 5.6 steps are left
     assert tm.progress(timed, 50, 9_000.0) == 0.9 and tm.progress(timed, 95, 9_000.0) == 0.95
     assert tm.progress(hp, 50, 1e9) == 0.5 and tm.progress(timed, 0, 11_000.0) == 1.0
+
+
+def test_the_published_schedule_of_the_diffusion_transformer():
+    """PR 1106: 300 steps up, constant, 1,500 steps down a cosine to a tenth; PR 1241 does it again for each 6,000."""
+
+    def published(step):
+        if step < 300:
+            return (step + 1) / 300
+        left = min((6000 - step) / 1500, 1.0)
+        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (1 - left)))
+
+    llada = tm.Hyperparameters(preset="llada", max_wallclock_seconds=0)
+    eos = tm.Hyperparameters(preset="eos", max_wallclock_seconds=0, iterations=18_000)
+    for step in (0, 1, 299, 300, 3000, 4499, 4500, 5000, 5999):
+        assert tm.lr_scale(llada, step, 0.0) == pytest.approx(published(step))
+        for cycle in range(3):
+            assert tm.lr_scale(eos, cycle * 6000 + step, 0.0) == pytest.approx(published(step))
+    capped = tm.dataclasses.replace(llada, max_wallclock_seconds=100.0)  # 50 ms a step: 2,000 steps fit
+    assert tm.lr_scale(capped, 400, 20_000.0) == 1.0
+    assert tm.lr_scale(capped, 1250, 62_500.0) == pytest.approx(published(5250))

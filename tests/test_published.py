@@ -1,8 +1,15 @@
 """tools/published.py: the corrected figures are those of the formulas, worked out by hand elsewhere."""
 
+import dataclasses
+import math
+import re
+
 import pytest
+import torch
 
 import published
+import train_mdlm as tm
+from conftest import random_model
 
 
 def test_corrected_figures():
@@ -21,3 +28,29 @@ def test_boundaries_cost_about_28_bits_a_window():
 def test_table_prints(tool):
     printed = tool(published).stdout
     assert "2.024" in printed and "1.748, with boundaries about 1.75" in printed and printed.count("\n| ") == 10
+
+
+def test_an_artifact_scored_as_published_and_exactly(tiny_env, tmp_path, tool):
+    """An eos artifact: the published figure, the same over exact bytes, and with the places of <s> paid."""
+    hp = tm.Hyperparameters.from_env(tiny_env | dict(BACKBONE="dit", ANCHOR_BOS="1", DOC_CHUNKS="1"))
+    model = random_model(hp, scale=0.05)
+    tm.save_artifact(model, dataclasses.replace(hp, quant_mode="fp32"), tmp_path / "eos.mdlm")
+    options = ["--data", tiny_env["DATA_PATH"], "--tokenizer", tiny_env["TOKENIZER_PATH"]]
+    done = tool(published, tmp_path / "eos.mdlm", "--seqs", "70", "--steps", "4", *options)
+    assert done.returncode == 0, done.stderr
+    first, exact, paid = (float(x) for x in re.findall(r"\| (\d\.\d{4}) ± ", done.stdout))
+    val = tm.TokenStream(hp.data_path, "val")
+    tokens = torch.from_numpy(val.read(0, 70 * 32).astype("int64"))
+    luts = tm.build_sentencepiece_luts(tm.load_tokenizer(hp.tokenizer_path, 384), 384)
+    nbytes = int(tm.count_bytes(tokens, tm.BOS_ID, luts))
+    assert first * 70 * 32 * 4.3 == pytest.approx(exact * nbytes, rel=1e-4)
+    anchors = (tokens.view(70, 32) == 1).sum(1).tolist()
+    assert sum(anchors) >= 3 and f"{sum(anchors)} places of" in done.stdout
+    bits = sum(math.log2(33) + math.log2(math.comb(32, n)) for n in anchors)
+    assert (paid - exact) * nbytes == pytest.approx(bits, rel=2e-3)
+    # the model's own T-step bound is close: it is told the true noise level instead of that of the step
+    rows = tokens.view(70, 32)
+    ours = tm.discrete_elbo(model, rows, 4, [tm.seeded("cpu", hp.seed, "published", n) for n in range(70)]).sum()
+    assert exact * nbytes * math.log(2) == pytest.approx(ours.item(), rel=0.05)
+    done = tool(published, tmp_path / "absent.mdlm", *options)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1

@@ -50,7 +50,7 @@ def test_run_trains_packs_reloads_and_scores(single):
         r"^Total submission size fp8\+\w+: \d+ bytes$",
         r"^final_fp8_\w+_roundtrip val_loss:\S+ val_bpb:\S+ stderr:\S+ eval_time:\d+ms$",
         r"^final_fp8_\w+_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$",
-        r"^score:nelbo bpb:\S+ stderr:\S+ seqs:\d+ tokens:\d+ bytes:\d+ time:\d+ms calls:\d+ tokens_per_s:\d+$",
+        r"^score:nelbo bpb:\S+ stderr:\S+ seqs:\d+ tokens:\d+ bytes:\d+ time:\d+ms tokens_per_s:\d+$",
         r"^ema:started step:2 ",
     ):
         assert re.search(pattern, log, re.MULTILINE), pattern
@@ -80,7 +80,7 @@ ALL_SCORES |= {f"{name.upper()}_SEQS": "40" for name in tm.SCORE_NAMES[1:]}
 def scores(text: str) -> dict:
     """Name → figures of every score line; the biased one says so."""
     found = re.findall(
-        r"^score:(\w+) (?:biased:1 )?bpb:(\S+) stderr:(\S+) seqs:(\d+) tokens:(\d+) bytes:(\d+) time:\d+ms calls:(\d+)",
+        r"^score:(\w+) (?:biased:1 )?bpb:(\S+) stderr:(\S+) seqs:(\d+) tokens:(\d+) bytes:(\d+) time:",
         text,
         re.MULTILINE,
     )
@@ -111,7 +111,7 @@ def test_a_causal_model_has_two_scores(tiny_env, tmp_path):
     printed = run_python("train_mdlm.py", cwd=tmp_path, OBJECTIVE="ar", **tiny_env | ALL_SCORES).stdout
     found = scores(printed)
     assert list(found) == ["ar", "sliding"]
-    assert found["sliding"][-1] == 40 and found["sliding"][3] == 40 * 8  # one call a window, 8 new tokens each
+    assert found["sliding"][3] == 40 * 8  # 8 new tokens a window
 
 
 def test_an_unknown_score_is_refused(tiny_env, tmp_path):
@@ -129,7 +129,7 @@ def test_eval_only_refuses_a_shape_that_the_artifact_does_not_have(single, tiny_
 def test_a_folder_that_cannot_be_written_is_named(tiny_env, tmp_path):
     (tmp_path / "logs").write_text("a file")
     done = run_python("train_mdlm.py", cwd=tmp_path, check=False, **tiny_env)
-    assert done.returncode == 2 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "logs: cannot be read or written" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_used_run_id_is_refused(single, tiny_env):

@@ -43,23 +43,19 @@ def bench_scores(artifact: Path, data: str | None, tokenizer: str | None, seqs: 
         raise InputError(f"{artifact}: a causal model is scored exactly, in one pass; there is nothing to compare")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.on(device)
-    val = tm.TokenStream(data or os.environ.get("DATA_PATH") or hp.data_path, "val")
-    sp = tm.load_tokenizer(tokenizer or os.environ.get("TOKENIZER_PATH") or hp.tokenizer_path, hp.vocab_size)
-    luts = tm.build_sentencepiece_luts(sp, hp.vocab_size, device)
-    val.check_tokens(hp.vocab_size)
+    val, luts = tm.open_validation(dataclasses.replace(
+        hp, data_path=data or os.environ.get("DATA_PATH") or hp.data_path,
+        tokenizer_path=tokenizer or os.environ.get("TOKENIZER_PATH") or hp.tokenizer_path), device)
     log, seeds = tm.Log(), itertools.count()
 
-    if not val.count_windows(hp.train_seq_len):
-        raise InputError(f"{val.files[0]}: the validation split is shorter than a window of {hp.train_seq_len} tokens")
-
-    def repeat(name: str, label: str, times: int, **overrides) -> tuple[list[float], int, int]:
-        """bpb of each repetition, model calls a window, and milliseconds of one repetition."""
+    def repeat(name: str, label: str, times: int, **overrides) -> tuple[list[float], float]:
+        """bpb of each repetition, and milliseconds of one."""
         found = []
         for seed in range(times):
             settings = dataclasses.replace(hp, seed=next(seeds), **overrides)
             found.append(tm.score_windows(name, model, settings, val, luts, seqs)[0])
             log.progress(label, (seed + 1) / times)
-        return [score.bpb for score in found], found[0].calls // found[0].seqs, sum(s.ms for s in found) / times
+        return [score.bpb for score in found], sum(s.ms for s in found) / times
 
     def spread(values: list[float]) -> float:
         return statistics.stdev(values) / len(values) ** 0.5
@@ -72,8 +68,8 @@ def bench_scores(artifact: Path, data: str | None, tokenizer: str | None, seqs: 
              "| estimator | calls | bpb | off by | sampling | split | ms a repetition | repetitions |",
              "|---|---|---|---|---|---|---|---|"]
     for label, name, overrides in ESTIMATORS:
-        calls = tm.model_calls(name, dataclasses.replace(hp, **overrides), hp.train_seq_len)
-        values, calls, ms = repeat(name, label, min(max(budget // calls, 3), 32), **overrides)
+        (calls,) = overrides.values()
+        values, ms = repeat(name, label, min(max(budget // calls, 3), 32), **overrides)
         off, error = statistics.fmean(values) - statistics.fmean(exact), (spread(values)**2 + spread(exact)**2) ** 0.5
         deviation = statistics.stdev(values)
         lines.append(f"| {label} | {calls} | {statistics.fmean(values):.4f} | {off:+.4f} ± {error:.4f} | "

@@ -5,12 +5,14 @@
 Both are scored from left to right: a causal model in one pass, a masked diffusion model by its chain rule, one position
 after the other. Position 0 is the first token of a window: the causal model sees the token before it, the diffusion
 model sees nothing. Standard errors have windows as clusters; that of the difference is paired, so what is hard for both
-cancels. The plot also holds the difference.
+cancels. The plot also holds the difference. What an ANCHOR_BOS artifact pays for the places of its anchors is in its
+own line, not in the table by position.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -35,9 +37,7 @@ def measure(artifacts: list[Path], data: str | None, tokenizer: str | None, seqs
                              f"{shape[0]} and {shape[1]}; windows and tokens must be the same")
         shape = hp.vocab_size, hp.train_seq_len
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        val = tm.TokenStream(data, "val")
-        luts = tm.build_sentencepiece_luts(tm.load_tokenizer(tokenizer, hp.vocab_size), hp.vocab_size, device)
-        val.check_tokens(hp.vocab_size)
+        val, luts = tm.open_validation(dataclasses.replace(hp, data_path=data, tokenizer_path=tokenizer), device)
         name = "ar" if hp.objective == "ar" else "l2r"
         scores.append(tm.score_windows(name, model.on(device), hp, val, luts, seqs,
                                        lambda done, path=path: log.progress(path.stem, done)))
