@@ -236,19 +236,20 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def near_misses(env: Mapping[str, str]) -> list[str]:
     """One warning for every variable of `env` that is almost, but not quite, the name of a hyperparameter."""
     known = [f.name.upper() for f in dataclasses.fields(Hyperparameters)]
-    hints = ((name, did_you_mean(name, known)) for name in sorted(env) if name not in known)
-    return [f"warning: environment variable {name} is not read{hint}" for name, hint in hints if hint]
+    hints = {name: did_you_mean(name, known) for name in sorted(env) if name not in known}
+    return [f"warning: environment variable {name} is not read{hint}" for name, hint in hints.items() if hint]
 
 def help_text() -> str:
     """The table that --help prints: name, default, unit, meaning, choices, and the presets that change it."""
     lines, group = [__doc__.strip(), "", "Environment variables:"], ""
+    presets = {name: Hyperparameters(preset=name) for name in PRESETS}
     for spec in dataclasses.fields(Hyperparameters):
         about = spec.metadata
-        lines += ["", f"  {about['group']}"] if about["group"] != group else []
-        group = about["group"]
-        default = f"{spec.name.upper()}={int(spec.default) if isinstance(spec.default, bool) else spec.default}"
-        lines += [f"    {default:<36} {about['meaning']}" + f" [{about['unit']}]" * bool(about["unit"])]
-        changed = [f"{preset}: {row[spec.name]}" for preset, row in PRESETS.items() if spec.name in row]
+        lines, group = lines + ["", f"  {about['group']}"] * (about["group"] != group), about["group"]
+        unit = f" [{about['unit']}]" if about["unit"] else ""
+        lines += [f"    {presets['mdlm'].shown(spec.name):<36} {about['meaning']}{unit}"]
+        changed = [f"{name}: {hp.shown(spec.name).partition('=')[2]}" for name, hp in presets.items()
+                   if spec.name in PRESETS[name]]
         lines += [f"{'':<43}{note}" for note in (" | ".join(about["choices"]), "; ".join(changed)) if note]
     return "\n".join(lines)
 

@@ -40,12 +40,13 @@ def files(tiny_env, tmp_path_factory):
         tokenizer=tokenizer,
         mdlm=artifact_of(folder, "mdlm", tokenizer),
         ar=artifact_of(folder, "ar", tokenizer, objective="ar"),
+        eos=artifact_of(folder, "eos", tokenizer, backbone="dit", doc_chunks=True, anchor_bos=True),
     )
 
 
 @pytest.fixture(scope="module")
 def loaded(files):
-    return {name: codec.load(files[name], files["tokenizer"]) for name in ("mdlm", "ar")}
+    return {name: codec.load(files[name], files["tokenizer"]) for name in ("mdlm", "ar", "eos")}
 
 
 def there_and_back(loaded, text, order="l2r", group=1, seed=0):
@@ -77,6 +78,19 @@ def test_arbitrary_text_comes_back(loaded, text, order, group, seed):
 @given(text=st.lists(st.sampled_from([*WORDS, "\u2581", "\0", "\r\n", "  ", "<s>", "🙂"]), max_size=40).map(" ".join))
 def test_a_causal_model_codes_too(loaded, text):
     there_and_back(loaded["ar"], text)
+
+
+@pytest.mark.parametrize("order, group", [("l2r", 1), ("confidence", 1), ("confidence", 3), ("random", 5)])
+def test_a_model_that_is_told_the_noise_level_codes_too(loaded, order, group):
+    """With anchors, which a text has none of: nothing is paid for their places, and the code is the chain rule."""
+    data, bits, count = there_and_back(loaded["eos"], LONG, order, group)
+    assert 0 <= 8 * len(data) - bits < 8 * 64
+    model, sp = loaded["eos"][:2]
+    tokens = torch.tensor(sp.encode(LONG)[: 16 * (count // 16)]).view(-1, 16)
+    if order == "l2r":
+        rest = torch.tensor(sp.encode(LONG)[16 * (count // 16) :])[None]
+        nats = sum(tm.chain_rule(model, part, order).sum().item() for part in (tokens, rest) if part.numel())
+        assert bits == pytest.approx(nats / math.log(2), rel=1e-4)
 
 
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 32, 16 * 17 + 3])
