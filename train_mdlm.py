@@ -67,8 +67,8 @@ LLADA = dict(  # PR 1106
     train_seq_len=2048, time_sampling="antithetic", mask_eps=0.0, mask_max=0.999, loss_weight="dsigma",
     weight_clamp=1000.0, iterations=6000, lr_warmup_steps=300, warmdown_iters=1500, warmdown_shape="cosine",
     min_lr_frac=0.1, train_batch_tokens=65_536, optimizer="adamw", matrix_lr=6e-4, embed_lr=6e-4, head_lr=6e-4,
-    scalar_lr=6e-4, weight_decay=0.1, weight_decay_on="all", ema_decay=0.0, scores="nelbo,l2r,tstep", tstep_seqs=500,
-    tstep_steps=512)
+    tied_embed_lr=6e-4, scalar_lr=6e-4, weight_decay=0.1, weight_decay_on="all", ema_decay=0.0,
+    scores="nelbo,l2r,tstep", tstep_seqs=500, tstep_steps=512)
 PRESETS: dict[str, dict] = {
     "mdlm": {},  # PR 1699: the defaults below; ar is the challenge's causal baseline
     "llada": LLADA,
@@ -289,7 +289,7 @@ def on_first_process(work: Callable):
     except InputError as error:
         result[1] = error
     except OSError as error:
-        result[1] = InputError(f"{error.filename}: cannot be read or written: {error.strerror}")
+        result[1] = InputError(f"{error.filename or 'a file'}: cannot be read or written: {error.strerror}")
     if world_size() > 1:
         dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
     if result[1]:
@@ -376,12 +376,13 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from position `start` of the ring, uint16."""
-        i = int(np.searchsorted(self.ends, start % self.total, side="right"))
-        shard = self.shard(i)
-        offset = start % self.total - int(self.ends[i]) + len(shard)
-        part = shard[offset:offset + count]
-        missing = count - len(part)
-        return np.concatenate([part, self.read(start + len(part), missing)]) if missing else part
+        parts = []
+        while count > 0:
+            i = int(np.searchsorted(self.ends, start % self.total, side="right"))
+            shard = self.shard(i)
+            parts.append(shard[start % self.total - int(self.ends[i]) + len(shard):][:count])
+            start, count = start + len(parts[-1]), count - len(parts[-1])
+        return np.concatenate(parts)
 
     def windows(self, numbers: Iterable[int], length: int, stride: int = 0) -> Tensor:
         """(B, 1 + length) int64: window n is token n·stride and the `length` after it; without a stride end to end."""
@@ -549,16 +550,16 @@ def draw_noise(hp: Hyperparameters, generator: torch.Generator) -> tuple[Tensor,
 
 def apply_noise(hp: Hyperparameters, x0: Tensor, probability: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Masks x0 (B, L): the mask (B, L) bool, the loss weight (B,) of its tokens, and the probability (B,) behind it."""
-    free = hideable(hp, x0)
+    free, told = hideable(hp, x0), probability
     if hp.masking == "count":
         count = free.sum(1).clamp(min=1)
         k = (probability * count).ceil().clamp(min=1)
-        mask, probability = mask_exactly(k, torch.where(free, keys, 2)) & free, k / count
+        mask, told = mask_exactly(k, torch.where(free, keys, 2)) & free, k / count
     else:
         mask = (keys < probability[:, None]) & free
-    weight = {"flat": torch.ones_like(probability), "elbo": 1 / probability,  # elbo is the bound's weight,
+    weight = {"flat": torch.ones_like(probability), "elbo": 1 / told,  # elbo is the bound's weight,
               "dsigma": (hp.mask_max - hp.mask_eps) / (1 - probability)}[hp.loss_weight]  # dsigma PR 1106's σ′(t)
-    return mask, weight.clamp(max=hp.weight_clamp), probability
+    return mask, weight.clamp(max=hp.weight_clamp), told
 
 def masked_capacity(hp: Hyperparameters, rows: int) -> int:
     """A static bound on the masked positions of any micro-batch of `rows` rows: only those need the output head.
@@ -1483,8 +1484,7 @@ def run(env: Mapping[str, str]) -> None:
 
 def main() -> None:
     if any(argument in ("-h", "--help") for argument in sys.argv[1:]):
-        print(help_text())
-        return
+        return print(help_text())
     try:
         if len(sys.argv) > 1:
             raise InputError(f"{sys.argv[1]}: hyperparameters are environment variables; see --help")

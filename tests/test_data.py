@@ -103,6 +103,7 @@ def test_stream_is_a_ring_over_shards(tmp_path):
     stream = tm.TokenStream(tmp_path, "val")
     assert stream.total == 10 and stream.read(5, 4).tolist() == [5, 6, 7, 8]
     assert stream.read(8, 15).tolist() == [8, 9, *range(10), 0, 1, 2]
+    assert stream.read(3, 20_000).tolist() == [i % 10 for i in range(3, 20_003)]  # many times round
     assert stream.count_windows(3) == 3 and stream.count_windows(9) == 1 and stream.count_windows(10) == 0
     assert stream.windows([0, 2], 3).tolist() == [[0, 1, 2, 3], [6, 7, 8, 9]]
     assert stream.windows([3], 3).tolist() == [[9, 0, 1, 2]]

@@ -143,3 +143,16 @@ def test_the_loss_compiles_to_one_static_graph_with_the_same_gradients(tiny_env,
             grads.append(trainer.optimizer.grads.clone())
         assert torch.allclose(*grads, atol=1e-7) and grads[0].abs().max() > 0
     assert len(graphs) == 1
+
+
+def test_the_published_weight_does_not_explode_for_short_documents():
+    """dsigma is of the probability that was drawn: counts that round up to all tokens do not meet the clamp."""
+    for tokens in (1, 5, 50):
+        means = []
+        for masking in ("count", "bernoulli"):
+            hp = tm.Hyperparameters(preset="llada", masking=masking)
+            g = torch.Generator().manual_seed(0)
+            p, keys = 0.999 * torch.rand(4000, generator=g), torch.rand(4000, tokens, generator=g)
+            mask, weight, _ = tm.apply_noise(hp, torch.full((4000, tokens), 5), p, keys)
+            means.append((mask.float().mean(1) * weight).mean().item())
+        assert means[0] < 2 * means[1] < 30
