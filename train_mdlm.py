@@ -387,7 +387,7 @@ class TokenStream:
     def windows(self, numbers: Iterable[int], length: int, stride: int = 0) -> Tensor:
         """(B, 1 + length) int64: window n is token n·stride and the `length` after it; without a stride end to end."""
         starts = [n * (stride or length) for n in numbers]
-        return torch.from_numpy(np.stack([self.read(start, 1 + length) for start in starts]).astype(np.int64))
+        return torch.from_numpy(np.stack([self.read(start, 1 + length).astype(np.int64) for start in starts]))
 
     def count_windows(self, length: int, stride: int = 0) -> int:
         """Whole windows without going round the ring; the very first token is only ever a predecessor."""
@@ -658,8 +658,8 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tensor, cond: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor | None) -> Tensor:
         """As UNetBlock, with cond (B, COND_DIM) in place of the embedding."""
         mods = self.attn_mod(cond)[:, None], self.mlp_mod(cond)[:, None]  # (B, 1, 2D): scale, then shift
-        (scale, shift), after = mods[0].to(x.dtype).chunk(2, -1), mods[1].to(x.dtype)
-        after = after if at is None else after[at // x.shape[1], 0]
+        (scale, shift), after = mods[0].to(x.dtype).chunk(2, -1), mods[1]  # picked in float32: so its gradients add up
+        after = (after if at is None else after[at // x.shape[1], 0]).to(x.dtype)
         x = pick(x, at) + self.attn(norm(x) * (1 + scale) + shift, rotary, at)
         scale, shift = after.chunk(2, -1)
         return x + self.mlp(norm(x) * (1 + scale) + shift)
