@@ -4,10 +4,9 @@ Claim: every score this file prints is the length of a code that somebody could 
 which repeats a published estimator). The default system is PR 1699 of the challenge (19,190,656 parameters, fp8 e4m3,
 published at 1.4784 bits per byte); presets llada and eos are PR 1106 and PR 1241, ar the challenge's causal baseline.
 
-    python train_mdlm.py --help                                         every hyperparameter, its default and meaning
     PRESET=demo torchrun --standalone --nproc_per_node=1 train_mdlm.py  after data/prepare_text.py --source docs
     torchrun --standalone --nproc_per_node=8 train_mdlm.py              8xH100, after data/fetch_fineweb.py
-    EVAL_ONLY=logs/<run>.mdlm torchrun ... train_mdlm.py                score an artifact again
+    EVAL_ONLY=logs/<run>.mdlm torchrun ... train_mdlm.py                score an artifact again; --help: every knob
 
 Sections: hyperparameters · ranks, clock and log · data and bytes · noise · model · loss · optimizers and EMA ·
 artifact · scoring · training · main. Importing has no side effect. Shape letters: B sequences, L positions, D width,
@@ -16,20 +15,17 @@ H heads, V real tokens, N scored positions of a batch. MASK is token V, PAD is V
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import dataclasses
 import difflib
 import functools
 import hashlib
-import io
 import itertools
 import json
 import lzma
 import math
 import os
 import re
-import struct
 import sys
 import time
 import zlib
@@ -54,7 +50,6 @@ class InputError(ValueError):
     """Something the user gave is wrong: one line that names the value, the place and the remedy."""
 
 # == Hyperparameters ===================================================================================================
-
 def knob(group: str, default, meaning: str, unit: str = "", low=0, high=math.inf, choices: str = ""):
     """A hyperparameter: the environment variable is its name in capitals; numbers lie in [low, high]."""
     return dataclasses.field(default=default, metadata=dict(group=group, meaning=meaning, unit=unit, low=low, high=high,
@@ -71,6 +66,7 @@ LLADA = dict(  # PR 1106
     scores="nelbo,l2r,tstep", tstep_seqs=500, tstep_steps=512)
 PRESETS: dict[str, dict] = {
     "mdlm": {},  # PR 1699: the defaults below; ar is the challenge's causal baseline
+    "mdlm16": dict(num_layers=11, quant_mode="int7,embed:int8", quant_clip=10.0, quant_feedback=4),  # as many as fit
     "llada": LLADA,
     "eos": LLADA | dict(doc_chunks=True, anchor_bos=True, lr_cycle_steps=6000, tstep_steps=128),  # PR 1241
     "ar": dict(objective="ar", num_layers=9, model_dim=512, matrix_lr=0.04, grad_clip_norm=0.0, ema_decay=0.0),
@@ -99,7 +95,7 @@ class Hyperparameters:
     doc_chunks: bool = knob("model", False, "train on documents, cut into chunks of at most L tokens, PAD after them")
     anchor_bos: bool = knob("model", False, "<s> is never masked; scores pay for where it is")
     train_seq_len: int = knob("model", 1024, "length L of a training and of a scoring window", "tokens", low=1)
-    num_layers: int = knob("model", 8, "blocks; those of the U-Net's first half feed skips to the second", low=1)
+    num_layers: int = knob("model", 8, "blocks; the U-Net's first half feeds skips to the second", low=1, high=999)
     model_dim: int = knob("model", 576, "width D of the residual stream", low=2)
     num_heads: int = knob("model", 8, "attention heads H", low=1)
     num_kv_heads: int = knob("model", 4, "key/value heads, each shared by a group of query heads", low=1)
@@ -109,15 +105,12 @@ class Hyperparameters:
     logit_softcap: float = knob("model", 30.0, "logits are cap·tanh(logits/cap); 0 leaves them alone")
     qk_gain_init: float = knob("model", 1.5, "initial gain of the normalised queries")
     tied_embed_init_std: float = knob("model", 0.005, "standard deviation of the initial tied embedding")
-    compute_dtype: str = knob("model", "auto", "of activations; auto: bfloat16 on GPUs",
-                              choices="auto|float32|bfloat16")
+    compute_dtype: str = knob("model", "auto", "of activations; auto: GPUs bfloat16", choices="auto|float32|bfloat16")
     masking: str = knob("noise", "bernoulli", "each token alone, or exactly k tokens", choices="bernoulli|count")
-    time_sampling: str = knob("noise", "stratified", "of mask times in a batch",
-                              choices="stratified|antithetic|uniform")
+    time_sampling: str = knob("noise", "stratified", "of a batch's times", choices="stratified|antithetic|uniform")
     mask_eps: float = knob("noise", 0.001, "smallest mask probability", high=1)
     mask_max: float = knob("noise", 1.0, "largest mask probability", high=1)
-    loss_weight: str = knob("noise", "elbo", "at mask probability p: 1/p, about 1/(1 − p), 1",
-                            choices="elbo|dsigma|flat")
+    loss_weight: str = knob("noise", "elbo", "at probability p: 1/p, ~ 1/(1 − p), 1", choices="elbo|dsigma|flat")
     weight_clamp: float = knob("noise", 100.0, "largest loss weight", low=1)
     iterations: int = knob("training", 20_000, "optimizer steps at most", "steps")
     max_wallclock_seconds: float = knob("training", 600.0, "training time at most; 0: no limit", "s")
@@ -149,8 +142,10 @@ class Hyperparameters:
     grad_clip_norm: float = knob("optimizer", 1.0, "largest norm of the whole gradient; 0: no limit")
     ema_decay: float = knob("optimizer", 0.999, "decay a step of the averaged weights; 0: no averaging", high=1)
     ema_start_frac: float = knob("optimizer", 0.1, "averaging starts at this share of the clock or steps", high=1)
-    quant_mode: str = knob("export", "fp8", "storage of matrices and embeddings", choices="fp8|fp16|fp32")
-    pack: str = knob("export", "auto", "compressor; auto: the smallest", choices="auto|zlib|lzma|zstd")
+    quant_mode: str = knob("export", "fp8", "fp8, fp8_row, int4 … int8, fp16 or fp32; by kind: embed:int8,matrix:int6")
+    quant_clip: float = knob("export", 0.0, "largest code of a row; 0: that of the least squared error", "× its RMS")
+    quant_feedback: int = knob("export", 0, "rounding corrects itself for the inputs of so many; 0: nearest", "batches")
+    pack: str = knob("export", "auto", "compressor; auto: the smallest", choices="auto|zlib|huffman|lzma|zstd")
     nelbo_passes: int = knob("scoring", 4, "masks a sequence of the final any-order NELBO", low=1)
     eval_max_seqs: int = knob("scoring", 4096, "of a validation during training, evenly spaced; 0: all", "windows")
     final_eval_max_seqs: int = knob("scoring", 0, "of the final score, evenly spaced; 0: all", "windows")
@@ -166,7 +161,6 @@ class Hyperparameters:
     stride: int = knob("scoring", 64, "tokens a sliding window scores, at most its length", "tokens", low=1)
     chain_group: int = knob("scoring", 1, "positions revealed by one model call of a chain rule", low=1)
     val_batch_size: int = knob("scoring", 524_288, "tokens of one scoring pass of all processes", "tokens", low=1)
-
     def __init__(self, preset: str = "mdlm", **overrides):
         known = {f.name: f for f in dataclasses.fields(self)}
         if preset not in PRESETS:
@@ -177,16 +171,14 @@ class Hyperparameters:
         for name, value in values.items():
             object.__setattr__(self, name, checked_value(known[name], value))
         self._check_together()
-
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Hyperparameters:
         """Reads every known variable of `env`; others are ignored (see `near_misses`)."""
-        given = {f.name: env[f.name.upper()] for f in dataclasses.fields(cls) if f.name.upper() in env}
-        return cls(**given)
-
+        return cls(**{f.name: env[f.name.upper()] for f in dataclasses.fields(cls) if f.name.upper() in env})
     def _check_together(self) -> None:
         shown, causal = self.shown, self.objective == "ar"
-        foreign = [name for name in self.score_names if name not in SCORE_NAMES]
+        foreign, kinds = [name for name in self.score_names if name not in SCORE_NAMES], [kind.name for kind in KINDS]
+        unstored = [kind for kind, storage in self.storages.items() if kind not in kinds or storage not in QUANTIZERS]
         for wrong, message in (
             (self.model_dim % self.num_heads, f"{shown('num_heads')} must divide {shown('model_dim')}"),
             (self.num_heads % self.num_kv_heads, f"{shown('num_kv_heads')} must divide {shown('num_heads')}"),
@@ -195,15 +187,22 @@ class Hyperparameters:
             (causal and (self.backbone != "unet" or self.doc_chunks or self.anchor_bos),
              f"OBJECTIVE=ar does not go with {shown('backbone')} {shown('doc_chunks')} {shown('anchor_bos')}"),
             (foreign, f"{shown('scores')}: {', '.join(foreign)} is not one of {', '.join(SCORE_NAMES)}"),
+            (unstored, f"{shown('quant_mode')}: {', '.join(kinds)}, or all of them, may be {', '.join(QUANTIZERS)}; "
+                       "for example int6, or embed:int8,matrix:int6"),
+            (self.pack == "zstd" and not zstandard, "PACK=zstd needs zstandard: pip install -r requirements.txt"),
             (re.search(r"[^\w.+=@-]", self.run_id), f"{shown('run_id')}: letters, digits and . _ + = @ - only")):
             if wrong:
                 raise InputError(message)
-
     def shown(self, name: str) -> str:
         """`NAME=value`, as the user writes it."""
         value = getattr(self, name)
         return f"{name.upper()}={int(value) if isinstance(value, bool) else value}"
-
+    @property
+    def storages(self) -> dict[str, str]:
+        """Storage by kind of parameter: what QUANT_MODE says of the kind, else the table of kinds, else of all."""
+        said = dict(part.strip().rpartition(":")[::2] for part in self.quant_mode.split(","))
+        default = said.pop("", "fp8")
+        return {kind.name: kind.storage or default for kind in KINDS} | said
     head_dim = property(lambda self: self.model_dim // self.num_heads)
     mask_id = property(lambda self: self.vocab_size)
     pad_id = property(lambda self: self.vocab_size + 1)
@@ -232,13 +231,11 @@ def checked_value(spec: dataclasses.Field, value):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     return "".join(f" (did you mean {close}?)" for close in difflib.get_close_matches(name, list(known), 1, 0.85))
-
 def near_misses(env: Mapping[str, str]) -> list[str]:
     """One warning for every variable of `env` that is almost, but not quite, the name of a hyperparameter."""
     known = [f.name.upper() for f in dataclasses.fields(Hyperparameters)]
     hints = {name: did_you_mean(name, known) for name in sorted(env) if name not in known}
     return [f"warning: environment variable {name} is not read{hint}" for name, hint in hints.items() if hint]
-
 def help_text() -> str:
     """The table that --help prints: name, default, unit, meaning, choices, and the presets that change it."""
     lines, group = [__doc__.strip(), "", "Environment variables:"], ""
@@ -254,19 +251,15 @@ def help_text() -> str:
     return "\n".join(lines)
 
 # == Ranks, clock and log ==============================================================================================
-
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
 def all_reduce(tensor: Tensor) -> Tensor:
     """Sums in place over all processes."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
-
 def start_ranks() -> torch.device:
     """Joins the process group that torchrun describes (or a group of one) and returns this process's device."""
     device, backend = torch.device("cpu"), "gloo"
@@ -286,10 +279,9 @@ def on_first_process(work: Callable):
     result = [None, None]
     try:
         result[0] = work() if rank() == 0 else None
-    except InputError as error:
-        result[1] = error
-    except OSError as error:
-        result[1] = InputError(f"{error.filename or 'a file'}: cannot be read or written: {error.strerror}")
+    except (InputError, OSError) as error:
+        result[1] = error if isinstance(error, InputError) else InputError(
+            f"{error.filename or 'a file'}: cannot be read or written: {error.strerror}")
     if world_size() > 1:
         dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
     if result[1]:
@@ -301,17 +293,14 @@ class Clock:
     def __init__(self, device: torch.device):
         self.device, self.started = device, 0.0
         self.started = self.now()
-
     def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
     def ms(self) -> float:
         """The mean over the processes: decisions that depend on it must be the same everywhere."""
         own = torch.tensor(1000 * (time.perf_counter() - self.started), dtype=torch.float64)
         return all_reduce(own).item() / world_size()
-
     @contextlib.contextmanager
     def paused(self) -> Iterable[None]:
         since = self.now()
@@ -324,14 +313,12 @@ class Log:
         self.path = path if rank() == 0 else None
         self.bar = rank() == 0 and sys.stdout.isatty()
         self.phase, self.drawn = ("", 0.0, 0.0), 0.0  # name, start and first fraction of the bar; when it was drawn
-
     def __call__(self, line: str, screen: bool = True) -> None:
         if screen and rank() == 0:
             print("\r\x1b[K" * self.bar + line, flush=True)
         if self.path:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
-
     def progress(self, name: str, fraction: float, note: str = "") -> None:
         """Redraws the bar at most five times a second; `fraction` in [0, 1], the time left follows from it."""
         now = time.monotonic()
@@ -346,7 +333,6 @@ class Log:
         self.drawn = now
 
 # == Data and bytes ====================================================================================================
-
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 BOS_ID = 1  # <s> in the challenge's tokenizers
 REMEDY = "run 'python data/prepare_text.py --source docs' (for PRESET=demo) or 'python data/fetch_fineweb.py'"
@@ -373,7 +359,6 @@ class TokenStream:
         self.ends = np.cumsum([len(open_shard(path)) for path in self.files])
         self.total = int(self.ends[-1])
         self.shard = functools.lru_cache(maxsize=2)(lambda i: open_shard(self.files[i]))
-
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from position `start` of the ring, uint16."""
         parts = []
@@ -383,24 +368,19 @@ class TokenStream:
             parts.append(shard[start % self.total - int(self.ends[i]) + len(shard):][:count])
             start, count = start + len(parts[-1]), count - len(parts[-1])
         return np.concatenate(parts)
-
     def windows(self, numbers: Iterable[int], length: int, stride: int = 0) -> Tensor:
         """(B, 1 + length) int64: window n is token n·stride and the `length` after it; without a stride end to end."""
         starts = [n * (stride or length) for n in numbers]
         return torch.from_numpy(np.stack([self.read(start, 1 + length).astype(np.int64) for start in starts]))
-
     def count_windows(self, length: int, stride: int = 0) -> int:
         """Whole windows without going round the ring; the very first token is only ever a predecessor."""
         return max(1 + (self.total - 1 - length) // (stride or length), 0)
-
     def count_tokens(self, numbers: range, length: int) -> int:
         """Tokens in those windows, without PAD."""
         return len(numbers) * length
-
     def order(self, epoch: int) -> Sequence[int]:
         """The shards in the order in which they are read."""
         return range(len(self.files))
-
     def check_tokens(self, vocab_size: int, first_tokens: float = math.inf) -> None:
         """Reads what a run can touch, each process its share of the files; InputError for a token ≥ vocab_size."""
         largest, before = torch.zeros(len(self.files), dtype=torch.int64), 0
@@ -415,19 +395,15 @@ class TokenStream:
 
 class DocumentStream(TokenStream):
     """The same shards as documents: each begins with <s> and is cut into chunks of at most L tokens, PAD after them.
-
     Chunks are numbered without end: epoch after epoch, the shards and the chunks of a shard in orders that depend on
-    (seed, epoch). No chunk crosses a document or a shard. In memory: where the chunks of two shards begin.
-    """
+    (seed, epoch). No chunk crosses a document or a shard. In memory: where the chunks of two shards begin."""
     def __init__(self, folder: str | Path, split: str, hp: Hyperparameters):
         super().__init__(folder, split)
         self.length, self.pad_id, self.seed = hp.train_seq_len, hp.pad_id, hp.seed
         self.begins = [0]  # number of the first chunk of every visit of a shard, as far as is known
         self.visit = functools.lru_cache(maxsize=2)(self._visit)
-
     def order(self, epoch: int) -> Sequence[int]:
         return torch.randperm(len(self.files), generator=seeded("cpu", self.seed, "shards", epoch)).tolist()
-
     def _visit(self, visit: int) -> tuple[np.ndarray, np.ndarray, Tensor]:
         """The tokens of a shard, where its chunks begin (and the last one ends), and the order of its chunks."""
         epoch, place = divmod(visit, len(self.files))
@@ -437,22 +413,19 @@ class DocumentStream(TokenStream):
         inside = np.arange(chunks.sum()) - np.repeat(chunks.cumsum() - chunks, chunks)
         starts = np.append(np.repeat(documents, chunks) + self.length * inside, len(shard))
         return shard, starts, torch.randperm(len(inside), generator=seeded("cpu", self.seed, "chunks", visit))
-
     def chunk(self, number: int) -> np.ndarray:
         """The tokens of a chunk, uint16."""
         while self.begins[-1] <= number:
             self.begins.append(self.begins[-1] + len(self.visit(len(self.begins) - 1)[2]))
-        visit = bisect.bisect_right(self.begins, number) - 1
+        visit = int(np.searchsorted(self.begins, number, side="right")) - 1
         shard, starts, order = self.visit(visit)
         at = int(order[number - self.begins[visit]])
         return shard[starts[at]:starts[at + 1]]
-
     def windows(self, numbers: Iterable[int], length: int, stride: int = 0) -> Tensor:
         """(B, 1 + length) int64: PAD, then the tokens of a chunk, then PAD."""
         chunks = [self.chunk(n) for n in numbers]
         rows = [np.pad(c.astype(np.int64), (1, length - len(c)), constant_values=self.pad_id) for c in chunks]
         return torch.from_numpy(np.stack(rows))
-
     def count_tokens(self, numbers: range, length: int) -> int:
         return sum(len(self.chunk(n)) for n in numbers)
 
@@ -467,22 +440,13 @@ def build_sentencepiece_luts(sp, vocab_size: int, device: torch.device | str = "
     """Byte tables of a SentencePiece model, exact for pieces with several spaces and for text that starts with one."""
     size = max(int(sp.vocab_size()), vocab_size + 2)  # MASK and PAD stand for no text
     base, space, boundary = np.zeros(size, np.int64), np.zeros(size, bool), np.ones(size, bool)
-    keeps_space = False
     for token in range(int(sp.vocab_size())):
-        if sp.is_control(token) or sp.is_unknown(token) or sp.is_unused(token):
-            continue
-        boundary[token] = False
-        if sp.is_byte(token):
-            base[token] = 1
-            continue
-        piece = sp.id_to_piece(token)
-        if piece.startswith("\u2581"):
-            piece = piece[1:]
-            if not space.any():  # every piece behaves alike: ask once
-                keeps_space = sp.decode([token]).startswith(" ")
-            space[token] = True
-        base[token] = len(piece.replace("\u2581", " ").encode())
-    return ByteTables(*(torch.from_numpy(table).to(device) for table in (base, space, boundary)), keeps_space)
+        if not (sp.is_control(token) or sp.is_unknown(token) or sp.is_unused(token)):
+            piece, boundary[token] = sp.id_to_piece(token), False
+            space[token] = piece.startswith("\u2581")
+            base[token] = 1 if sp.is_byte(token) else len(piece.replace("\u2581", " ").encode()) - space[token]
+    keeps_space = space.any() and sp.decode([int(space.argmax())]).startswith(" ")  # every piece behaves alike: ask one
+    return ByteTables(*(torch.from_numpy(table).to(device) for table in (base, space, boundary)), bool(keeps_space))
 
 def token_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
     """(…, L) int64: exact UTF-8 bytes of the text that each of tokens (…, L) adds; `prev` (…) is the token before."""
@@ -494,7 +458,6 @@ def token_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
 def count_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
     """(…) int64: exact UTF-8 bytes of the text that tokens (…, L) add after the token `prev` (…) before them."""
     return token_bytes(tokens, prev, luts).sum(-1)
-
 def load_tokenizer(path: str, vocab_size: int):
     """The SentencePiece model at `path`; InputError when it is missing, foreign or of another size."""
     import sentencepiece
@@ -509,18 +472,14 @@ def load_tokenizer(path: str, vocab_size: int):
     return sp
 
 # == Noise: when and what to mask ======================================================================================
-
 def seeded(device: torch.device | str, *key) -> torch.Generator:
     """A generator that depends on `key` only, for example (seed, "train", step)."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
-
 def sample_times(kind: str, u: Tensor) -> Tensor:
     """Mask times t in [0, 1] of a global batch from independent uniform draws u (B,).
-
     stratified: one offset, a row in each of B equal strata (Sahoo et al. 2024), ordered so that any few neighbours are
-    spread evenly too; antithetic: pairs t, 1 − t.
-    """
+    spread evenly too; antithetic: pairs t, 1 − t."""
     rows = len(u)
     if kind == "stratified":
         strata = (torch.arange(rows, dtype=torch.float64, device=u.device) * GOLDEN % 1).argsort().argsort()
@@ -532,22 +491,18 @@ def sample_times(kind: str, u: Tensor) -> Tensor:
 def mask_probability(hp: Hyperparameters, u: Tensor) -> Tensor:
     """(B,) probability that a token is masked, uniform on [MASK_EPS, MASK_MAX]."""
     return hp.mask_eps + (hp.mask_max - hp.mask_eps) * sample_times(hp.time_sampling, u)
-
 def hideable(hp: Hyperparameters, x: Tensor) -> Tensor:
     """(B, L) bool: what noise may mask (or has masked) in x (B, L): not PAD and, with ANCHOR_BOS, not <s>."""
     return (x != hp.pad_id) & (x != BOS_ID) if hp.anchor_bos else x != hp.pad_id
-
 def mask_exactly(k: Tensor, keys: Tensor) -> Tensor:
     """Masks the k (B,) positions of each row with the smallest keys (B, L); (B, L) bool."""
     first = torch.arange(keys.shape[-1], device=keys.device) < k[:, None]
     return torch.zeros_like(first).scatter_(1, keys.argsort(-1), first)
-
 def draw_noise(hp: Hyperparameters, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Of a global batch: mask probabilities (B,), and uniform keys (B, L) that decide what they mask."""
     size, device = (hp.batch_rows, hp.train_seq_len), generator.device
     probability = mask_probability(hp, torch.rand(size[0], generator=generator, device=device))
     return probability, torch.rand(size, generator=generator, device=device)
-
 def apply_noise(hp: Hyperparameters, x0: Tensor, probability: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Masks x0 (B, L): the mask (B, L) bool, the loss weight (B,) of its tokens, and the probability (B,) behind it."""
     free, told = hideable(hp, x0), probability
@@ -563,29 +518,24 @@ def apply_noise(hp: Hyperparameters, x0: Tensor, probability: Tensor, keys: Tens
 
 def masked_capacity(hp: Hyperparameters, rows: int) -> int:
     """A static bound on the masked positions of any micro-batch of `rows` rows: only those need the output head.
-
     Mask probabilities are affine in the draws, so their sum over a slice is largest at an end of the draws. Counts add
-    less than one a row; independent masks exceed 4·sqrt(N) more with probability e^-32 (Hoeffding), and are then cut.
-    """
+    less than one a row; independent masks exceed 4·sqrt(N) more with probability e^-32 (Hoeffding), and are cut."""
     positions = rows * hp.train_seq_len
     ends = [mask_probability(hp, torch.full((hp.batch_rows,), end)).view(-1, rows).sum(1).max() for end in (0.0, 1.0)]
     slack = rows if hp.masking == "count" else 4 * math.sqrt(positions)
     return min(positions, math.ceil(float(max(ends)) * hp.train_seq_len + slack))
 
 # == Model =============================================================================================================
-
 NORM_EPS, COND_DIM = torch.finfo(torch.float32).eps, 128  # COND_DIM: width of the noise condition, as published
 
 def norm(x: Tensor) -> Tensor:
     """RMS normalisation of the last axis, without gain."""
     return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
-
 def rotary_table(length: int, head_dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin (L, head_dim/2) of the rotary embedding, in the dtype and on the device of `like`."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=like.device) / head_dim
     angle = torch.outer(torch.arange(length, dtype=torch.float32, device=like.device), base**-exponent)
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Half-split rotary embedding of x (…, L, head_dim)."""
     a, b = x.chunk(2, dim=-1)
@@ -611,7 +561,6 @@ class Attention(nn.Module):
         self.c_v = Linear(hp.model_dim, hp.num_kv_heads * hp.head_dim, bias=False)
         self.proj = Linear(hp.model_dim, hp.model_dim, bias=False)
         self.q_gain = nn.Parameter(torch.full((hp.num_heads,), hp.qk_gain_init)) if hp.backbone == "unet" else None
-
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor | None) -> Tensor:
         q, k, v = (c(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for c in (self.c_q, self.c_k, self.c_v))
         q, k = rotate(norm(q), *rotary), rotate(norm(k), *rotary)  # (B, H, L, head_dim)
@@ -626,7 +575,6 @@ class MLP(nn.Module):
         super().__init__()
         self.fc = Linear(hp.model_dim, hp.mlp_mult * hp.model_dim, bias=False)
         self.proj = Linear(hp.mlp_mult * hp.model_dim, hp.model_dim, bias=False)
-
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.relu(self.fc(x)).square())
 
@@ -640,7 +588,6 @@ class UNetBlock(nn.Module):
         self.resid_mix = nn.Parameter(torch.stack([torch.ones(hp.model_dim), torch.zeros(hp.model_dim)]))
         nn.init.zeros_(self.attn.proj.weight)
         nn.init.zeros_(self.mlp.proj.weight)
-
     def forward(self, x: Tensor, x_emb: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor | None) -> Tensor:
         """(B, L, D) → (B, L, D), or (N, D) if only the positions `at` (N,) are wanted: attention still sees all."""
         mix = self.resid_mix.to(x.dtype)
@@ -654,7 +601,6 @@ class DiTBlock(nn.Module):
         super().__init__()
         self.attn, self.mlp = Attention(hp), MLP(hp)
         self.attn_mod, self.mlp_mod = (nn.Linear(COND_DIM, 2 * hp.model_dim) for _ in range(2))
-
     def forward(self, x: Tensor, cond: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor | None) -> Tensor:
         """As UNetBlock, with cond (B, COND_DIM) in place of the embedding."""
         mods = self.attn_mod(cond)[:, None], self.mlp_mod(cond)[:, None]  # (B, 1, 2D): scale, then shift
@@ -687,15 +633,12 @@ class Model(nn.Module):
             nn.init.normal_(self.tok_emb.weight, std=hp.tied_embed_init_std)
         elif unet:
             nn.init.zeros_(self.lm_head.weight)
-
     def on(self, device: torch.device) -> Model:
         """Moves to the device; activations get the dtype of COMPUTE_DTYPE."""
         self.compute_dtype = getattr(torch, resolve_dtype(self.hp, device))
         return self.to(device)
-
     def hidden(self, z: Tensor, masked_fraction: Tensor | None = None, at: Tensor | None = None) -> Tensor:
         """Normalised last hidden state (B, L, D) of tokens z (B, L) int64; (N, D) at the flat positions `at` (N,).
-
         `masked_fraction` (B,) is what a DiT is told of the noise; without it, the true fraction of what may be masked.
         """
         x, skips, encoder = self.tok_emb(z), [], len(self.blocks) // 2
@@ -713,20 +656,17 @@ class Model(nn.Module):
             if self.skip_weights is not None and i < encoder:
                 skips.append(x)
         return norm(x)
-
     def head(self, h: Tensor) -> Tensor:
         """Logits (…, V) float32 over the real tokens of hidden states (…, D)."""
         weight = self.tok_emb.weight[: self.hp.vocab_size] if self.lm_head is None else self.lm_head.weight
         logits, cap = F.linear(h, weight.to(h.dtype)).float(), self.hp.logit_softcap
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
-
     def forward(self, z: Tensor, masked_fraction: Tensor | None = None) -> Tensor:
         return self.head(self.hidden(z, masked_fraction))
 
 def resolve_dtype(hp: Hyperparameters, device: torch.device) -> str:
     """COMPUTE_DTYPE without auto."""
     return ("bfloat16" if device.type == "cuda" else "float32") if hp.compute_dtype == "auto" else hp.compute_dtype
-
 def build_model(hp: Hyperparameters) -> Model:
     """A new model on the CPU, in float32; its weights depend on hp.seed only, and no global state changes."""
     with torch.random.fork_rng(devices=[]):
@@ -734,7 +674,6 @@ def build_model(hp: Hyperparameters) -> Model:
         return Model(hp)
 
 # == Loss ==============================================================================================================
-
 class Batch(NamedTuple):
     """One micro-batch, with static shapes."""
     z: Tensor  # (B, L) int64, what the model sees
@@ -747,7 +686,6 @@ def compact(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """Flat indices of `capacity` elements of `mask` (N,), True ones first, and their values (N,): static shapes."""
     positions = (~mask.flatten()).byte().argsort(stable=True)[:capacity]
     return positions, mask.flatten()[positions]
-
 def training_batch(hp: Hyperparameters, stream: TokenStream, step: int, rows: range, capacity: int,
                    device: torch.device) -> Batch:
     """Rows `rows` of the global batch of `step`: a function of (seed, step, rows) on one kind of device."""
@@ -772,7 +710,6 @@ def batch_loss(model: Model, batch: Batch) -> Tensor:
     return (F.cross_entropy(model.head(h), batch.targets, reduction="none") * batch.weights).sum()
 
 # == Optimizers and EMA ================================================================================================
-
 class Kind(NamedTuple):
     """A kind of parameter: what it is called, how it is trained and how it is stored."""
     name: str
@@ -781,7 +718,6 @@ class Kind(NamedTuple):
     lr: str  # the hyperparameter that holds the learning rate
     decays: bool  # whether WEIGHT_DECAY_ON=matrices means it
     storage: str  # in the artifact; empty: QUANT_MODE
-
 KINDS = (
     Kind("matrix", r"(blocks\.\d+\.(attn|mlp)(_mod|\.\w+)|time_embed\.\d)\.weight", "muon", "matrix_lr", True, ""),
     Kind("embed", r"tok_emb\.weight", "adamw", "embed_lr", False, ""),
@@ -791,12 +727,9 @@ KINDS = (
 
 def kind_of(name: str) -> Kind:
     return next(kind for kind in KINDS if re.fullmatch(kind.pattern, name))
-
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     """Pushes the singular values of each matrix (n, rows, cols) to about 1 by Newton-Schulz iterations.
-
-    The quintic of Jordan et al. 2024 (Muon), which trades exactness for speed: values end in about [0.7, 1.2].
-    """
+    The quintic of Jordan et al. 2024 (Muon), which trades exactness for speed: values end in about [0.7, 1.2]."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     tall = x.shape[-2] > x.shape[-1]
@@ -809,9 +742,7 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
 
 class Optimizer:
     """Muon and AdamW over one flat buffer of weights and one of gradients, of which the model's become views.
-
-    So zeroing, reducing, clipping and averaging are one call each, and matrices of one shape are one stack.
-    """
+    So zeroing, reducing, clipping and averaging are one call each, and matrices of one shape are one stack."""
     def __init__(self, model: Model, hp: Hyperparameters):
         def stacked(item: tuple[str, nn.Parameter]) -> tuple:
             kind = kind_of(item[0])
@@ -820,7 +751,7 @@ class Optimizer:
         groups = [list(g) for _, g in itertools.groupby(sorted(model.named_parameters(), key=stacked), key=stacked)]
         sizes = [sum(p.numel() for _, p in group) for group in groups]
         ends = list(itertools.accumulate(-(-size // 64) * 64 for size in sizes))  # aligned for the widest loads
-        self.hp, self.muon, adam = hp, [], []
+        self.hp, self.muon, self.average, adam = hp, [], None, []
         self.weights = torch.zeros(ends[-1], device=groups[0][0][1].device)
         self.grads = torch.zeros_like(self.weights)
         for group, size, first in zip(groups, sizes, [0, *ends[:-1]], strict=True):
@@ -840,7 +771,6 @@ class Optimizer:
                 decay = hp.weight_decay if kind.decays or hp.weight_decay_on == "all" else 0.0
                 adam.append(dict(params=[flat], base_lr=getattr(hp, lr), weight_decay=decay))
         self.adam = torch.optim.AdamW(adam, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True)
-
     @torch.no_grad()
     def step(self, step: int, lr_scale: float) -> None:
         """Adds up the gradients of all processes, clips them, and updates the weights, the same everywhere."""
@@ -860,7 +790,6 @@ class Optimizer:
             group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
         self.grads.zero_()
-
     def _orthogonalize_shared(self, stack: Tensor) -> Tensor:
         """Each process orthogonalizes its share of the stack (n, rows, cols); all of them get the whole."""
         share = -(-len(stack) // world_size())
@@ -869,7 +798,6 @@ class Optimizer:
         whole = part.new_zeros(stack.shape)
         whole[mine] = part
         return all_reduce(whole)
-
     @torch.no_grad()
     def reset(self, weights: Tensor) -> None:
         """Back to the start: the given weights and no memory of any step."""
@@ -878,125 +806,221 @@ class Optimizer:
         for _, _, velocity in self.muon:
             velocity.zero_()
         self.adam.state.clear()
-
-class EMA:
-    """Moving average of a flat buffer in float32: after n updates d^(n-1)·w_1 + (1 − d)·Σ_{i=2..n} d^(n−i)·w_i."""
-    def __init__(self, decay: float):
-        self.decay, self.average = decay, None
-
     @torch.no_grad()
-    def update(self, weights: Tensor) -> None:
-        self.average = weights.float().clone() if self.average is None else self.average
-        self.average.lerp_(weights.float(), 1 - self.decay)
-
+    def update_average(self) -> None:
+        """EMA in float32: after n updates d^(n-1)·w_1 + (1 − d)·Σ_{i=2..n} d^(n−i)·w_i for d = EMA_DECAY."""
+        self.average = self.weights.clone() if self.average is None else self.average
+        self.average.lerp_(self.weights, 1 - self.hp.ema_decay)
     @torch.no_grad()
-    def swap(self, weights: Tensor) -> None:
+    def swap_average(self) -> None:
         """Exchanges the weights with their average; a second call restores both. Nothing before the first update."""
         if self.average is not None:
-            held = weights.clone()
-            weights.copy_(self.average)
-            self.average.copy_(held)
+            held = self.weights.clone()
+            self.weights.copy_(self.average)
+            self.average = held
 
 # == Artifact ==========================================================================================================
+# MAGIC · u32 header length · JSON header · of each kind of parameter its codes, then its scales, packed · SHA-256
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"MDLMgolf", 2
 
-# packed( MAGIC · u32 header length · JSON header · tensor bytes ) · SHA-256 of the packed bytes
-ARTIFACT_MAGIC, ARTIFACT_VERSION, MAX_HEADER_BYTES = b"MDLMgolf", 1, 1 << 22
-STORAGES = {"fp8": torch.float8_e4m3fn, "fp16": torch.float16, "fp32": torch.float32}
+class Quantizer(NamedTuple):
+    """A grid for weights: codes of `dtype`, at most ±`largest`, times a bfloat16 scale for each row, or without."""
+    dtype: torch.dtype
+    largest: float
+    scaled: bool
+QUANTIZERS = {
+    "fp8": Quantizer(torch.float8_e4m3fn, 448.0, False), "fp8_row": Quantizer(torch.float8_e4m3fn, 448.0, True),
+    **{f"int{bits}": Quantizer(torch.int8, 2.0 ** (bits - 1) - 1, True) for bits in range(4, 9)},
+    "fp16": Quantizer(torch.float16, 65_504.0, False), "fp32": Quantizer(torch.float32, 3e38, False)}
 
 class Packer(NamedTuple):
-    magic: bytes  # the first bytes of its files
     pack: Callable[[bytes], bytes]
     unpack: Callable[[bytes, int], bytes]  # (packed, limit): at most `limit` bytes, however many there are
-
+def deflate(raw: bytes, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> bytes:
+    packer = zlib.compressobj(9, memLevel=9, strategy=strategy)
+    return packer.compress(raw) + packer.flush()
+def inflate(packed: bytes, limit: int) -> bytes:
+    return zlib.decompressobj().decompress(packed, limit)
 PACKERS = {
-    "zlib": Packer(b"\x78\xda", lambda raw: zlib.compress(raw, 9),
-                   lambda packed, limit: zlib.decompressobj().decompress(packed, limit)),
-    "lzma": Packer(b"\xfd7zXZ\x00", lambda raw: lzma.compress(raw, preset=6),
-                   lambda packed, limit: lzma.LZMADecompressor().decompress(packed, limit)),
-    "zstd": Packer(b"\x28\xb5\x2f\xfd", lambda raw: zstandard.ZstdCompressor(level=22).compress(raw),
-                   lambda packed, limit: zstandard.ZstdDecompressor().stream_reader(packed).read(limit)),
-}
+    "zlib": Packer(deflate, inflate),
+    "huffman": Packer(lambda raw: deflate(raw, zlib.Z_HUFFMAN_ONLY), inflate),  # codes repeat by chance only
+    "lzma": Packer(lambda raw: lzma.compress(raw, preset=6), lambda packed, limit:
+                   lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 24).decompress(packed, limit)),
+    "zstd": Packer(lambda raw: zstandard.ZstdCompressor(level=22).compress(raw), lambda packed, limit:
+                   zstandard.ZstdDecompressor(max_window_size=max(2 * limit, 1024)).stream_reader(packed).read(limit))}
 
-def store(tensor: Tensor, storage: str) -> bytes:
-    """The tensor's elements, row-major and little-endian; e4m3 saturates at ±448 instead of becoming NaN."""
-    tensor = tensor.detach().float().cpu().contiguous()
-    if storage == "fp8":
-        return tensor.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy().tobytes()
-    return tensor.to(STORAGES[storage]).numpy().tobytes()
+def to_codes(x: Tensor, quantizer: Quantizer) -> Tensor:
+    """The nearest codes; beyond the largest one they saturate, so e4m3 never becomes NaN."""
+    x = x.clamp(-quantizer.largest, quantizer.largest)
+    return (x.round() if quantizer.dtype == torch.int8 else x).to(quantizer.dtype)
+def row_scales(rows: Tensor, quantizer: Quantizer, clip: float) -> Tensor:
+    """(R, 1) for rows (R, C): the largest code means `clip` root mean squares of the row, or, for 0, the one of 40
+    shares of the row's largest weight that has the least squared error."""
+    reach = clip * rows.square().mean(1, keepdim=True).sqrt() if clip else rows.abs().amax(1, keepdim=True)
+    best, least = None, math.inf
+    for n in range(1 if clip else 40):
+        scale = (0.96**n * reach / quantizer.largest).clamp(min=1e-30).bfloat16().float()
+        error = (to_codes(rows / scale, quantizer).float() * scale - rows).square().sum(1, keepdim=True)
+        best, least = (scale, error) if n == 0 else (scale.where(error < least, best), error.minimum(least))
+    return best
 
+def feed_back(rows: Tensor, scales: Tensor, quantizer: Quantizer, moments: Tensor) -> Tensor:
+    """Codes (R, C) of rows (R, C), column after column, those with the largest inputs first: what one loses, the next
+    ones make up for, as far as inputs x with second moments Σ x xᵀ (C, C) let them (GPTQ, Frantar et al. 2022)."""
+    order, damping = moments.diagonal().argsort(descending=True), 0.01 * moments.diagonal().mean() + 1e-30
+    damped = moments[order][:, order].double() + damping * torch.eye(len(order), device=rows.device)
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
+    rest, codes, scales = rows[:, order], torch.empty_like(rows, dtype=quantizer.dtype), scales[:, 0]
+    for i, column in enumerate(order.tolist()):
+        codes[:, column] = to_codes(rest[:, i] / scales, quantizer)
+        lost = (rest[:, i] - codes[:, column].float() * scales) / upper[i, i]
+        rest[:, i:].addr_(lost, upper[i, i:], alpha=-1)
+    return codes
+
+def quantize(weights: Tensor, quantizer: Quantizer, clip: float, moments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes (R, C) and bfloat16 scales (R, 1) of weights (…, C); with the second moments (C, C) of their inputs, if
+    known, so that the outputs are kept rather than the weights."""
+    rows = weights.detach().float().view(weights.shape[:-1].numel(), weights.shape[-1])
+    scales = row_scales(rows, quantizer, clip) if quantizer.scaled else rows.new_ones(len(rows), 1)
+    codes = to_codes(rows / scales, quantizer) if moments is None else feed_back(rows, scales, quantizer, moments)
+    return codes, scales.bfloat16()
+
+@torch.no_grad()
+def input_moments(model: Model, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """By the name of a matrix (…, C): Σ x xᵀ (C, C) of its inputs x in these batches, added up over all processes."""
+    names, moments = {module: f"{name}.weight" for name, module in model.named_modules()}, {}
+    def add(module: nn.Module, inputs: Sequence[Tensor]) -> None:
+        x, name = inputs[0].flatten(0, -2).float(), names[module]
+        moments[name] = moments.get(name, 0) + x.T @ x
+    hooks = [module.register_forward_pre_hook(add) for module in model.modules() if isinstance(module, nn.Linear)]
+    for batch in batches:
+        add(model.lm_head or model.tok_emb, [model.hidden(batch.z, batch.masked_fraction, batch.positions)])
+    for hook in hooks:
+        hook.remove()
+    return {name: all_reduce(moment) for name, moment in moments.items()}
+
+def to_planes(tensors: Iterable[Tensor]) -> np.ndarray:
+    """(bytes an element, elements) uint8: what is alike side by side, for the compressor."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+    return np.ascontiguousarray(flat.view(torch.uint8).view(-1, flat.element_size()).numpy().T)
+def from_planes(raw: bytes, dtype: torch.dtype, count: int) -> Tensor:
+    """(count,) float32; ValueError if `raw` is not as long as that."""
+    planes = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, count)
+    return torch.from_numpy(planes.T.copy()).view(-1).view(dtype).float()
+def entropy_bits(planes: np.ndarray) -> float:
+    """What all bytes need if they are coded one by one, by how often they occur in their plane."""
+    counts = (np.unique(plane, return_counts=True)[1] for plane in planes)
+    return float(sum((n * np.log2(n.sum() / n)).sum() for n in counts))
+def pack_kind(weights: Mapping[str, Tensor], storage: str, hp: Hyperparameters,
+              moments: Mapping[str, Tensor] | None = None) -> tuple[bytes, dict]:
+    """One kind of parameter, packed, and what the header and the log say of it."""
+    quantizer = QUANTIZERS[storage]
+    coded = [quantize(w, quantizer, hp.quant_clip, (moments or {}).get(name)) for name, w in weights.items()]
+    parts = [to_planes(codes for codes, _ in coded)] + [to_planes(s for _, s in coded)] * quantizer.scaled
+    names = [hp.pack] if hp.pack != "auto" else [name for name in PACKERS if name != "zstd" or zstandard]
+    packed = {name: PACKERS[name].pack(b"".join(part.tobytes() for part in parts)) for name in names}
+    best = min(packed, key=lambda name: len(packed[name]))
+    return packed[best], dict(storage=storage, packer=best, bytes=len(packed[best]), weights=parts[0].shape[1],
+                              entropy_bits=sum(map(entropy_bits, parts)),
+                              packed_bytes={name: len(blob) for name, blob in packed.items()})
+
+def unpack_kind(packed: bytes, storage: str, packer: str, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """The weights, float32; unpacks no more than their shapes account for, and ValueError if it is not that much."""
+    quantizer, sizes = QUANTIZERS[storage], [shape.numel() for shape in shapes]
+    rows = [shape[:-1].numel() * quantizer.scaled for shape in shapes]
+    end = sum(sizes) * quantizer.dtype.itemsize
+    raw = PACKERS[packer].unpack(packed, end + 2 * sum(rows) + 1)
+    codes, scales = (from_planes(part, dtype, count) for part, dtype, count in (
+        (raw[:end], quantizer.dtype, sum(sizes)), (raw[end:], torch.bfloat16, sum(rows))))
+    if quantizer.scaled:
+        columns = torch.tensor([shape[-1] for shape in shapes]).repeat_interleave(torch.tensor(rows))
+        codes *= scales.repeat_interleave(columns)
+    return [part.view(shape) for part, shape in zip(codes.split(sizes), shapes, strict=True)]
+
+def by_kind(model: Model) -> dict[Kind, dict[str, nn.Parameter]]:
+    """The parameters, in the order in which an artifact has them."""
+    named = sorted(model.named_parameters())
+    return {kind: found for kind in KINDS if (found := {name: p for name, p in named if kind_of(name) == kind})}
 def stored_fields() -> list[str]:
     """The hyperparameters an artifact carries: those that define the predictor."""
     return ["preset"] + [f.name for f in dataclasses.fields(Hyperparameters) if f.metadata["group"] == "model"]
-
-def save_artifact(model: Model, hp: Hyperparameters, path: str | Path) -> dict:
-    """Quantizes, packs and writes the model; returns artifact_bytes, label, raw_bytes and packed_bytes by packer."""
-    table, body = [], io.BytesIO()
-    for name, tensor in sorted(model.state_dict().items(), key=lambda item: (KINDS.index(kind_of(item[0])), item[0])):
-        storage = kind_of(name).storage or hp.quant_mode
-        table.append(dict(name=name, shape=list(tensor.shape), storage=storage, offset=body.tell()))
-        body.write(store(tensor, storage))
-    header = json.dumps(dict(version=ARTIFACT_VERSION, hyperparameters={f: getattr(hp, f) for f in stored_fields()},
-                             tensors=table), separators=(",", ":")).encode()
-    raw = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + body.getvalue()
-    if hp.pack == "zstd" and zstandard is None:
-        raise InputError("PACK=zstd needs the zstandard package: pip install -r requirements.txt, or PACK=auto")
-    names = [n for n in PACKERS if n == hp.pack or (hp.pack == "auto" and (n != "zstd" or zstandard))]
-    packed = {name: PACKERS[name].pack(raw) for name in names}
-    smallest = min(packed.values(), key=len)
-    smallest += hashlib.sha256(smallest).digest()
-    path = Path(path)
+def write_file(path: Path, data: bytes) -> None:
+    """All of it or nothing: under another name first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_bytes(smallest)
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(part, path)
-    written = path.read_bytes()
-    return dict(artifact_bytes=len(written), label=unpack_artifact(written, path)[2], raw_bytes=len(raw),
-                packed_bytes={name: len(blob) for name, blob in packed.items()})
 
-def unpack_artifact(packed: bytes, path: str | Path) -> tuple[Model, Hyperparameters, str]:
-    """A fresh model with the weights of an artifact, its hyperparameters, and a label, for example fp8+lzma.
+def save_artifact(model: Model, hp: Hyperparameters, path: str | Path,
+                  moments: Mapping[str, Tensor] | None = None) -> dict:
+    """Quantizes (with input_moments, if given), packs and writes the model; returns artifact_bytes, label and kinds."""
+    wrong = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+    if wrong:
+        raise InputError(f"{path}: not written, {wrong} holds weights that are not finite; the run has diverged")
+    packed = {kind.name: pack_kind(ps, hp.storages[kind.name], hp, moments) for kind, ps in by_kind(model).items()}
+    kinds = {name: facts for name, (_, facts) in packed.items()}
+    header = json.dumps(dict(
+        version=ARTIFACT_VERSION, hyperparameters={field: getattr(hp, field) for field in stored_fields()},
+        kinds={name: [facts[key] for key in ("storage", "packer", "bytes")] for name, facts in kinds.items()})).encode()
+    data = b"".join([ARTIFACT_MAGIC, len(header).to_bytes(4, "little"), header, *(blob for blob, _ in packed.values())])
+    write_file(Path(path), data + hashlib.sha256(data).digest())
+    written = Path(path).read_bytes()
+    return dict(artifact_bytes=len(written), label=unpack_artifact(written, path)[2], kinds=kinds)
 
-    InputError (one line, with `path`) if it is not sound. The checksum comes first; then the length of the header is
-    unpacked, the header, and what it accounts for.
-    """
-    packed, checksum = packed[:-32], packed[-32:]
-    packer = next((name for name, packer in PACKERS.items() if packed.startswith(packer.magic)), "")
-    if packer and hashlib.sha256(packed).digest() != checksum:
+def unpack_artifact(data: bytes, path: str | Path) -> tuple[Model, Hyperparameters, str]:
+    """A model with the weights of an artifact, its hyperparameters, and a label, for example fp8+lzma.
+    InputError (one line, with `path`) if it is not sound: first the checksum, then a header no longer than the file,
+    then a model without memory, and memory for its weights only if the file has half a bit for each."""
+    foreign = (f"{path}: not an artifact of this version of train_mdlm.py"
+               + ", or packed with zstd: pip install -r requirements.txt" * (zstandard is None))
+    if not data.startswith(ARTIFACT_MAGIC):
+        raise InputError(foreign)
+    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise InputError(f"{path}: checksum mismatch, the artifact is damaged or truncated")
-    if packer == "zstd" and zstandard is None:
-        raise InputError(f"{path}: is packed with zstd: pip install -r requirements.txt")
     try:
-        start = PACKERS[packer].unpack(packed, 12)
-        body_at = 12 + struct.unpack("<8xI", start)[0]
-        if not start.startswith(ARTIFACT_MAGIC) or body_at > MAX_HEADER_BYTES:
+        at = 12 + int.from_bytes(data[8:12], "little")
+        header = json.loads(data[12:at])
+        kinds, fields = header["kinds"], header["hyperparameters"]
+        with torch.device("meta"):
+            model = Model(hp := Hyperparameters(**fields))
+        groups, state = by_kind(model), {}
+        if (header["version"] != ARTIFACT_VERSION or list(fields) != stored_fields()
+                or list(kinds) != [kind.name for kind in groups]
+                or sum(p.numel() for p in model.parameters()) > 16 * len(data) + 2**16):
             raise ValueError
-        header = json.loads(PACKERS[packer].unpack(packed, body_at)[12:])
-        table = [(entry["name"], entry["shape"], entry["storage"], entry["offset"]) for entry in header["tensors"]]
-        sizes = [math.prod(shape) * STORAGES[storage].itemsize for _, shape, storage, _ in table]
-        offsets = [body_at + offset for *_, offset in table]
-        raw = PACKERS[packer].unpack(packed, body_at + sum(sizes) + 1)
-        ends = list(itertools.accumulate(sizes, initial=body_at))
-        if header["version"] != ARTIFACT_VERSION or [*offsets, len(raw)] != ends:
+        for named, (storage, packer, size) in zip(groups.values(), kinds.values(), strict=True):
+            weights = unpack_kind(data[at:at + size], storage, packer, [p.shape for p in named.values()])
+            at, state = at + size, state | dict(zip(named, weights, strict=True))
+        if at != len(data) - 32:
             raise ValueError
-        hp = Hyperparameters(**header["hyperparameters"])
-        model = build_model(hp)
-        parts = [torch.frombuffer(bytearray(raw[at:at + size]), dtype=STORAGES[storage]) if size else torch.empty(0)
-                 for (_, _, storage, _), at, size in zip(table, offsets, sizes)]  # one layer has no skips
-        model.load_state_dict({name: part.view(shape).float() for (name, shape, *_), part in zip(table, parts)})
+        model.load_state_dict(state, assign=True)
     except Exception:  # decompressors, parser and model each have their own errors; they all mean the same here
-        raise InputError(f"{path}: not an artifact of this version of train_mdlm.py") from None
-    return model, hp, "+".join([*sorted({entry[2] for entry in table if not kind_of(entry[0]).storage}), packer])
+        raise InputError(foreign) from None
+    chosen = [kinds[kind.name] for kind in groups if not kind.storage]
+    return model, hp, "+".join([*sorted({entry[0] for entry in chosen}), *sorted({entry[1] for entry in chosen})])
 
 def read_artifact(path: str | Path) -> tuple[Model, Hyperparameters, str]:
     """As unpack_artifact; in a group of processes all of them call it, and get what the first one reads."""
     return unpack_artifact(on_first_process(Path(path).read_bytes), path)
-
 def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
-    """A fresh model with the weights on disk, and its hyperparameters; InputError (a ValueError) if it is not sound."""
+    """A model with the weights on disk, and its hyperparameters; InputError (a ValueError) if it is not sound."""
     return read_artifact(path)[:2]
+def predicted_bytes(hp: Hyperparameters) -> int:
+    """Code and artifact if all weights were normal: as large as 256 rows of each kind, and as many as there are."""
+    total = len(Path(__file__).read_bytes())
+    with torch.device("meta"):
+        groups = by_kind(Model(hp))
+    for kind, named in groups.items():
+        columns = max(p.shape[-1] for p in named.values())
+        sample = torch.randn(256, columns, generator=seeded("cpu", "predicted bytes"))
+        size = pack_kind({"": sample}, hp.storages[kind.name], hp)[1]["bytes"]
+        total += math.ceil(size / sample.numel() * sum(p.numel() for p in named.values()))
+    return total
 
 # == Scoring ===========================================================================================================
-
 @torch.no_grad()
 def token_nll(model: Model, z: Tensor, x0: Tensor, scored: Tensor, masked_fraction: Tensor | None = None) -> Tensor:
     """(B, L) nats: −ln p(x_i | z) at the positions `scored` (B, L), 0 elsewhere; only those need the output head."""
@@ -1010,12 +1034,10 @@ def masked_nll(model: Model, x0: Tensor, mask: Tensor, scored: Tensor | None = N
     """(B, L) nats of the `scored` tokens of x0 (B, L), or all masked ones, where MASK hides `mask` (B, L)."""
     return token_nll(model, torch.where(mask, model.hp.mask_id, x0), x0, mask if scored is None else scored,
                      masked_fraction)
-
 def causal_nll(model: Model, window: Tensor, scored: Tensor | None = None) -> Tensor:
     """(B, L) nats: −ln p(x_i | the token before the window, x_<i) for window (B, 1 + L), with a causal model."""
     x0 = window[:, 1:]
     return token_nll(model, window[:, :-1], x0, torch.ones_like(x0, dtype=torch.bool) if scored is None else scored)
-
 def weighted_nll(model: Model, x0: Tensor, masks: Iterable[tuple[Tensor, Tensor | float]]) -> Tensor:
     """(B,) float64 nats: the sum over masks (B, L) of weight · nll of the masked tokens; what is anchored stays."""
     nats, free = torch.zeros(len(x0), dtype=torch.float64, device=x0.device), hideable(model.hp, x0)
@@ -1029,15 +1051,12 @@ def key_source(shape: Sequence[int], generators) -> Callable[[], Tensor]:
     if isinstance(generators, list):
         return lambda: torch.stack([torch.rand(shape[1], generator=g) for g in generators])
     return lambda: torch.rand(shape, generator=generators, device=generators.device if generators else "cpu")
-
 def nelbo_masks(passes: int, times: Tensor, draw: Callable, free: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
     """Masks (B, L) of k positions and weights (B,): an unbiased estimate of E_k E_mask (n/k)·nll, k uniform on 1..n,
     for rows of which n tokens are `free` (B, L) to be masked: the code length of x0 averaged over all orders.
-
     That is the continuous-time bound of Sahoo et al. 2024 without its discretisation. Small k vary most, so several
     passes take k = 1 + ⌊n·t^1.5⌋ and weights correct for it. `times` (B,) are uniform on [0, 1); each pass has an equal
-    share of t, some run through it backwards, and they mask consecutive arcs of one random circle, `draw` (B, L).
-    """
+    share of t, some run through it backwards, and they mask consecutive arcs of one random circle, `draw` (B, L)."""
     rank, start, power = torch.where(free, draw(), 2).argsort(1).argsort(1), 0, 1.5 if passes > 1 else 1.0
     n = free.sum(1).clamp(min=1)
     for p in range(passes):
@@ -1055,20 +1074,15 @@ def nelbo(model: Model, x0: Tensor, passes: int = 4, generator: torch.Generator 
     return weighted_nll(model, x0, nelbo_masks(passes, times, draw, hideable(model.hp, x0).to(device)))
 
 TSTEP_EPS = 1e-3  # ε of the T-step bound and of the t-grid, as published
-
 def tstep_masks(steps: int, draw: Callable[[], Tensor]) -> Iterable[tuple[Tensor, float]]:
     """Independent masks with probability 1 − α_i, weight (α_{i−1} − α_i)/(1 − α_i) = 1/i for α_i = 1 − (1 − ε)·i/T."""
     for i in range(1, steps + 1):
         yield draw() < (1 - TSTEP_EPS) * i / steps, 1 / i
-
 def discrete_elbo(model: Model, x0: Tensor, steps: int = 128, generator=None) -> Tensor:
     """(B,) float64 nats: unbiased estimate of the T-step bound of x0 (B, L) (Austin et al. 2021), one mask a step.
-
-    ε·L·ln V, for what the last step leaves visible, + Σ_i Σ_masked nll / i. A list has a generator for each row.
-    """
+    ε·L·ln V, for what the last step leaves visible, + Σ_i Σ_masked nll / i. A list has a generator for each row."""
     terminal = TSTEP_EPS * math.log(model.hp.vocab_size) * hideable(model.hp, x0).sum(1)
     return terminal + weighted_nll(model, x0, tstep_masks(steps, key_source(x0.shape, generator)))
-
 def tgrid_masks(points: int, draw: Callable[[], Tensor]) -> Iterable[tuple[Tensor, float]]:
     """PR 1699's grid in t, biased: below t = 0.01 the first token is always masked, and t < 0.001 is left out."""
     for t in torch.linspace(TSTEP_EPS, 1.0, points).tolist():
@@ -1079,11 +1093,9 @@ def tgrid_masks(points: int, draw: Callable[[], Tensor]) -> Iterable[tuple[Tenso
 
 def ordered_nll(model: Model, x0: Tensor, steps: Tensor) -> Tensor:
     """(B, L) nats of each token given the tokens of earlier steps, and none of its own step, for steps (B, L) int64.
-
     Positions with a negative step, and anchors, are visible from the start and are not scored. The order is known
     beforehand, so all model calls of all sequences are independent rows; as many run at a time as keep a GPU busy or a
-    CPU in its caches.
-    """
+    CPU in its caches."""
     steps = steps.masked_fill(~hideable(model.hp, x0), -1)
     rows = max((65_536 if x0.is_cuda else 2_048) // x0.shape[1], 1)
     calls = steps.amax(1) + 1
@@ -1098,12 +1110,10 @@ def ordered_nll(model: Model, x0: Tensor, steps: Tensor) -> Tensor:
 def reveal(model: Model, z: Tensor, order: Tensor | None, group: int = 1) -> Iterable[tuple[Tensor, Tensor]]:
     """Fills z (B, L), MASK but for anchors, `group` positions a call: yields positions (B, g) and log-probabilities
     (B, g, V); of a full row, positions that are not MASK. The caller writes the tokens there into z before it goes on.
-
     `order` (B, L) holds positions; None reveals the positions with the largest maximal probability first, which no
     hidden token can influence. Less than 2^-13 nats is a tie and goes to the leftmost: when all is MASK, positions are
     alike but for rounding. Elsewhere rounding may decide, so batches of one shape give one order. A causal model goes
-    from left to right, one at a time, after <s>.
-    """
+    from left to right, one at a time, after <s>."""
     rows, length = z.shape
     for done in range(0, length, group):
         masked = z == model.hp.mask_id
@@ -1126,11 +1136,9 @@ def reveal(model: Model, z: Tensor, order: Tensor | None, group: int = 1) -> Ite
 def chain_rule(model: Model, x0: Tensor, order: str | Tensor = "l2r", group: int = 1, seed: int = 0,
                before: Tensor | int = BOS_ID) -> Tensor:
     """(B, L) nats, indexed by position: −ln p(x_i | what was revealed before its group), an exact and decodable code.
-
     `order`: l2r, confidence (see `reveal`), random (one permutation, drawn from `seed`), or positions (L,) or (B, L) in
     order of revealing; `group` of them a model call. Anchors cost nothing here: `boundary_bits` pays for their places.
-    A causal model has one order, l2r, one at a time, and is given the token `before` (B,) the first.
-    """
+    A causal model has one order, l2r, one at a time, and is given the token `before` (B,) the first."""
     count, length = x0.shape
     if model.hp.objective == "ar":
         if isinstance(order, Tensor) or order != "l2r" or group != 1:
@@ -1149,8 +1157,8 @@ def chain_rule(model: Model, x0: Tensor, order: str | Tensor = "l2r", group: int
     if not isinstance(order, Tensor):
         if order not in ("l2r", "random"):
             raise InputError(f"{order} is not an order: l2r, confidence, random or a tensor of positions")
-        generator = seeded("cpu", seed, "order")
-        order = torch.arange(length) if order == "l2r" else torch.randperm(length, generator=generator)
+        order = torch.arange(length) if order == "l2r" else torch.randperm(
+            length, generator=seeded("cpu", seed, "order"))
     steps = (order.to(x0.device).argsort(-1) // group).expand(count, length)
     return ordered_nll(model, x0, steps)
 
@@ -1168,7 +1176,6 @@ class Score(NamedTuple):
     bytes: int
     ms: float
     boundary_bits: float  # of all bits those for the places of anchors
-
     def line(self) -> str:
         line = (f"bpb:{self.bpb:.4f} stderr:{self.stderr:.4f} seqs:{self.seqs} tokens:{self.tokens} bytes:{self.bytes} "
                 f"time:{self.ms:.0f}ms tokens_per_s:{1000 * self.tokens / self.ms:.0f}")
@@ -1179,20 +1186,16 @@ def spaced(total: int, wanted: int) -> list[int]:
     """`wanted` of the numbers 0 … total − 1, evenly spaced; all of them for 0."""
     wanted = min(wanted, total) if wanted else total
     return [i * total // wanted for i in range(wanted)]
-
 def ratio(bits: Tensor, size: Tensor) -> tuple[float, float]:
     """Σ bits / Σ bytes over windows (n,), and sqrt(Σ (bits_s − ratio·bytes_s)²) / Σ bytes, its standard error with
-    windows as clusters (not a number for one); given differences of bits, it is that of a paired difference.
-    """
+    windows as clusters (not a number for one); given differences of bits, it is that of a paired difference."""
     bpb = bits.sum() / size.sum()
     stderr = (bits - bpb * size).square().sum().sqrt() / size.sum()
     return bpb.item(), stderr.item() if len(bits) > 1 else math.nan
 
 def window_nats(name: str, model: Model, hp: Hyperparameters, window: Tensor, scored: Tensor, places: range) -> Tensor:
     """(B,) nats, or (B, L) by position, of windows (B, 1 + L), the token before first, under the score `name`.
-
-    What is not `scored` (B, L), the left context, is visible and free; `places` number the windows, for their seeds.
-    """
+    What is not `scored` (B, L), the left context, is visible and free; `places` number the windows, for their seeds."""
     if hp.objective == "ar":
         return causal_nll(model, window, scored)
     x0, generators = window[:, 1:], [seeded("cpu", hp.seed, name, place) for place in places]
@@ -1214,9 +1217,7 @@ def score_windows(name: str, model: Model, hp: Hyperparameters, stream: TokenStr
                   note: Callable[[float], None] = lambda fraction: None) -> tuple[Score, Tensor]:
     """Scores evenly spaced windows, shared over the processes; also bits (but for anchors' places) and bytes of each in
     (windows, buckets, 2): bucket b holds positions 2^(b−1) … 2^b − 1 (0: the first), or all is in bucket 0.
-
-    Sliding windows begin STRIDE tokens apart, and only their last STRIDE tokens are scored: of a whole split, all are.
-    """
+    Sliding windows begin STRIDE tokens apart, and only their last STRIDE tokens are scored: in a whole split, all."""
     started, length, device = time.perf_counter(), hp.train_seq_len, luts.base_bytes.device
     stride = min(hp.stride, length) if name == "sliding" else length
     total = stream.count_windows(length, stride)
@@ -1252,7 +1253,6 @@ def bucket_name(bucket: int, length: int) -> str:
     """The positions of a bucket: 0, 1, 2-3, 4-7, …"""
     first, last = (1 << bucket) >> 1, min((1 << bucket) - 1, length - 1)
     return f"{first}-{last}" if last > first else f"{first}"
-
 def score_model(model: Model, label: str, hp: Hyperparameters, val: TokenStream, luts: ByteTables, log: Log) -> None:
     """Logs the headline and the scores that were asked for, of a model read from disk and the label of its file."""
     model, label = model.on(luts.base_bytes.device), label.replace("+", "_")
@@ -1279,12 +1279,10 @@ def score_model(model: Model, label: str, hp: Hyperparameters, val: TokenStream,
         log(f"OVER BUDGET: evaluation took {total_ms / 1000:.0f} s of the {BUDGET_SECONDS:.0f} s allowed")
 
 # == Training ==========================================================================================================
-
 def progress(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
     """How much of the run is done, in [0, 1]: of its steps or of its time, whichever is nearer to its end."""
     by_clock = elapsed_ms / (1000 * hp.max_wallclock_seconds) if hp.max_wallclock_seconds else 0.0
     return min(max(step / hp.iterations if hp.iterations else 1.0, by_clock), 1.0)
-
 def lr_scale(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
     """Grows over LR_WARMUP_STEPS, decays to MIN_LR_FRAC over the last steps that iterations, clock or cycle leave."""
     at = step % hp.lr_cycle_steps if hp.lr_cycle_steps else step
@@ -1300,9 +1298,8 @@ def micro_batches(hp: Hyperparameters) -> list[range]:
     """This process's rows of every global batch, in equal parts of at most MICRO_BATCH_TOKENS tokens; or InputError."""
     rows, rest = divmod(hp.batch_rows, world_size())
     if hp.train_batch_tokens % hp.train_seq_len or rest:
-        raise InputError(f"{hp.shown('train_batch_tokens')} is no multiple of {hp.shown('train_seq_len')} times the "
-                         f"{world_size()} processes that share its sequences; choose a multiple of "
-                         f"{hp.train_seq_len * world_size()}")
+        raise InputError(f"{hp.shown('train_batch_tokens')} is no multiple of {hp.train_seq_len * world_size()}: "
+                         f"{hp.shown('train_seq_len')} times the {world_size()} processes that share its sequences")
     if hp.time_sampling == "antithetic" and hp.batch_rows % 2:
         raise InputError(f"TIME_SAMPLING=antithetic needs an even batch, not one of {hp.batch_rows} sequences")
     fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n * hp.train_seq_len <= hp.micro_batch_tokens]
@@ -1318,16 +1315,17 @@ class Trainer:
         self.capacity = masked_capacity(hp, len(self.micros[0])) if hp.objective == "mdlm" else 0
         self.model = build_model(hp).on(device)
         self.optimizer = Optimizer(self.model, hp)
-        self.ema = EMA(hp.ema_decay)
         compiled = device.type == "cuda"
         self.loss = torch.compile(batch_loss, dynamic=False, fullgraph=True) if compiled else batch_loss
         self.done = torch.cuda.Event() if compiled else None
-
+    def batches(self, step: int) -> Iterable[Batch]:
+        """This process's part of a global batch."""
+        for rows in self.micros:
+            yield training_batch(self.hp, self.stream, step, rows, self.capacity, self.device)
     def step(self, step: int, scale: float) -> Tensor:
         """One optimizer step on the global batch of `step`; this process's part of the loss, not yet read."""
         total = torch.zeros((), device=self.device)
-        for rows in self.micros:
-            batch = training_batch(self.hp, self.stream, step, rows, self.capacity, self.device)
+        for batch in self.batches(step):
             loss = self.loss(self.model, batch)
             loss.backward()
             total += loss.detach()
@@ -1336,7 +1334,6 @@ class Trainer:
             self.done.synchronize()
             self.done.record()
         return total
-
     def warm_up(self, log: Log) -> None:
         """Compiles everything on real batches, then restores the initial state."""
         initial = self.optimizer.weights.clone()
@@ -1346,13 +1343,12 @@ class Trainer:
         self.optimizer.reset(initial)
         if self.hp.warmup_steps:
             log(f"warmup_step:{self.hp.warmup_steps}/{self.hp.warmup_steps}")
-
     def validate(self, val: TokenStream, luts: ByteTables) -> Score:
         """One pass over EVAL_MAX_SEQS windows with the averaged weights, if there are any yet."""
-        self.ema.swap(self.optimizer.weights)
+        self.optimizer.swap_average()
         hp = dataclasses.replace(self.hp, nelbo_passes=1)
         score = score_windows(hp.headline, self.model, hp, val, luts, hp.eval_max_seqs)[0]
-        self.ema.swap(self.optimizer.weights)
+        self.optimizer.swap_average()
         return score
 
 def train(trainer: Trainer, val: TokenStream, luts: ByteTables, log: Log) -> Model:
@@ -1360,13 +1356,12 @@ def train(trainer: Trainer, val: TokenStream, luts: ByteTables, log: Log) -> Mod
     trainer.warm_up(log)
     hp, clock, step, elapsed_ms, note = trainer.hp, Clock(trainer.device), 0, 0.0, ""
     while True:
-        done = progress(hp, step, elapsed_ms)
+        done, at = progress(hp, step, elapsed_ms), f"step:{step}/{hp.iterations}"
         if done >= 1 or (hp.val_loss_every and step and step % hp.val_loss_every == 0):
             with clock.paused():
                 score = trainer.validate(val, luts)
-            log(f"step:{step}/{hp.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
-                f"stderr:{score.stderr:.4f} seqs:{score.seqs} train_time:{clock.ms():.0f}ms "
-                f"step_avg:{clock.ms() / max(step, 1):.2f}ms")
+            log(f"{at} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} stderr:{score.stderr:.4f} "
+                f"seqs:{score.seqs} train_time:{clock.ms():.0f}ms step_avg:{clock.ms() / max(step, 1):.2f}ms")
             note = f"val_bpb {score.bpb:.3f}"
         if done >= 1:
             break
@@ -1374,9 +1369,9 @@ def train(trainer: Trainer, val: TokenStream, luts: ByteTables, log: Log) -> Mod
         step += 1
         elapsed_ms = clock.ms()
         if hp.ema_decay and progress(hp, step, elapsed_ms) >= hp.ema_start_frac:
-            if trainer.ema.average is None:
+            if trainer.optimizer.average is None:
                 log(f"ema:started step:{step} decay:{hp.ema_decay}")
-            trainer.ema.update(trainer.optimizer.weights)
+            trainer.optimizer.update_average()
         if hp.train_log_every and (step <= 10 or step % hp.train_log_every == 0):
             train_loss = all_reduce(loss).item()
             log(f"step:{step}/{hp.iterations} train_loss:{train_loss:.4f} train_time:{clock.ms():.0f}ms "
@@ -1384,18 +1379,17 @@ def train(trainer: Trainer, val: TokenStream, luts: ByteTables, log: Log) -> Mod
         log.progress("train", done, note)
     if step < hp.iterations:
         log(f"stopping_early: wallclock_cap train_time:{clock.ms():.0f}ms step:{step}/{hp.iterations}")
-    trainer.ema.swap(trainer.optimizer.weights)
+    trainer.optimizer.swap_average()
     return trainer.model
 
 # == Main ==============================================================================================================
-
 def hardware(device: torch.device) -> str:
     """For example 8xNVIDIA_H100_80GB_HBM3 or 2xCPU_AMD_EPYC_(2_threads)."""
-    if device.type == "cuda":
-        return f"{world_size()}x{torch.cuda.get_device_name(device)}".replace(" ", "_")
     info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.+)", info.read_text(errors="replace") if info.exists() else "")
-    return f"{world_size()}xCPU {model[1] if model else ''} ({torch.get_num_threads()} threads)".replace(" ", "_")
+    found = re.search(r"model name\s*: (.+)|$", info.read_text(errors="replace") if info.exists() else "")[1] or ""
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
+            f"CPU {found} ({torch.get_num_threads()} threads)")
+    return f"{world_size()}x{name}".replace(" ", "_")
 
 def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
@@ -1409,7 +1403,6 @@ def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) 
     if not hp.run_id:
         hp = dataclasses.replace(hp, run_id=time.strftime("%Y%m%d-%H%M%S_") + hp.preset)
     path = Path("logs") / f"{hp.run_id}.txt"
-
     def create() -> None:
         if path.exists():
             raise InputError(f"{path} is there already: {hp.shown('run_id')} was used before; choose another")
@@ -1417,8 +1410,7 @@ def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) 
         path.touch()
     on_first_process(create)
     log = Log(path)
-    log(Path(__file__).read_text(encoding="utf-8"), screen=False)
-    log("=" * 100, screen=False)
+    log(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100, screen=False)
     log(f"run_id:{hp.run_id} started:{time.strftime('%Y-%m-%dT%H:%M:%S')} log:{log.path}")
     log(f"hardware:{hardware(device)} torch:{torch.__version__} python:{sys.version.split()[0]}")
     fields = [f.name for f in dataclasses.fields(hp)]
@@ -1428,17 +1420,23 @@ def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) 
         log(warning)
     return hp, log
 
-def write_artifact(model: Model, hp: Hyperparameters, path: Path, log: Log) -> None:
+def log_size(name: str, size: int, log: Log, note: str = "") -> None:
+    log(f"{name}: {size} bytes{note}")
+    if size > SIZE_LIMIT_BYTES:
+        log(f"OVER BUDGET: {size} bytes is {size - SIZE_LIMIT_BYTES} more than the {SIZE_LIMIT_BYTES} allowed")
+def write_artifact(model: Model, moments: Mapping, hp: Hyperparameters, path: Path, log: Log) -> None:
     """Packs the model on the first process and logs code + artifact against the limit."""
-    info = on_first_process(lambda: save_artifact(model, hp, path))
-    code_bytes, label = len(Path(__file__).read_bytes()), info["label"]
-    total = code_bytes + info["artifact_bytes"]
-    packers = " ".join(f"{name}:{size}" for name, size in info["packed_bytes"].items())
+    info = on_first_process(lambda: save_artifact(model, hp, path, moments))
+    code_bytes, label, kinds = len(Path(__file__).read_bytes()), info["label"], info["kinds"]
+    for name, kind in kinds.items():
+        packers = " ".join(f"{packer}:{size}" for packer, size in kind["packed_bytes"].items())
+        bits, entropy = (total / max(kind["weights"], 1) for total in (8 * kind["bytes"], kind["entropy_bits"]))
+        log(f"kind:{name} storage:{kind['storage']} weights:{kind['weights']} bytes:{kind['bytes']} "
+            f"bits_per_weight:{bits:.3f} entropy:{entropy:.3f} {packers}")
+    size, bits = info["artifact_bytes"], 8 * info["artifact_bytes"] / sum(kind["weights"] for kind in kinds.values())
     log(f"Code size: {code_bytes} bytes")
-    log(f"Serialized model {label}: {info['artifact_bytes']} bytes (raw:{info['raw_bytes']} {packers})")
-    log(f"Total submission size {label}: {total} bytes")
-    if total > SIZE_LIMIT_BYTES:
-        log(f"OVER BUDGET: {total} bytes is {total - SIZE_LIMIT_BYTES} more than the {SIZE_LIMIT_BYTES} allowed")
+    log(f"Serialized model {label}: {size} bytes ({bits:.3f} bits per weight)")
+    log_size(f"Total submission size {label}", code_bytes + size, log)
 
 def open_validation(hp: Hyperparameters, device: torch.device) -> tuple[TokenStream, ByteTables]:
     """The validation split and the tokenizer's byte tables; InputError if they, or the windows, do not fit."""
@@ -1474,11 +1472,13 @@ def run(env: Mapping[str, str]) -> None:
     else:
         trainer = Trainer(hp, stream, device)
         log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())}")
+        log_size("Predicted submission size", predicted_bytes(hp), log, " if weights are as dense as Gaussian ones")
         log(f"world_size:{world_size()} grad_accum_steps:{len(trainer.micros)} compute_dtype:{hp.compute_dtype}")
         model = train(trainer, val, luts, log)
         log(f"peak memory allocated: {peak_memory(device)}")
         artifact = Path("logs") / f"{hp.run_id}.mdlm"
-        write_artifact(model, hp, artifact, log)
+        moments = input_moments(model, (b for step in range(hp.quant_feedback) for b in trainer.batches(step)))
+        write_artifact(model, moments, hp, artifact, log)
         model, _, label = read_artifact(artifact)
     score_model(model, label, hp, val, luts, log)
 

@@ -2,7 +2,11 @@
 
 import hashlib
 import json
-import struct
+import lzma
+import math
+import random
+import subprocess
+import sys
 import zlib
 
 import pytest
@@ -11,21 +15,171 @@ import torch
 import train_mdlm as tm
 from conftest import random_model, tiny_hp
 
+GRIDS = {name: quantizer for name, quantizer in tm.QUANTIZERS.items() if quantizer.dtype == torch.int8}
 
-@pytest.mark.parametrize("pack", ["zlib", "lzma", "zstd", "auto"])
-@pytest.mark.parametrize("quant_mode", ["fp8", "fp16", "fp32"])
+
+def small_hp(**overrides):
+    """Rows of 64 weights: enough of them for statistics."""
+    return tiny_hp(vocab_size=32, model_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, **overrides)
+
+
+def gaussian_model(hp, seed=0):
+    model = tm.build_model(hp)
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed + i)))
+    return model
+
+
+def expected_weights(tensor, storage, clip=0.0):
+    """The stored grid, row by row in float64, with the best of the exporter's 40 scales."""
+    quantizer = tm.QUANTIZERS[storage]
+    if not quantizer.scaled:
+        return tensor.clamp(-quantizer.largest, quantizer.largest).to(quantizer.dtype).float()
+    reach = clip * tensor.square().mean(1).sqrt() if clip else tensor.abs().amax(1)
+    scales = [(0.96**n * reach / quantizer.largest).bfloat16().float()[:, None] for n in range(1 if clip else 40)]
+    options = torch.stack([tm.to_codes(tensor / scale, quantizer).float() * scale for scale in scales])
+    best = (options.double() - tensor).square().sum(2).argmin(0)
+    return options[best, torch.arange(len(tensor))]
+
+
+@pytest.mark.parametrize("pack", ["zlib", "huffman", "lzma", "zstd", "auto"])
+@pytest.mark.parametrize("quant_mode", ["fp8", "fp16", "fp32", "int6", "int4,head:fp8_row", "embed:int8,matrix:int5"])
 def test_round_trip(tmp_path, pack, quant_mode):
-    hp = tiny_hp(pack=pack, quant_mode=quant_mode, tie_embeddings=False)
-    model = random_model(hp)
+    hp = small_hp(pack=pack, quant_mode=quant_mode, tie_embeddings=False)
+    model = gaussian_model(hp)
     info = tm.save_artifact(model, hp, tmp_path / "a.mdlm")
-    assert info["artifact_bytes"] == (tmp_path / "a.mdlm").stat().st_size == 32 + min(info["packed_bytes"].values())
-    assert info["label"].startswith(quant_mode + "+") and (pack == "auto" or info["label"] == f"{quant_mode}+{pack}")
+    assert info["artifact_bytes"] == (tmp_path / "a.mdlm").stat().st_size
+    for kind in info["kinds"].values():
+        assert kind["bytes"] == min(kind["packed_bytes"].values()) == kind["packed_bytes"][kind["packer"]]
     back, back_hp = tm.load_artifact(tmp_path / "a.mdlm")
     assert all(getattr(back_hp, name) == getattr(hp, name) for name in tm.stored_fields())
     for name, tensor in model.state_dict().items():
-        storage = "fp16" if tm.kind_of(name).name == "gain" else quant_mode
-        assert torch.equal(back.state_dict()[name], tensor.to(tm.STORAGES[storage]).float()), name
+        storage = hp.storages[tm.kind_of(name).name]
+        assert torch.allclose(back.state_dict()[name], expected_weights(tensor, storage), rtol=1e-6, atol=0), name
+    label = info["label"].split("+")
+    assert set(label) & tm.QUANTIZERS.keys() == {hp.storages[kind] for kind in ("matrix", "embed", "head")}
+    assert pack == "auto" or label[-1] == pack
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mdlm"]
+
+
+def test_storages_by_kind():
+    def said(text):
+        return tm.Hyperparameters(quant_mode=text).storages
+
+    assert said("int6") == dict(matrix="int6", embed="int6", head="int6", gain="fp16")
+    assert said("int7, embed:int8") == dict(matrix="int7", embed="int8", head="int7", gain="fp16")
+    assert said("embed:int8,gain:fp32") == dict(matrix="fp8", embed="int8", head="fp8", gain="fp32")
+    for wrong in ("int3", "embedding:int8", "embed:int9", "", "int6,", "embed:", "a:b:c", ":"):
+        with pytest.raises(ValueError, match="QUANT_MODE"):
+            said(wrong)
+
+
+def test_uniform_grids_have_the_error_of_rounding():
+    """Of Gaussian rows: Δ²/12 where nothing is clipped, and the published optimum of a clipped grid (Max 1960)."""
+    rows = torch.randn(64, 4096, generator=torch.Generator().manual_seed(1))
+    for bits in (6, 7, 8):
+        quantizer = tm.QUANTIZERS[f"int{bits}"]
+        scales = tm.row_scales(rows, quantizer, 8.0)
+        step = 8.0 / quantizer.largest
+        assert torch.allclose(scales, torch.full((64, 1), step), rtol=0.06)
+        error = (tm.to_codes(rows / scales, quantizer).float() * scales - rows).square().mean()
+        assert error.item() == pytest.approx(step**2 / 12, rel=0.02)
+    optimum = {4: 0.01154, 5: 0.003495}  # uniform, 16 and 32 levels; ours have one level less
+    for bits, published in optimum.items():
+        quantizer = tm.QUANTIZERS[f"int{bits}"]
+        scales = tm.row_scales(rows, quantizer, 0.0)
+        error = (tm.to_codes(rows / scales, quantizer).float() * scales - rows).square().mean().item()
+        assert published < error < published * (1 + 3 / 2**bits)
+
+
+def test_the_published_densities():
+    """int7 clipped at 5σ needs 5.7 bits at a smaller error than e4m3's 6.47, int6 4.7 (zero-order entropy)."""
+    rows = torch.randn(256, 1024, generator=torch.Generator().manual_seed(2))
+    found = {}
+    for storage, clip in (("fp8", 0.0), ("int7", 5.0), ("int6", 5.0)):
+        quantizer = tm.QUANTIZERS[storage]
+        codes, scales = tm.quantize(rows, quantizer, clip, None)
+        error = (codes.float() * scales.float() - rows).square().mean().item()
+        found[storage] = tm.entropy_bits(tm.to_planes([codes])) / rows.numel(), error
+    assert found["fp8"][0] == pytest.approx(6.47, abs=0.03)
+    assert found["int7"][0] == pytest.approx(5.70, abs=0.02) and found["int7"][1] < found["fp8"][1]
+    assert found["int6"][0] == pytest.approx(4.70, abs=0.03)
+
+
+@pytest.mark.parametrize("storage", GRIDS)
+def test_packed_codes_are_within_one_percent_of_their_entropy(storage):
+    rows = torch.randn(1024, 512, generator=torch.Generator().manual_seed(3))
+    hp = tiny_hp(quant_clip=10.0 if storage in ("int7", "int8") else 5.0)
+    blob, facts = tm.pack_kind({"": rows}, storage, hp)
+    assert 0.999 < 8 * len(blob) / facts["entropy_bits"] < (1.03 if storage == "int4" else 1.01)
+
+
+def test_entropy_of_known_planes():
+    planes = tm.to_planes([torch.tensor([0, 1, 2, 3] * 64, dtype=torch.int16)])
+    assert planes.shape == (2, 256) and tm.entropy_bits(planes) == pytest.approx(2 * 256)
+
+
+def test_planes_come_back():
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8):
+        x = torch.randn(37, generator=torch.Generator().manual_seed(4)).mul(9).to(dtype)
+        assert torch.equal(tm.from_planes(tm.to_planes([x[:20], x[20:]]).tobytes(), dtype, 37), x.float())
+        with pytest.raises(ValueError):
+            tm.from_planes(tm.to_planes([x]).tobytes() + b"\0", dtype, 37)
+
+
+def test_error_feedback_keeps_outputs():
+    """Correlated inputs: the error of the outputs falls to less than a third; white inputs: codes are the nearest."""
+    g = torch.Generator().manual_seed(5)
+    weights = torch.randn(96, 64, generator=g)
+    x = torch.randn(4096, 16, generator=g) @ torch.randn(16, 64, generator=g) + 0.1 * torch.randn(4096, 64, generator=g)
+    quantizer = tm.QUANTIZERS["int4"]
+
+    def output_error(moments):
+        codes, scales = tm.quantize(weights, quantizer, 0.0, moments)
+        return ((codes.float() * scales.float() - weights) @ x.T).square().mean().item()
+
+    assert output_error(x.T @ x) < output_error(None) / 3
+    nearest = tm.quantize(weights, quantizer, 0.0, None)[0]
+    assert torch.equal(tm.quantize(weights, quantizer, 0.0, torch.eye(64))[0], nearest)
+    assert torch.equal(tm.quantize(weights, quantizer, 0.0, torch.zeros(64, 64))[0], nearest)  # inputs never seen
+
+
+def test_error_feedback_is_that_of_the_closed_form():
+    """Two columns: the second one moves by the regression of the first one's error on it."""
+    rows, moments = torch.tensor([[0.6, 0.3], [-1.4, 0.2]]), torch.tensor([[2.0, 1.0], [1.0, 1.0]])
+    quantizer, scales = tm.QUANTIZERS["int8"], torch.ones(2, 1)
+    damping = 0.01 * 1.5
+    codes = tm.feed_back(rows, scales, quantizer, moments)
+    first = rows[:, 0].round()
+    second = (rows[:, 1] + (rows[:, 0] - first) * 1.0 / (1.0 + damping)).round()
+    assert codes.float().tolist() == torch.stack([first, second], 1).tolist()
+
+
+def test_input_moments_are_those_of_the_inputs():
+    """Of the first matrix: of the normalised embeddings; of the tied embedding: of the hidden states."""
+    hp = tiny_hp(num_layers=2)
+    model = random_model(hp)
+    z = torch.randint(0, 4, (5, 4), generator=torch.Generator().manual_seed(6))
+    batch = tm.Batch(z, torch.tensor([1, 7, 18]), None, None, None)
+    moments = tm.input_moments(model, [batch, batch])
+    block, x = model.blocks[0], tm.norm(model.tok_emb(z))
+    x = tm.norm(block.resid_mix[0] * x + block.resid_mix[1] * x).flatten(0, 1)
+    assert torch.allclose(moments["blocks.0.attn.c_q.weight"], 2 * x.T @ x, rtol=1e-4, atol=1e-4)
+    h = model.hidden(z, None, batch.positions)
+    assert torch.allclose(moments["tok_emb.weight"], 2 * h.T @ h, rtol=1e-4, atol=1e-4)
+    matrices = {name for name, _ in model.named_parameters() if tm.kind_of(name).name == "matrix"}
+    assert moments.keys() == matrices | {"tok_emb.weight"}
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_predicted_size_is_that_of_a_gaussian_model(tmp_path):
+    for mode in ("fp8", "int6", "int7,embed:int8", "fp16"):
+        hp = small_hp(quant_mode=mode, mlp_mult=16)
+        actual = tm.save_artifact(gaussian_model(hp), hp, tmp_path / "a.mdlm")["artifact_bytes"]
+        with open(tm.__file__, "rb") as file:
+            predicted = tm.predicted_bytes(hp) - len(file.read())
+        assert predicted == pytest.approx(actual, rel=0.06)
 
 
 def test_a_single_layer_has_no_skips_and_still_comes_back(tmp_path):
@@ -36,23 +190,19 @@ def test_a_single_layer_has_no_skips_and_still_comes_back(tmp_path):
 
 
 def test_auto_takes_the_smallest(tmp_path):
-    info = tm.save_artifact(random_model(tiny_hp()), tiny_hp(), tmp_path / "a.mdlm")
-    assert set(info["packed_bytes"]) == {"zlib", "lzma", "zstd"}
-    assert info["packed_bytes"][info["label"].split("+")[1]] + 32 == info["artifact_bytes"]
+    kinds = tm.save_artifact(random_model(tiny_hp()), tiny_hp(), tmp_path / "a.mdlm")["kinds"]
+    for kind in kinds.values():
+        assert kind["packed_bytes"].keys() == tm.PACKERS.keys()
+        assert kind["bytes"] == min(kind["packed_bytes"].values())
 
 
 def test_without_zstandard(tmp_path, monkeypatch):
     hp = tiny_hp(pack="zstd")
     tm.save_artifact(random_model(hp), hp, tmp_path / "a.mdlm")
     monkeypatch.setattr(tm, "zstandard", None)
-    assert set(tm.save_artifact(random_model(tiny_hp()), tiny_hp(), tmp_path / "b.mdlm")["packed_bytes"]) == {
-        "zlib",
-        "lzma",
-    }
-    for action in (
-        lambda: tm.save_artifact(random_model(hp), hp, tmp_path / "c.mdlm"),
-        lambda: tm.load_artifact(tmp_path / "a.mdlm"),
-    ):
+    kinds = tm.save_artifact(random_model(tiny_hp()), tiny_hp(), tmp_path / "b.mdlm")["kinds"]
+    assert kinds["matrix"]["packed_bytes"].keys() == {"zlib", "huffman", "lzma"}
+    for action in (lambda: tiny_hp(pack="zstd"), lambda: tm.load_artifact(tmp_path / "a.mdlm")):
         with pytest.raises(ValueError, match="pip install"):
             action()
 
@@ -62,12 +212,35 @@ def test_fp8_saturates_instead_of_becoming_nan(tmp_path):
     model = random_model(hp)
     with torch.no_grad():
         model.tok_emb.weight[0, 0], model.tok_emb.weight[0, 1] = 1e4, -1e4
+        model.skip_weights[0, 0] = 1e30
     tm.save_artifact(model, hp, tmp_path / "a.mdlm")
-    assert tm.load_artifact(tmp_path / "a.mdlm")[0].tok_emb.weight[0, :2].tolist() == [448.0, -448.0]
+    back = tm.load_artifact(tmp_path / "a.mdlm")[0]
+    assert back.tok_emb.weight[0, :2].tolist() == [448.0, -448.0] and back.skip_weights[0, 0] == 65504
 
 
-def signed(packed):
-    return packed + hashlib.sha256(packed).digest()
+def test_a_diverged_model_is_not_written(tmp_path):
+    for bad in (math.nan, math.inf):
+        model = random_model(tiny_hp())
+        with torch.no_grad():
+            model.blocks[1].mlp.fc.weight[0, 0] = bad
+        with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.fc\.weight .*not finite"):
+            tm.save_artifact(model, tiny_hp(), tmp_path / "a.mdlm")
+    assert not list(tmp_path.iterdir())
+
+
+def signed(data):
+    return data + hashlib.sha256(data).digest()
+
+
+def split(data):
+    """Header and body of an artifact, without its checksum."""
+    end = 12 + int.from_bytes(data[8:12], "little")
+    return json.loads(data[12:end]), data[end:-32]
+
+
+def joined(header, body):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return signed(b"MDLMgolf" + len(text).to_bytes(4, "little") + text + body)
 
 
 def refused(path):
@@ -77,7 +250,7 @@ def refused(path):
 
 
 def test_every_flipped_byte_and_truncation_is_refused(tmp_path):
-    for pack in ("zlib", "lzma", "zstd"):
+    for pack in tm.PACKERS:
         hp = tiny_hp(pack=pack, num_layers=1)
         tm.save_artifact(random_model(hp), hp, tmp_path / "a.mdlm")
         good = (tmp_path / "a.mdlm").read_bytes()
@@ -100,40 +273,171 @@ def test_foreign_files_and_edited_headers_are_refused(tmp_path):
     for content in (
         b"",
         b"hello",
+        b"MDLMgolf",
+        signed(b"MDLMgolf"),
+        signed(b"MDLMgolf\xff\xff\xff\xff{}"),
         zlib.compress(b"hello", 9),
-        *(signed(zlib.compress(x, 9)) for x in (b"hello", b"MDLMgolf" + b"\xff" * 4)),
+        joined(b"[" * 100_000, b""),
+        joined(b"1" * 9_999, b""),
     ):
         path.write_bytes(content)
         refused(path)
-    hp = tiny_hp(pack="zlib")
+    hp = tiny_hp(pack="zlib", quant_mode="int6")
     tm.save_artifact(random_model(hp), hp, path)
-    raw = zlib.decompress(path.read_bytes()[:-32])
-    size = struct.unpack("<I", raw[8:12])[0]
-    header, body = json.loads(raw[12 : 12 + size]), raw[12 + size :]
+    header, body = split(path.read_bytes())
     for edit in (
         lambda h: h["hyperparameters"].update(num_layers=2),
+        lambda h: h["hyperparameters"].update(num_layers=10**6),
+        lambda h: h["hyperparameters"].update(num_layers=900, model_dim=2, num_heads=1),
+        lambda h: h["hyperparameters"].update(model_dim=1 << 40),
+        lambda h: h["hyperparameters"].update(vocab_size=60_000, model_dim=1 << 16),
         lambda h: h["hyperparameters"].update(extra=1),
-        lambda h: h["tensors"][0].update(shape=[1 << 40]),
-        lambda h: h["tensors"].pop(),
-        lambda h: h["tensors"][0].update(offset=4),
+        lambda h: h["hyperparameters"].update(data_path="/etc"),
+        lambda h: h["hyperparameters"].pop("rope_base"),
+        lambda h: h["kinds"].pop("gain"),
+        lambda h: h["kinds"].update(head=["int6", "zlib", 0]),
+        lambda h: h["kinds"].update(matrix=["fp32", "zlib", h["kinds"]["matrix"][2]]),
+        lambda h: h["kinds"].update(matrix=["int6", "zlib", -1]),
+        lambda h: h["kinds"].update(matrix=["int6", "zlib", 1e3]),
+        lambda h: h["kinds"].update(matrix=["int6", "zlib"]),
+        lambda h: h["kinds"].update(matrix=["int6", "lzma", h["kinds"]["matrix"][2]]),
+        lambda h: h["kinds"].update(matrix=["int6", "pickle", h["kinds"]["matrix"][2]]),
         lambda h: h.update(version=99),
         lambda h: h.clear(),
-        lambda h: h["tensors"][0].update(name="evil"),
-        lambda h: h["tensors"][0].update(shape=[-1, -8]),
     ):
         edited = json.loads(json.dumps(header))
         edit(edited)
-        blob = json.dumps(edited).encode()
-        blob = b"MDLMgolf" + struct.pack("<I", len(blob)) + blob + body
-        path.write_bytes(signed(zlib.compress(blob, 9)))
+        path.write_bytes(joined(edited, body))
         refused(path)
 
 
-def test_published_model_fits_the_limit(tmp_path):
-    """Random weights of the published shape and of trained size compress to some 6.1 bits each: they fit."""
-    model = tm.build_model(tm.Hyperparameters())
-    with torch.no_grad():
-        for i, p in enumerate(model.parameters()):
-            p.copy_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-    info = tm.save_artifact(model, tm.Hyperparameters(pack="lzma"), tmp_path / "a.mdlm")
-    assert 14.0e6 < info["artifact_bytes"] < 16.0e6 and info["label"] == "fp8+lzma"
+def mutations(good, count, seed):
+    """Damaged artifacts, most of them with a checksum that is right again: (bytes, whether weights must be equal)."""
+    g, (header, body) = random.Random(seed), split(good)
+    text = json.dumps(header).encode()
+    values = [0, 1, -1, 2, 7, 10**9, 1e300, None, True, "", "int8", "fp8", "zlib", "lzma", [], {}]
+    for number in range(count):
+        way, data = number % 6, bytearray(good)
+        if way == 0:  # flipped bits, the checksum as it was
+            for _ in range(g.randrange(1, 4)):
+                data[g.randrange(len(data))] ^= 1 << g.randrange(8)
+        elif way == 1:
+            del data[g.randrange(len(data)) :]
+        elif way == 2:  # a piece of the file somewhere else
+            at, start, size = g.randrange(len(data)), g.randrange(len(data)), g.randrange(1, 64)
+            data[at : at + size] = data[start : start + size]
+        elif way == 3:  # damaged text of the header
+            broken = bytearray(text)
+            for _ in range(g.randrange(1, 3)):
+                broken[g.randrange(len(broken))] = g.randrange(256)
+            data = joined(bytes(broken), body)
+        elif way == 4:  # another value in the header
+            edited = json.loads(text)
+            where = edited[g.choice(["hyperparameters", "kinds"])]
+            key = g.choice(list(where))
+            if isinstance(where[key], list) and g.random() < 0.8:
+                where[key][g.randrange(3)] = g.choice(values)
+            else:
+                where[key] = g.choice(values)
+            data = joined(edited, body)
+        else:  # truncated body
+            data = joined(text, body[: g.randrange(len(body))])
+        yield bytes(data)
+
+
+@pytest.mark.parametrize("pack", ["huffman", "lzma", "zstd"])
+def test_fuzz(tmp_path, pack):
+    """Thousands of damaged files end in a ValueError or in the same weights, nothing else."""
+    hp = tiny_hp(num_layers=1, pack=pack, quant_mode="int6,embed:int8")
+    tm.save_artifact(random_model(hp), hp, tmp_path / "a.mdlm")
+    good = (tmp_path / "a.mdlm").read_bytes()
+    weights, kept = tm.unpack_artifact(good, "good")[0].state_dict(), 0
+    for data in mutations(good, 2000, seed=len(pack)):
+        try:
+            model = tm.unpack_artifact(data, "mutated")[0]
+        except ValueError as error:
+            assert str(error).startswith("mutated: ") and "\n" not in str(error)
+        else:
+            kept += 1
+            assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), weights.values(), strict=True))
+    assert 0 < kept < 400
+
+
+LOAD_ALL = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import train_mdlm as tm
+for path in sys.argv[1:]:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        tm.load_artifact(path)
+        print("loaded")
+    except ValueError as error:
+        print(error)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+
+
+def wide_dictionary():
+    """A small .xz file whose block wants a dictionary of 4 GiB."""
+    data = bytearray(lzma.compress(bytes(99), preset=0))
+    size = 4 * (data[12] + 1)  # of the block header, whose last four bytes are its checksum
+    data[data.index(b"\x21\x01", 12, 12 + size) + 2] = 40
+    data[12 + size - 4 : 12 + size] = zlib.crc32(data[12 : 12 + size - 4]).to_bytes(4, "little")
+    return bytes(data)
+
+
+def test_hostile_files_cost_no_memory(tmp_path):
+    """Small files that claim large models, unpack to far more than they may, or ask for gigabytes to be unpacked in."""
+    hp = tiny_hp(num_layers=1, quant_mode="int6")
+    path = tmp_path / "a.mdlm"
+    tm.save_artifact(random_model(hp), hp, path)
+    header, _ = split(path.read_bytes())
+    zeros = bytes(200 << 20)
+    bombs = [
+        ("zlib", zlib.compress(zeros, 1)),
+        ("huffman", tm.deflate(bytes(1 << 20), zlib.Z_HUFFMAN_ONLY)),
+        ("lzma", lzma.compress(zeros, preset=0)),
+        ("lzma", wide_dictionary()),
+        ("zstd", tm.zstandard.ZstdCompressor(level=1).compress(zeros)),
+        ("zstd", bytes.fromhex("28b52ffd00a8") + bytes(64)),  # a window of 2 GiB
+    ]
+    del zeros
+    claim = dict(header, hyperparameters=header["hyperparameters"] | dict(num_layers=64, model_dim=4096))
+    files = [joined(claim, bytes(1000))]
+    for packer, bomb in bombs:
+        kinds = {kind: [entry[0], packer, len(bomb)] for kind, entry in header["kinds"].items()}
+        files.append(joined(dict(header, kinds=kinds), bomb * len(kinds)))
+    paths = [tmp_path / f"{number}.mdlm" for number in range(len(files))]
+    for bad, data in zip(paths, files, strict=True):
+        bad.write_bytes(data)
+        assert len(data) < 4 << 20
+    code = LOAD_ALL.format(root=str(tm.Path(tm.__file__).parent))
+    done = subprocess.run([sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, timeout=120)
+    lines = done.stdout.splitlines()
+    for number, (message, grown) in enumerate(zip(lines[::2], lines[1::2], strict=True)):
+        assert "not an artifact" in message, (number, message)
+        assert int(grown) < 40, (number, grown)
+    assert len(lines) == 2 * len(files), done.stderr
+
+
+def test_writing_leaves_the_former_file_alone_until_all_is_there(tmp_path, monkeypatch):
+    path = tmp_path / "a.mdlm"
+    tm.write_file(path, b"old")
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tm.os, "fsync", no_space)
+    with pytest.raises(OSError):
+        tm.write_file(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("preset", ["mdlm", "mdlm16"])
+def test_full_size_models_fit_the_limit(tmp_path, preset):
+    """Weights as dense as Gaussian ones, which trained ones are nearly: code and artifact fit 16,000,000 bytes."""
+    hp = tm.Hyperparameters(preset=preset, pack="huffman")
+    info = tm.save_artifact(gaussian_model(hp), hp, tmp_path / "a.mdlm")
+    total = info["artifact_bytes"] + len(tm.Path(tm.__file__).read_bytes())
+    assert 15.2e6 < total < 16.0e6 and total == pytest.approx(tm.predicted_bytes(hp), rel=0.01)

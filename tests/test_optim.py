@@ -139,28 +139,40 @@ def test_reset_forgets_everything():
     assert torch.equal(three_steps(), first)
 
 
+def averaged(decay):
+    """An optimizer, and a function that gives its weights a value and averages it in."""
+    hp = tiny_hp(ema_decay=decay)
+    optimizer = tm.Optimizer(tm.build_model(hp), hp)
+
+    def update(w):
+        optimizer.weights.copy_(w)
+        optimizer.update_average()
+
+    return optimizer, update
+
+
 def test_ema_closed_form():
-    ema, d = tm.EMA(0.9), 0.9
-    weights = [torch.randn(7, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    (optimizer, update), d = averaged(0.9), 0.9
+    before = optimizer.weights.clone()
+    optimizer.swap_average()  # nothing to swap with yet
+    assert torch.equal(optimizer.weights, before)
+    weights = [torch.randn(len(before), generator=torch.Generator().manual_seed(i)) for i in range(6)]
     for w in weights:
-        ema.update(w)
+        update(w)
     expected = d**5 * weights[0] + (1 - d) * sum(d ** (5 - i) * weights[i] for i in range(1, 6))
-    assert torch.allclose(ema.average, expected, atol=1e-6)
-    live = weights[-1].clone()
-    ema.swap(live)
-    assert torch.allclose(live, expected, atol=1e-6)
-    ema.swap(live)
-    assert torch.equal(live, weights[-1])
-    tm.EMA(0.9).swap(live)
-    assert torch.equal(live, weights[-1])
+    assert torch.allclose(optimizer.average, expected, atol=1e-6)
+    optimizer.swap_average()
+    assert torch.allclose(optimizer.weights, expected, atol=1e-6)
+    optimizer.swap_average()
+    assert torch.equal(optimizer.weights, weights[-1])
 
 
 def test_ema_moves_where_bfloat16_would_freeze():
-    ema = tm.EMA(0.999)
-    ema.update(torch.ones(3, dtype=torch.bfloat16))
+    optimizer, update = averaged(0.999)
+    update(torch.ones_like(optimizer.weights))
     for _ in range(1000):
-        ema.update(torch.full((3,), 1.01, dtype=torch.bfloat16))
-    assert ema.average.dtype == torch.float32 and ema.average[0] > 1.004  # of 1.0078, what bfloat16 makes of 1.01
+        update(torch.full_like(optimizer.weights, 1.0078125))  # what bfloat16 makes of 1.01
+    assert optimizer.average.dtype == torch.float32 and optimizer.average[0] > 1.004
 
 
 def test_learning_rate_schedules():

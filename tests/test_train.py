@@ -220,7 +220,7 @@ def test_over_the_size_limit_is_loud_and_still_finishes(tiny_env, tmp_path, monk
         (dict(DATA_PATH="big"), "big/fineweb_train_000000.bin: holds token 500, but VOCAB_SIZE=384"),
         (dict(TRAIN_SEQ_LEN="16384", TRAIN_BATCH_TOKENS="16384"), "less than a window of TRAIN_SEQ_LEN=16384"),
         (dict(MICRO_BATCH_TOKENS="16"), "MICRO_BATCH_TOKENS=16 is less than one sequence"),
-        (dict(TRAIN_BATCH_TOKENS="1000"), "TRAIN_BATCH_TOKENS=1000 is no multiple of TRAIN_SEQ_LEN=32"),
+        (dict(TRAIN_BATCH_TOKENS="1000"), "TRAIN_BATCH_TOKENS=1000 is no multiple of 32: TRAIN_SEQ_LEN=32 times"),
         (dict(TRAIN_BATCH_TOKENS="96", TIME_SAMPLING="antithetic"), "antithetic needs an even batch"),
         (dict(EVAL_ONLY="bad/fineweb_val_000000.bin"), "not an artifact"),
     ],
@@ -248,7 +248,7 @@ def test_a_world_that_does_not_divide_the_batch_is_refused(tiny_env, tmp_path):
     process = torchrun("--standalone", "--nproc_per_node=2", cwd=tmp_path, **env)
     output = process.communicate(timeout=120)[0]
     assert process.returncode != 0
-    assert output.count("times the 2 processes that share its sequences; choose a multiple of 64") == 1
+    assert output.count("is no multiple of 64: TRAIN_SEQ_LEN=32 times the 2 processes that share its sequences") == 1
 
 
 def test_progress_bar_on_a_terminal_only(tiny_env, tmp_path):

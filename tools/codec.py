@@ -294,8 +294,8 @@ def run_compress(arguments: argparse.Namespace, log: tm.Log) -> None:
           f"(order {arguments.order}, group {arguments.group})")
     print(f"{arguments.output}: {len(data)} bytes, {8 * len(data) / size:.4f} bits per byte, "
           f"{len(data) - bits / 8:+.1f} bytes beside the prediction")
-    others = {name: packer for name, packer in tm.PACKERS.items() if name != "zstd" or tm.zstandard}
-    print("for comparison: " + ", ".join(f"{name} {len(packer.pack(source))}" for name, packer in others.items()))
+    others = ["zlib", "lzma", *(["zstd"] if tm.zstandard else [])]
+    print("for comparison: " + ", ".join(f"{name} {len(tm.PACKERS[name].pack(source))}" for name in others))
 
 
 def run_decompress(arguments: argparse.Namespace, log: tm.Log) -> None:
