@@ -382,16 +382,14 @@ class TokenStream:
         """The shards in the order in which they are read."""
         return range(len(self.files))
     def check_tokens(self, vocab_size: int, first_tokens: float = math.inf) -> None:
-        """Reads what a run can touch, each process its share of the files; InputError for a token ≥ vocab_size."""
-        largest, before = torch.zeros(len(self.files), dtype=torch.int64), 0
-        for place, i in enumerate(self.order(0)):
-            if place % world_size() == rank() and before < first_tokens:
-                largest[i] = int(open_shard(self.files[i]).max())
-            before += int(np.diff(self.ends, prepend=0)[i])
-        i = int(all_reduce(largest).argmax())
-        if largest[i] >= vocab_size:
-            raise InputError(f"{self.files[i]}: holds token {largest[i]}, but VOCAB_SIZE={vocab_size}; the shards were "
-                             "made with another tokenizer")
+        """Reads what a run can touch; InputError for a token ≥ vocab_size."""
+        before = 0
+        for i in self.order(0):
+            shard = open_shard(self.files[i])
+            if before < first_tokens and (largest := int(shard.max())) >= vocab_size:
+                raise InputError(f"{self.files[i]}: holds token {largest}, but VOCAB_SIZE={vocab_size}; it was "
+                                 "made with another tokenizer")
+            before += len(shard)
 
 class DocumentStream(TokenStream):
     """The same shards as documents: each begins with <s> and is cut into chunks of at most L tokens, PAD after them.
@@ -935,6 +933,8 @@ def unpack_kind(packed: bytes, storage: str, packer: str, shapes: Sequence[torch
     if quantizer.scaled:
         columns = torch.tensor([shape[-1] for shape in shapes]).repeat_interleave(torch.tensor(rows))
         codes *= scales.repeat_interleave(columns)
+    if not codes.isfinite().all():
+        raise ValueError
     return [part.view(shape) for part, shape in zip(codes.split(sizes), shapes, strict=True)]
 
 def by_kind(model: Model) -> dict[Kind, dict[str, nn.Parameter]]:

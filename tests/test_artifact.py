@@ -228,6 +228,19 @@ def test_a_diverged_model_is_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_that_are_not_finite_are_not_read(tmp_path):
+    hp = tiny_hp(quant_mode="fp32", pack="zlib", num_layers=1)
+    tm.save_artifact(random_model(hp), hp, tmp_path / "a.mdlm")
+    header, body = split((tmp_path / "a.mdlm").read_bytes())
+    size = header["kinds"]["matrix"][2]
+    raw = bytearray(zlib.decompress(body[:size]))
+    raw[0 :: len(raw) // 4] = b"\xff" * 4  # one byte of each plane: not a number
+    packed = zlib.compress(raw)
+    header["kinds"]["matrix"][2] = len(packed)
+    (tmp_path / "a.mdlm").write_bytes(joined(header, packed + body[size:]))
+    refused(tmp_path / "a.mdlm")
+
+
 def signed(data):
     return data + hashlib.sha256(data).digest()
 
