@@ -45,7 +45,6 @@ except ImportError:  # a plain torch installation: PACK=auto then chooses betwee
 
 SIZE_LIMIT_BYTES, BUDGET_SECONDS = 16_000_000, 600.0  # code + artifact; training, and again evaluation
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly, however many are taken
-
 class InputError(ValueError):
     """Something the user gave is wrong: one line that names the value, the place and the remedy."""
 
@@ -95,7 +94,7 @@ class Hyperparameters:
     doc_chunks: bool = knob("model", False, "train on documents, cut into chunks of at most L tokens, PAD after them")
     anchor_bos: bool = knob("model", False, "<s> is never masked; scores pay for where it is")
     train_seq_len: int = knob("model", 1024, "length L of a training and of a scoring window", "tokens", low=1)
-    num_layers: int = knob("model", 8, "blocks; the U-Net's first half feeds skips to the second", low=1, high=999)
+    num_layers: int = knob("model", 8, "blocks; the U-Net's first half feeds skips to the second", low=1, high=200)
     model_dim: int = knob("model", 576, "width D of the residual stream", low=2)
     num_heads: int = knob("model", 8, "attention heads H", low=1)
     num_kv_heads: int = knob("model", 4, "key/value heads, each shared by a group of query heads", low=1)
@@ -179,6 +178,7 @@ class Hyperparameters:
         shown, causal = self.shown, self.objective == "ar"
         foreign, kinds = [name for name in self.score_names if name not in SCORE_NAMES], [kind.name for kind in KINDS]
         unstored = [kind for kind, storage in self.storages.items() if kind not in kinds or storage not in QUANTIZERS]
+        coarsest = min([q.largest for name, q in QUANTIZERS.items() if name in self.storages.values()], default=1)
         for wrong, message in (
             (self.model_dim % self.num_heads, f"{shown('num_heads')} must divide {shown('model_dim')}"),
             (self.num_heads % self.num_kv_heads, f"{shown('num_kv_heads')} must divide {shown('num_heads')}"),
@@ -189,6 +189,8 @@ class Hyperparameters:
             (foreign, f"{shown('scores')}: {', '.join(foreign)} is not one of {', '.join(SCORE_NAMES)}"),
             (unstored, f"{shown('quant_mode')}: {', '.join(kinds)}, or all of them, may be {', '.join(QUANTIZERS)}; "
                        "for example int6, or embed:int8,matrix:int6"),
+            (self.quant_clip > 3 * coarsest,
+             f"{shown('quant_clip')} with {shown('quant_mode')}: steps above three root mean squares keep nothing"),
             (self.pack == "zstd" and not zstandard, "PACK=zstd needs zstandard: pip install -r requirements.txt"),
             (re.search(r"[^\w.+=@-]", self.run_id), f"{shown('run_id')}: letters, digits and . _ + = @ - only")):
             if wrong:
@@ -200,7 +202,8 @@ class Hyperparameters:
     @property
     def storages(self) -> dict[str, str]:
         """Storage by kind of parameter: what QUANT_MODE says of the kind, else the table of kinds, else of all."""
-        said = dict(part.strip().rpartition(":")[::2] for part in self.quant_mode.split(","))
+        parts = [part.strip().rpartition(":")[::2] for part in self.quant_mode.split(",")]
+        said = dict(parts) if len(dict(parts)) == len(parts) else {"": "two at once"}
         default = said.pop("", "fp8")
         return {kind.name: kind.storage or default for kind in KINDS} | said
     head_dim = property(lambda self: self.model_dim // self.num_heads)
@@ -822,14 +825,14 @@ class Optimizer:
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"MDLMgolf", 2
 
 class Quantizer(NamedTuple):
-    """A grid for weights: codes of `dtype`, at most ±`largest`, times a bfloat16 scale for each row, or without."""
+    """A grid for weights: codes of a dtype, at most ±`largest`, times a scale for each row, or without."""
     dtype: torch.dtype
     largest: float
-    scaled: bool
+    scale: torch.dtype | None  # fp8_row's is another than that of the integers, so neither can be read as the other
 QUANTIZERS = {
-    "fp8": Quantizer(torch.float8_e4m3fn, 448.0, False), "fp8_row": Quantizer(torch.float8_e4m3fn, 448.0, True),
-    **{f"int{bits}": Quantizer(torch.int8, 2.0 ** (bits - 1) - 1, True) for bits in range(4, 9)},
-    "fp16": Quantizer(torch.float16, 65_504.0, False), "fp32": Quantizer(torch.float32, 3e38, False)}
+    "fp8": Quantizer(torch.float8_e4m3fn, 448.0, None), "fp8_row": Quantizer(torch.float8_e4m3fn, 448.0, torch.float32),
+    **{f"int{bits}": Quantizer(torch.int8, 2.0 ** (bits - 1) - 1, torch.bfloat16) for bits in range(4, 9)},
+    "fp16": Quantizer(torch.float16, 65_504.0, None), "fp32": Quantizer(torch.float32, 3e38, None)}
 
 class Packer(NamedTuple):
     pack: Callable[[bytes], bytes]
@@ -857,7 +860,7 @@ def row_scales(rows: Tensor, quantizer: Quantizer, clip: float) -> Tensor:
     reach = clip * rows.square().mean(1, keepdim=True).sqrt() if clip else rows.abs().amax(1, keepdim=True)
     best, least = None, math.inf
     for n in range(1 if clip else 40):
-        scale = (0.96**n * reach / quantizer.largest).clamp(min=1e-30).bfloat16().float()
+        scale = (0.96**n * reach / quantizer.largest).clamp(1e-30, 1e30).to(quantizer.scale).float()
         error = (to_codes(rows / scale, quantizer).float() * scale - rows).square().sum(1, keepdim=True)
         best, least = (scale, error) if n == 0 else (scale.where(error < least, best), error.minimum(least))
     return best
@@ -876,12 +879,12 @@ def feed_back(rows: Tensor, scales: Tensor, quantizer: Quantizer, moments: Tenso
     return codes
 
 def quantize(weights: Tensor, quantizer: Quantizer, clip: float, moments: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes (R, C) and bfloat16 scales (R, 1) of weights (…, C); with the second moments (C, C) of their inputs, if
-    known, so that the outputs are kept rather than the weights."""
+    """Codes (R, C) and scales (R, 1) of weights (…, C); with the second moments (C, C) of their inputs, if known, so
+    that the outputs are kept rather than the weights."""
     rows = weights.detach().float().view(weights.shape[:-1].numel(), weights.shape[-1])
-    scales = row_scales(rows, quantizer, clip) if quantizer.scaled else rows.new_ones(len(rows), 1)
+    scales = row_scales(rows, quantizer, clip) if quantizer.scale else rows.new_ones(len(rows), 1)
     codes = to_codes(rows / scales, quantizer) if moments is None else feed_back(rows, scales, quantizer, moments)
-    return codes, scales.bfloat16()
+    return codes, scales.to(quantizer.scale or scales.dtype)
 
 @torch.no_grad()
 def input_moments(model: Model, batches: Iterable[Batch]) -> dict[str, Tensor]:
@@ -914,7 +917,7 @@ def pack_kind(weights: Mapping[str, Tensor], storage: str, hp: Hyperparameters,
     """One kind of parameter, packed, and what the header and the log say of it."""
     quantizer = QUANTIZERS[storage]
     coded = [quantize(w, quantizer, hp.quant_clip, (moments or {}).get(name)) for name, w in weights.items()]
-    parts = [to_planes(codes for codes, _ in coded)] + [to_planes(s for _, s in coded)] * quantizer.scaled
+    parts = [to_planes(codes for codes, _ in coded)] + [to_planes(s for _, s in coded)] * bool(quantizer.scale)
     names = [hp.pack] if hp.pack != "auto" else [name for name in PACKERS if name != "zstd" or zstandard]
     packed = {name: PACKERS[name].pack(b"".join(part.tobytes() for part in parts)) for name in names}
     best = min(packed, key=lambda name: len(packed[name]))
@@ -925,17 +928,16 @@ def pack_kind(weights: Mapping[str, Tensor], storage: str, hp: Hyperparameters,
 def unpack_kind(packed: bytes, storage: str, packer: str, shapes: Sequence[torch.Size]) -> list[Tensor]:
     """The weights, float32; unpacks no more than their shapes account for, and ValueError if it is not that much."""
     quantizer, sizes = QUANTIZERS[storage], [shape.numel() for shape in shapes]
-    rows = [shape[:-1].numel() * quantizer.scaled for shape in shapes]
-    end = sum(sizes) * quantizer.dtype.itemsize
-    raw = PACKERS[packer].unpack(packed, end + 2 * sum(rows) + 1)
-    codes, scales = (from_planes(part, dtype, count) for part, dtype, count in (
-        (raw[:end], quantizer.dtype, sum(sizes)), (raw[end:], torch.bfloat16, sum(rows))))
-    if quantizer.scaled:
-        columns = torch.tensor([shape[-1] for shape in shapes]).repeat_interleave(torch.tensor(rows))
-        codes *= scales.repeat_interleave(columns)
-    if not codes.isfinite().all():
+    rows = [shape[:-1].numel() for shape in shapes] if quantizer.scale else []
+    end, scale = sum(sizes) * quantizer.dtype.itemsize, quantizer.scale or torch.float32
+    raw = PACKERS[packer].unpack(packed, end + sum(rows) * scale.itemsize + 1)
+    weights = from_planes(raw[:end], quantizer.dtype, sum(sizes))
+    scales, parts = from_planes(raw[end:], scale, sum(rows)).split(rows), weights.split(sizes)
+    for part, shape, factor in zip(parts, shapes, scales):
+        part.view(-1, shape[-1]).mul_(factor[:, None])
+    if not weights.isfinite().all():
         raise ValueError
-    return [part.view(shape) for part, shape in zip(codes.split(sizes), shapes, strict=True)]
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 def by_kind(model: Model) -> dict[Kind, dict[str, nn.Parameter]]:
     """The parameters, in the order in which an artifact has them."""
@@ -957,18 +959,16 @@ def write_file(path: Path, data: bytes) -> None:
 def save_artifact(model: Model, hp: Hyperparameters, path: str | Path,
                   moments: Mapping[str, Tensor] | None = None) -> dict:
     """Quantizes (with input_moments, if given), packs and writes the model; returns artifact_bytes, label and kinds."""
-    wrong = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
-    if wrong:
-        raise InputError(f"{path}: not written, {wrong} holds weights that are not finite; the run has diverged")
+    if wrong := [name for name, x in [*model.named_parameters(), *(moments or {}).items()] if not x.isfinite().all()]:
+        raise InputError(f"{path}: not written, {wrong[0]} or its inputs are not finite; the run has diverged")
     packed = {kind.name: pack_kind(ps, hp.storages[kind.name], hp, moments) for kind, ps in by_kind(model).items()}
     kinds = {name: facts for name, (_, facts) in packed.items()}
-    header = json.dumps(dict(
-        version=ARTIFACT_VERSION, hyperparameters={field: getattr(hp, field) for field in stored_fields()},
-        kinds={name: [facts[key] for key in ("storage", "packer", "bytes")] for name, facts in kinds.items()})).encode()
-    data = b"".join([ARTIFACT_MAGIC, len(header).to_bytes(4, "little"), header, *(blob for blob, _ in packed.values())])
+    header = dict(version=ARTIFACT_VERSION, hyperparameters={field: getattr(hp, field) for field in stored_fields()},
+                  kinds={name: [facts[key] for key in ("storage", "packer", "bytes")] for name, facts in kinds.items()})
+    text = json.dumps(header).encode()
+    data = b"".join([ARTIFACT_MAGIC, len(text).to_bytes(4, "little"), text, *(blob for blob, _ in packed.values())])
     write_file(Path(path), data + hashlib.sha256(data).digest())
-    written = Path(path).read_bytes()
-    return dict(artifact_bytes=len(written), label=unpack_artifact(written, path)[2], kinds=kinds)
+    return dict(artifact_bytes=len(data) + 32, label=label(header), kinds=kinds)
 
 def unpack_artifact(data: bytes, path: str | Path) -> tuple[Model, Hyperparameters, str]:
     """A model with the weights of an artifact, its hyperparameters, and a label, for example fp8+lzma.
@@ -976,9 +976,7 @@ def unpack_artifact(data: bytes, path: str | Path) -> tuple[Model, Hyperparamete
     then a model without memory, and memory for its weights only if the file has half a bit for each."""
     foreign = (f"{path}: not an artifact of this version of train_mdlm.py"
                + ", or packed with zstd: pip install -r requirements.txt" * (zstandard is None))
-    if not data.startswith(ARTIFACT_MAGIC):
-        raise InputError(foreign)
-    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+    if data.startswith(ARTIFACT_MAGIC) and hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise InputError(f"{path}: checksum mismatch, the artifact is damaged or truncated")
     try:
         at = 12 + int.from_bytes(data[8:12], "little")
@@ -987,21 +985,22 @@ def unpack_artifact(data: bytes, path: str | Path) -> tuple[Model, Hyperparamete
         with torch.device("meta"):
             model = Model(hp := Hyperparameters(**fields))
         groups, state = by_kind(model), {}
-        if (header["version"] != ARTIFACT_VERSION or list(fields) != stored_fields()
-                or list(kinds) != [kind.name for kind in groups]
+        if (not data.startswith(ARTIFACT_MAGIC) or header["version"] != ARTIFACT_VERSION
+                or list(fields) != stored_fields() or list(kinds) != [kind.name for kind in groups]
+                or at + sum(size for _, _, size in kinds.values()) != len(data) - 32
                 or sum(p.numel() for p in model.parameters()) > 16 * len(data) + 2**16):
             raise ValueError
         for named, (storage, packer, size) in zip(groups.values(), kinds.values(), strict=True):
             weights = unpack_kind(data[at:at + size], storage, packer, [p.shape for p in named.values()])
             at, state = at + size, state | dict(zip(named, weights, strict=True))
-        if at != len(data) - 32:
-            raise ValueError
         model.load_state_dict(state, assign=True)
     except Exception:  # decompressors, parser and model each have their own errors; they all mean the same here
         raise InputError(foreign) from None
-    chosen = [kinds[kind.name] for kind in groups if not kind.storage]
-    return model, hp, "+".join([*sorted({entry[0] for entry in chosen}), *sorted({entry[1] for entry in chosen})])
-
+    return model, hp, label(header)
+def label(header: Mapping) -> str:
+    """The storages and packers of an artifact, but of gains: for example fp8+lzma."""
+    entries = [entry for name, entry in header["kinds"].items() if name != "gain"]
+    return "+".join([*sorted({storage for storage, _, _ in entries}), *sorted({packer for _, packer, _ in entries})])
 def read_artifact(path: str | Path) -> tuple[Model, Hyperparameters, str]:
     """As unpack_artifact; in a group of processes all of them call it, and get what the first one reads."""
     return unpack_artifact(on_first_process(Path(path).read_bytes), path)
@@ -1462,7 +1461,8 @@ def run(env: Mapping[str, str]) -> None:
     val, luts = open_validation(hp, device)
     if not hp.eval_only:
         stream = DocumentStream(hp.data_path, "train", hp) if hp.doc_chunks else TokenStream(hp.data_path, "train")
-        stream.check_tokens(hp.vocab_size, 1 + max(hp.iterations, hp.warmup_steps) * hp.train_batch_tokens)
+        batches = max(hp.iterations, hp.warmup_steps, hp.quant_feedback)
+        stream.check_tokens(hp.vocab_size, 1 + batches * hp.train_batch_tokens)
         micro_batches(hp)
     hp, log = open_log(hp, env, device)
     log(f"dataset:{Path(hp.data_path).name} val_tokens:{val.total} val_windows:{val.count_windows(hp.train_seq_len)}"
@@ -1483,7 +1483,7 @@ def run(env: Mapping[str, str]) -> None:
     score_model(model, label, hp, val, luts, log)
 
 def main() -> None:
-    if any(argument in ("-h", "--help") for argument in sys.argv[1:]):
+    if {"-h", "--help"} & set(sys.argv[1:]):
         return print(help_text())
     try:
         if len(sys.argv) > 1:

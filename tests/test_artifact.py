@@ -34,10 +34,12 @@ def gaussian_model(hp, seed=0):
 def expected_weights(tensor, storage, clip=0.0):
     """The stored grid, row by row in float64, with the best of the exporter's 40 scales."""
     quantizer = tm.QUANTIZERS[storage]
-    if not quantizer.scaled:
+    if not quantizer.scale:
         return tensor.clamp(-quantizer.largest, quantizer.largest).to(quantizer.dtype).float()
     reach = clip * tensor.square().mean(1).sqrt() if clip else tensor.abs().amax(1)
-    scales = [(0.96**n * reach / quantizer.largest).bfloat16().float()[:, None] for n in range(1 if clip else 40)]
+    scales = [
+        (0.96**n * reach / quantizer.largest).to(quantizer.scale).float()[:, None] for n in range(1 if clip else 40)
+    ]
     options = torch.stack([tm.to_codes(tensor / scale, quantizer).float() * scale for scale in scales])
     best = (options.double() - tensor).square().sum(2).argmin(0)
     return options[best, torch.arange(len(tensor))]
@@ -70,9 +72,36 @@ def test_storages_by_kind():
     assert said("int6") == dict(matrix="int6", embed="int6", head="int6", gain="fp16")
     assert said("int7, embed:int8") == dict(matrix="int7", embed="int8", head="int7", gain="fp16")
     assert said("embed:int8,gain:fp32") == dict(matrix="fp8", embed="int8", head="fp8", gain="fp32")
-    for wrong in ("int3", "embedding:int8", "embed:int9", "", "int6,", "embed:", "a:b:c", ":"):
+    for wrong in (
+        "int3",
+        "embedding:int8",
+        "embed:int9",
+        "",
+        "int6,",
+        "embed:",
+        "a:b:c",
+        ":",
+        "int6,int7",
+        "embed:int8,embed:int4",
+    ):
         with pytest.raises(ValueError, match="QUANT_MODE"):
             said(wrong)
+
+
+def test_a_clip_that_leaves_nothing_is_refused():
+    for clip, mode in ((22.0, "int4"), (22.0, "int8,head:int4"), (382.0, "int8"), (1e39, "fp8_row")):
+        with pytest.raises(ValueError, match="QUANT_CLIP"):
+            tm.Hyperparameters(quant_clip=clip, quant_mode=mode)
+    assert tm.Hyperparameters(quant_clip=21.0, quant_mode="int4").quant_clip == 21.0
+
+
+def test_extreme_rows_stay_finite():
+    rows = torch.stack([torch.zeros(64), torch.full((64,), 1e-38), torch.full((64,), 3.3), 1e18 * torch.eye(64)[0]])
+    for name, quantizer in tm.QUANTIZERS.items():
+        for clip in (0.0, 0.01, 10.0):
+            for moments in (None, torch.zeros(64, 64), torch.ones(64, 64), 1e30 * torch.eye(64)):
+                codes, scales = tm.quantize(rows, quantizer, clip, moments)
+                assert (codes.float() * scales.float()).isfinite().all(), (name, clip)
 
 
 def test_uniform_grids_have_the_error_of_rounding():
@@ -218,6 +247,12 @@ def test_fp8_saturates_instead_of_becoming_nan(tmp_path):
     assert back.tok_emb.weight[0, :2].tolist() == [448.0, -448.0] and back.skip_weights[0, 0] == 65504
 
 
+def test_moments_that_overflowed_are_refused(tmp_path):
+    moments = {"tok_emb.weight": torch.full((8, 8), math.inf)}
+    with pytest.raises(ValueError, match=r"tok_emb\.weight .*not finite"):
+        tm.save_artifact(random_model(tiny_hp()), tiny_hp(), tmp_path / "a.mdlm", moments)
+
+
 def test_a_diverged_model_is_not_written(tmp_path):
     for bad in (math.nan, math.inf):
         model = random_model(tiny_hp())
@@ -301,7 +336,7 @@ def test_foreign_files_and_edited_headers_are_refused(tmp_path):
     for edit in (
         lambda h: h["hyperparameters"].update(num_layers=2),
         lambda h: h["hyperparameters"].update(num_layers=10**6),
-        lambda h: h["hyperparameters"].update(num_layers=900, model_dim=2, num_heads=1),
+        lambda h: h["hyperparameters"].update(num_layers=200, model_dim=2, num_heads=1),
         lambda h: h["hyperparameters"].update(model_dim=1 << 40),
         lambda h: h["hyperparameters"].update(vocab_size=60_000, model_dim=1 << 16),
         lambda h: h["hyperparameters"].update(extra=1),
@@ -358,14 +393,24 @@ def mutations(good, count, seed):
         yield bytes(data)
 
 
-@pytest.mark.parametrize("pack", ["huffman", "lzma", "zstd"])
-def test_fuzz(tmp_path, pack):
+@pytest.mark.parametrize(
+    "system",
+    [
+        dict(pack="huffman", quant_mode="int6,embed:int8"),
+        dict(pack="lzma", quant_mode="fp32", backbone="dit"),
+        dict(pack="zstd", quant_mode="int5,head:fp16", tie_embeddings=False),
+        dict(pack="zlib", quant_mode="fp8_row", doc_chunks=True, anchor_bos=True),
+        dict(pack="auto", quant_mode="fp8", objective="ar"),
+    ],
+    ids=str,
+)
+def test_fuzz(tmp_path, system):
     """Thousands of damaged files end in a ValueError or in the same weights, nothing else."""
-    hp = tiny_hp(num_layers=1, pack=pack, quant_mode="int6,embed:int8")
+    hp = tiny_hp(num_layers=1, **system)
     tm.save_artifact(random_model(hp), hp, tmp_path / "a.mdlm")
     good = (tmp_path / "a.mdlm").read_bytes()
     weights, kept = tm.unpack_artifact(good, "good")[0].state_dict(), 0
-    for data in mutations(good, 2000, seed=len(pack)):
+    for data in mutations(good, 1500, seed=len(str(system))):
         try:
             model = tm.unpack_artifact(data, "mutated")[0]
         except ValueError as error:
@@ -373,21 +418,26 @@ def test_fuzz(tmp_path, pack):
         else:
             kept += 1
             assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), weights.values(), strict=True))
-    assert 0 < kept < 400
+    assert 0 < kept < 300
 
 
 LOAD_ALL = """
-import resource, sys
+import sys
 sys.path.insert(0, {root!r})
 import train_mdlm as tm
+
+def memory(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) >> 10
+
 for path in sys.argv[1:]:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again
+    before = memory("VmRSS")
     try:
         tm.load_artifact(path)
         print("loaded")
     except ValueError as error:
         print(error)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+    print(memory("VmHWM") - before)
 """
 
 
@@ -413,7 +463,6 @@ def test_hostile_files_cost_no_memory(tmp_path):
         ("lzma", lzma.compress(zeros, preset=0)),
         ("lzma", wide_dictionary()),
         ("zstd", tm.zstandard.ZstdCompressor(level=1).compress(zeros)),
-        ("zstd", bytes.fromhex("28b52ffd00a8") + bytes(64)),  # a window of 2 GiB
     ]
     del zeros
     claim = dict(header, hyperparameters=header["hyperparameters"] | dict(num_layers=64, model_dim=4096))
@@ -426,12 +475,21 @@ def test_hostile_files_cost_no_memory(tmp_path):
         bad.write_bytes(data)
         assert len(data) < 4 << 20
     code = LOAD_ALL.format(root=str(tm.Path(tm.__file__).parent))
-    done = subprocess.run([sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, timeout=120)
-    lines = done.stdout.splitlines()
+    command = [sys.executable, "-c", code, str(path), *map(str, paths)]  # a sound one first: torch itself grows by it
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    loaded, _, *lines = done.stdout.splitlines()
+    assert loaded == "loaded"
     for number, (message, grown) in enumerate(zip(lines[::2], lines[1::2], strict=True)):
         assert "not an artifact" in message, (number, message)
-        assert int(grown) < 40, (number, grown)
+        assert int(grown) < 24, (number, grown)
     assert len(lines) == 2 * len(files), done.stderr
+
+
+def test_unpacking_asks_for_no_more_memory_than_the_content():
+    with pytest.raises(lzma.LZMAError, match="[Mm]emory"):
+        tm.PACKERS["lzma"].unpack(wide_dictionary(), 1000)
+    with pytest.raises(tm.zstandard.ZstdError, match="memory"):  # a frame with a window of 2 GiB
+        tm.PACKERS["zstd"].unpack(bytes.fromhex("28b52ffd00a8") + bytes(64), 1000)
 
 
 def test_writing_leaves_the_former_file_alone_until_all_is_there(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ def test_preset_then_overrides():
         ({"NUM_HEADS": "7"}, "NUM_HEADS=7 must divide MODEL_DIM=576"),
         ({"NUM_HEADS": "64", "NUM_KV_HEADS": "64"}, "must be even"),
         ({"NUM_LAYERS": "8.5"}, "NUM_LAYERS=8.5 is not a whole number"),
-        ({"NUM_LAYERS": "0"}, "NUM_LAYERS=0 is not between 1 and 999"),
+        ({"NUM_LAYERS": "0"}, "NUM_LAYERS=0 is not between 1 and 200"),
         ({"NUM_LAYERS": ""}, "NUM_LAYERS= is not a whole number"),
         ({"BETA2": "1"}, "BETA2=1.0 is not between"),
         ({"SEED": str(2**70)}, "is not between 0 and"),

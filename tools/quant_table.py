@@ -27,14 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_mdlm as tm  # noqa: E402
 from train_mdlm import InputError  # noqa: E402
 
-DEFAULT = ["fp16", "fp8", "fp8_row", *(f"int{bits}" for bits in range(8, 3, -1)),
+DEFAULT = ["fp16", "fp8", "fp8+64", "fp8_row", *(f"int{bits}" for bits in range(8, 3, -1)),
            *(f"int7@{clip}{feedback}" for clip in (5, 8, 10, 16) for feedback in ("", "+64")), "int6+64", "int5+64",
            *(f"int7,embed:int8@{clip}+64" for clip in (8, 10, 12)), "int8@16+64"]
 
 
 def configure(hp: tm.Hyperparameters, text: str) -> tm.Hyperparameters:
     """The hyperparameters of a row, for example int7,embed:int8@8+24."""
-    parts = re.fullmatch(r"([^@+]+)(?:@([\d.]+))?(?:\+(\d+))?", text)
+    parts = re.fullmatch(r"([^@+]+)(?:@(\d+\.?\d*))?(?:\+(\d+))?", text)
     if not parts:
         raise InputError(f"{text}: write QUANT_MODE, then @ and QUANT_CLIP, then + and QUANT_FEEDBACK: int7@8+24")
     mode, clip, feedback = parts.groups()
@@ -43,7 +43,8 @@ def configure(hp: tm.Hyperparameters, text: str) -> tm.Hyperparameters:
 
 def moments(model: tm.Model, hp: tm.Hyperparameters, folder: str, device: torch.device) -> dict[str, torch.Tensor]:
     """What the exporter collects in `hp.quant_feedback` training batches."""
-    stream, rows = tm.TokenStream(folder, "train"), range(hp.batch_rows)
+    stream = tm.DocumentStream(folder, "train", hp) if hp.doc_chunks else tm.TokenStream(folder, "train")
+    rows = range(hp.batch_rows)
     capacity = tm.masked_capacity(hp, hp.batch_rows) if hp.objective == "mdlm" else 0
     return tm.input_moments(model, (tm.training_batch(hp, stream, step, rows, capacity, device)
                                     for step in range(hp.quant_feedback)))
