@@ -260,8 +260,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 def all_reduce(tensor: Tensor) -> Tensor:
     """Sums in place over all processes."""
-    if world_size() > 1:
-        dist.all_reduce(tensor)
+    try:
+        if world_size() > 1:
+            dist.all_reduce(tensor)
+    except RuntimeError as error:
+        raise InputError(f"another process of the group is lost: {str(error).splitlines()[0]}") from None
     return tensor
 def start_ranks() -> torch.device:
     """Joins the process group that torchrun describes (or a group of one) and returns this process's device."""
@@ -395,9 +398,8 @@ class TokenStream:
             before += len(shard)
 
 class DocumentStream(TokenStream):
-    """The same shards as documents: each begins with <s> and is cut into chunks of at most L tokens, PAD after them.
-    Chunks are numbered without end: epoch after epoch, the shards and the chunks of a shard in orders that depend on
-    (seed, epoch). No chunk crosses a document or a shard. In memory: where the chunks of two shards begin."""
+    """The same shards as documents, from <s> to <s>, cut into chunks of at most L tokens, then PAD; epoch after epoch,
+    the shards and the chunks of a shard come in orders that depend on (seed, epoch), two shards at most in use."""
     def __init__(self, folder: str | Path, split: str, hp: Hyperparameters):
         super().__init__(folder, split)
         self.length, self.pad_id, self.seed = hp.train_seq_len, hp.pad_id, hp.seed
@@ -478,9 +480,8 @@ def seeded(device: torch.device | str, *key) -> torch.Generator:
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 def sample_times(kind: str, u: Tensor) -> Tensor:
-    """Mask times t in [0, 1] of a global batch from independent uniform draws u (B,).
-    stratified: one offset, a row in each of B equal strata (Sahoo et al. 2024), ordered so that any few neighbours are
-    spread evenly too; antithetic: pairs t, 1 − t."""
+    """Mask times t (B,) in [0, 1] from uniform draws u (B,); stratified: one offset, a row in each of B equal strata
+    (Sahoo et al. 2024), ordered so that any few neighbours are spread evenly too; antithetic: pairs t, 1 − t."""
     rows = len(u)
     if kind == "stratified":
         strata = (torch.arange(rows, dtype=torch.float64, device=u.device) * GOLDEN % 1).argsort().argsort()
@@ -640,8 +641,7 @@ class Model(nn.Module):
         return self.to(device)
     def hidden(self, z: Tensor, masked_fraction: Tensor | None = None, at: Tensor | None = None) -> Tensor:
         """Normalised last hidden state (B, L, D) of tokens z (B, L) int64; (N, D) at the flat positions `at` (N,).
-        `masked_fraction` (B,) is what a DiT is told of the noise; without it, the true fraction of what may be masked.
-        """
+        `masked_fraction` (B,) is what a DiT is told of the noise; without it, the true fraction of the maskable."""
         x, skips, encoder = self.tok_emb(z), [], len(self.blocks) // 2
         if self.time_embed is None:
             x = given = norm(x).to(self.compute_dtype)
@@ -729,8 +729,7 @@ KINDS = (
 def kind_of(name: str) -> Kind:
     return next(kind for kind in KINDS if re.fullmatch(kind.pattern, name))
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
-    """Pushes the singular values of each matrix (n, rows, cols) to about 1 by Newton-Schulz iterations.
-    The quintic of Jordan et al. 2024 (Muon), which trades exactness for speed: values end in about [0.7, 1.2]."""
+    """Pushes singular values of matrices (n, rows, cols) into about [0.7, 1.2]: the quintic of Jordan et al. 2024."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     tall = x.shape[-2] > x.shape[-1]
@@ -742,8 +741,7 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     return x.mT if tall else x
 
 class Optimizer:
-    """Muon and AdamW over one flat buffer of weights and one of gradients, of which the model's become views.
-    So zeroing, reducing, clipping and averaging are one call each, and matrices of one shape are one stack."""
+    """Muon and AdamW over flat buffers of weights and gradients (the model's are views), one stack for each shape."""
     def __init__(self, model: Model, hp: Hyperparameters):
         def stacked(item: tuple[str, nn.Parameter]) -> tuple:
             kind = kind_of(item[0])
@@ -879,8 +877,7 @@ def feed_back(rows: Tensor, scales: Tensor, quantizer: Quantizer, moments: Tenso
     return codes
 
 def quantize(weights: Tensor, quantizer: Quantizer, clip: float, moments: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes (R, C) and scales (R, 1) of weights (…, C); with the second moments (C, C) of their inputs, if known, so
-    that the outputs are kept rather than the weights."""
+    """Codes (R, C) and scales (R, 1) of weights (…, C); with moments (C, C) of inputs, outputs rather than weights."""
     rows = weights.detach().float().view(weights.shape[:-1].numel(), weights.shape[-1])
     scales = row_scales(rows, quantizer, clip) if quantizer.scale else rows.new_ones(len(rows), 1)
     codes = to_codes(rows / scales, quantizer) if moments is None else feed_back(rows, scales, quantizer, moments)
@@ -950,11 +947,15 @@ def write_file(path: Path, data: bytes) -> None:
     """All of it or nothing: under another name first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)  # what little there is left of a full disk
+        raise
 
 def save_artifact(model: Model, hp: Hyperparameters, path: str | Path,
                   moments: Mapping[str, Tensor] | None = None) -> dict:
@@ -972,8 +973,7 @@ def save_artifact(model: Model, hp: Hyperparameters, path: str | Path,
 
 def unpack_artifact(data: bytes, path: str | Path) -> tuple[Model, Hyperparameters, str]:
     """A model with the weights of an artifact, its hyperparameters, and a label, for example fp8+lzma.
-    InputError (one line, with `path`) if it is not sound: first the checksum, then a header no longer than the file,
-    then a model without memory, and memory for its weights only if the file has half a bit for each."""
+    InputError if it is not sound. Memory is taken only where the file has half a bit for each weight."""
     foreign = (f"{path}: not an artifact of this version of train_mdlm.py"
                + ", or packed with zstd: pip install -r requirements.txt" * (zstandard is None))
     if data.startswith(ARTIFACT_MAGIC) and hashlib.sha256(data[:-32]).digest() != data[-32:]:
@@ -1092,9 +1092,8 @@ def tgrid_masks(points: int, draw: Callable[[], Tensor]) -> Iterable[tuple[Tenso
 
 def ordered_nll(model: Model, x0: Tensor, steps: Tensor) -> Tensor:
     """(B, L) nats of each token given the tokens of earlier steps, and none of its own step, for steps (B, L) int64.
-    Positions with a negative step, and anchors, are visible from the start and are not scored. The order is known
-    beforehand, so all model calls of all sequences are independent rows; as many run at a time as keep a GPU busy or a
-    CPU in its caches."""
+    Negative steps, and anchors, are visible from the start and are not scored. The order is known beforehand, so all
+    model calls are independent rows; as many run at a time as keep a GPU busy or a CPU in its caches."""
     steps = steps.masked_fill(~hideable(model.hp, x0), -1)
     rows = max((65_536 if x0.is_cuda else 2_048) // x0.shape[1], 1)
     calls = steps.amax(1) + 1
@@ -1108,11 +1107,10 @@ def ordered_nll(model: Model, x0: Tensor, steps: Tensor) -> Tensor:
 @torch.no_grad()
 def reveal(model: Model, z: Tensor, order: Tensor | None, group: int = 1) -> Iterable[tuple[Tensor, Tensor]]:
     """Fills z (B, L), MASK but for anchors, `group` positions a call: yields positions (B, g) and log-probabilities
-    (B, g, V); of a full row, positions that are not MASK. The caller writes the tokens there into z before it goes on.
-    `order` (B, L) holds positions; None reveals the positions with the largest maximal probability first, which no
-    hidden token can influence. Less than 2^-13 nats is a tie and goes to the leftmost: when all is MASK, positions are
-    alike but for rounding. Elsewhere rounding may decide, so batches of one shape give one order. A causal model goes
-    from left to right, one at a time, after <s>."""
+    (B, g, V), of a full row positions that are not MASK; the caller writes the tokens into z before it goes on. `order`
+    (B, L) holds positions; None: the largest maximal probability first, which no hidden token can influence. Less than
+    2^-13 nats is a tie and goes to the leftmost (when all is MASK, positions differ by rounding only); elsewhere
+    rounding may decide, so batches keep one shape. A causal model goes from left to right, one at a time, after <s>."""
     rows, length = z.shape
     for done in range(0, length, group):
         masked = z == model.hp.mask_id
@@ -1135,9 +1133,8 @@ def reveal(model: Model, z: Tensor, order: Tensor | None, group: int = 1) -> Ite
 def chain_rule(model: Model, x0: Tensor, order: str | Tensor = "l2r", group: int = 1, seed: int = 0,
                before: Tensor | int = BOS_ID) -> Tensor:
     """(B, L) nats, indexed by position: −ln p(x_i | what was revealed before its group), an exact and decodable code.
-    `order`: l2r, confidence (see `reveal`), random (one permutation, drawn from `seed`), or positions (L,) or (B, L) in
-    order of revealing; `group` of them a model call. Anchors cost nothing here: `boundary_bits` pays for their places.
-    A causal model has one order, l2r, one at a time, and is given the token `before` (B,) the first."""
+    `order`: l2r, confidence (see `reveal`), random (drawn from `seed`), or positions (L,) or (B, L) as revealed,
+    `group` a model call; `boundary_bits` pays for anchors. A causal model goes l2r after the token `before` (B,)."""
     count, length = x0.shape
     if model.hp.objective == "ar":
         if isinstance(order, Tensor) or order != "l2r" or group != 1:
@@ -1215,16 +1212,15 @@ def window_nats(name: str, model: Model, hp: Hyperparameters, window: Tensor, sc
 def score_windows(name: str, model: Model, hp: Hyperparameters, stream: TokenStream, luts: ByteTables, max_seqs: int,
                   note: Callable[[float], None] = lambda fraction: None) -> tuple[Score, Tensor]:
     """Scores evenly spaced windows, shared over the processes; also bits (but for anchors' places) and bytes of each in
-    (windows, buckets, 2): bucket b holds positions 2^(b−1) … 2^b − 1 (0: the first), or all is in bucket 0.
-    Sliding windows begin STRIDE tokens apart, and only their last STRIDE tokens are scored: in a whole split, all."""
+    (windows, buckets, 2): bucket b holds positions 2^(b−1) … 2^b − 1 (0: the first), or all is in bucket 0. Of sliding
+    windows, STRIDE tokens apart, only the last STRIDE tokens are scored: in a whole split, all."""
     started, length, device = time.perf_counter(), hp.train_seq_len, luts.base_bytes.device
     stride = min(hp.stride, length) if name == "sliding" else length
     total = stream.count_windows(length, stride)
     numbers = spaced(total, max_seqs)
-    batch = min(hp.val_batch_size // length, len(numbers)) // world_size()
+    batch = max(min(hp.val_batch_size // length, len(numbers)) // world_size(), 1)
     if name in CHAIN_RULES and hp.objective == "mdlm":  # the surest position may depend on rounding, so on the batch
         batch = 16 if name == "confidence" else min(batch, 16)
-    batch = max(batch, 1)
     counts = [stride if n or len(numbers) < total else length for n in numbers]
     bucket = torch.tensor([i.bit_length() for i in range(length)])
     table = torch.zeros(len(numbers), int(bucket[-1]) + 1, 2, dtype=torch.float64)
@@ -1245,6 +1241,8 @@ def score_windows(name: str, model: Model, hp: Hyperparameters, stream: TokenStr
     if size.sum() == 0:
         raise InputError("the validation windows hold no bytes of text, so there is nothing to divide by")
     bits = bits + all_reduce(boundaries)
+    if not bits.isfinite().all():
+        raise InputError(f"the {name} score is not a finite number: the weights have diverged")
     return Score(*ratio(bits, size), bits.sum().item() * math.log(2) / sum(counts), len(numbers), sum(counts),
                  int(size.sum()), 1000 * (time.perf_counter() - started), boundaries.sum().item()), table
 
@@ -1378,6 +1376,8 @@ def train(trainer: Trainer, val: TokenStream, luts: ByteTables, log: Log) -> Mod
         log.progress("train", done, note)
     if step < hp.iterations:
         log(f"stopping_early: wallclock_cap train_time:{clock.ms():.0f}ms step:{step}/{hp.iterations}")
+    if clock.ms() > 1000 * BUDGET_SECONDS + 1000:  # the step that crosses the line is part of it
+        log(f"OVER BUDGET: training took {clock.ms() / 1000:.0f} s of the {BUDGET_SECONDS:.0f} s allowed")
     trainer.optimizer.swap_average()
     return trainer.model
 
@@ -1489,9 +1489,9 @@ def main() -> None:
         if len(sys.argv) > 1:
             raise InputError(f"{sys.argv[1]}: hyperparameters are environment variables; see --help")
         run(os.environ)
-    except InputError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once on every machine
-            print(f"train_mdlm.py: error: {error}", file=sys.stderr, flush=True)
+    except (InputError, OSError) as error:
+        time.sleep(5 * (os.environ.get("LOCAL_RANK", "0") != "0"))  # what all of them meet, the first one tells before
+        print("train_mdlm.py: error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()

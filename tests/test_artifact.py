@@ -502,7 +502,7 @@ def test_writing_leaves_the_former_file_alone_until_all_is_there(tmp_path, monke
     monkeypatch.setattr(tm.os, "fsync", no_space)
     with pytest.raises(OSError):
         tm.write_file(path, b"new")
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("preset", ["mdlm", "mdlm16"])

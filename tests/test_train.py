@@ -1,7 +1,10 @@
 """The script as its users run it: subprocesses, torchrun, one and two processes, two groups, restarts of a score."""
 
+import os
 import re
+import signal
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,8 +254,37 @@ def test_a_world_that_does_not_divide_the_batch_is_refused(tiny_env, tmp_path):
     assert output.count("is no multiple of 64: TRAIN_SEQ_LEN=32 times the 2 processes that share its sequences") == 1
 
 
+def test_a_killed_process_ends_the_group(tiny_env, tmp_path):
+    """Within a minute, with a status that is not 0; nothing is scored."""
+    env = tiny_env | dict(ITERATIONS="1000000", RUN_ID="lost")
+    process = torchrun("--standalone", "--nproc_per_node=2", cwd=tmp_path, **env)
+    for line in process.stdout:
+        if line.startswith("step:5/"):
+            break
+    for status in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if {b"LOCAL_RANK=1", b"RUN_ID=lost"} <= set(status.read_bytes().split(b"\0")):
+                os.kill(int(status.parent.name), signal.SIGKILL)
+        except OSError:  # ended meanwhile, or another user's
+            continue
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and "final_" not in rest
+    assert not list((tmp_path / "logs").glob("*.mdlm"))
+
+
+def test_a_diverged_run_prints_no_score(tiny_env, tmp_path):
+    done = run_python(
+        "train_mdlm.py",
+        cwd=tmp_path,
+        check=False,
+        **(tiny_env | dict(SCALAR_LR="1e38", TIED_EMBED_LR="1e38", ITERATIONS="20")),
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    assert "not finite" in done.stderr or "not a finite number" in done.stderr
+    assert "val_bpb:nan" not in done.stdout and "final_" not in done.stdout
+
+
 def test_progress_bar_on_a_terminal_only(tiny_env, tmp_path):
-    import os
     import pty
     import subprocess
     import sys
