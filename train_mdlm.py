@@ -189,8 +189,8 @@ class Hyperparameters:
             (foreign, f"{shown('scores')}: {', '.join(foreign)} is not one of {', '.join(SCORE_NAMES)}"),
             (unstored, f"{shown('quant_mode')}: {', '.join(kinds)}, or all of them, may be {', '.join(QUANTIZERS)}; "
                        "for example int6, or embed:int8,matrix:int6"),
-            (self.quant_clip > 3 * coarsest,
-             f"{shown('quant_clip')} with {shown('quant_mode')}: steps above three root mean squares keep nothing"),
+            (self.quant_clip > 2 * coarsest,
+             f"{shown('quant_clip')} with {shown('quant_mode')}: steps above two root mean squares keep nothing"),
             (self.pack == "zstd" and not zstandard, "PACK=zstd needs zstandard: pip install -r requirements.txt"),
             (re.search(r"[^\w.+=@-]", self.run_id), f"{shown('run_id')}: letters, digits and . _ + = @ - only")):
             if wrong:
@@ -927,7 +927,7 @@ def unpack_kind(packed: bytes, storage: str, packer: str, shapes: Sequence[torch
     quantizer, sizes = QUANTIZERS[storage], [shape.numel() for shape in shapes]
     rows = [shape[:-1].numel() for shape in shapes] if quantizer.scale else []
     end, scale = sum(sizes) * quantizer.dtype.itemsize, quantizer.scale or torch.float32
-    raw = PACKERS[packer].unpack(packed, end + sum(rows) * scale.itemsize + 1)
+    raw = memoryview(PACKERS[packer].unpack(packed, end + sum(rows) * scale.itemsize + 1))
     weights = from_planes(raw[:end], quantizer.dtype, sum(sizes))
     scales, parts = from_planes(raw[end:], scale, sum(rows)).split(rows), weights.split(sizes)
     for part, shape, factor in zip(parts, shapes, scales):
@@ -973,7 +973,7 @@ def save_artifact(model: Model, hp: Hyperparameters, path: str | Path,
 
 def unpack_artifact(data: bytes, path: str | Path) -> tuple[Model, Hyperparameters, str]:
     """A model with the weights of an artifact, its hyperparameters, and a label, for example fp8+lzma.
-    InputError if it is not sound. Memory is taken only where the file has half a bit for each weight."""
+    InputError if it is not sound. Memory is taken only if the file has a bit for each weight."""
     foreign = (f"{path}: not an artifact of this version of train_mdlm.py"
                + ", or packed with zstd: pip install -r requirements.txt" * (zstandard is None))
     if data.startswith(ARTIFACT_MAGIC) and hashlib.sha256(data[:-32]).digest() != data[-32:]:
@@ -988,7 +988,7 @@ def unpack_artifact(data: bytes, path: str | Path) -> tuple[Model, Hyperparamete
         if (not data.startswith(ARTIFACT_MAGIC) or header["version"] != ARTIFACT_VERSION
                 or list(fields) != stored_fields() or list(kinds) != [kind.name for kind in groups]
                 or at + sum(size for _, _, size in kinds.values()) != len(data) - 32
-                or sum(p.numel() for p in model.parameters()) > 16 * len(data) + 2**16):
+                or sum(p.numel() for p in model.parameters()) > 8 * len(data) + 2**16):
             raise ValueError
         for named, (storage, packer, size) in zip(groups.values(), kinds.values(), strict=True):
             weights = unpack_kind(data[at:at + size], storage, packer, [p.shape for p in named.values()])

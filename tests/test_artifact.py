@@ -89,10 +89,19 @@ def test_storages_by_kind():
 
 
 def test_a_clip_that_leaves_nothing_is_refused():
-    for clip, mode in ((22.0, "int4"), (22.0, "int8,head:int4"), (382.0, "int8"), (1e39, "fp8_row")):
+    for clip, mode in ((15.0, "int4"), (15.0, "int8,head:int4"), (255.0, "int8"), (1e39, "fp8_row")):
         with pytest.raises(ValueError, match="QUANT_CLIP"):
             tm.Hyperparameters(quant_clip=clip, quant_mode=mode)
-    assert tm.Hyperparameters(quant_clip=21.0, quant_mode="int4").quant_clip == 21.0
+    assert tm.Hyperparameters(quant_clip=14.0, quant_mode="int4").quant_clip == 14.0
+
+
+def test_the_coarsest_grid_allowed_can_be_read_back(tmp_path):
+    """Loading wants a bit for each weight; Gaussian ones have more even on the widest steps."""
+    hp = tm.Hyperparameters(preset="demo", model_dim=256, quant_mode="int4", quant_clip=14.0)
+    info = tm.save_artifact(gaussian_model(hp), hp, tmp_path / "a.mdlm")
+    weights = sum(kind["weights"] for kind in info["kinds"].values())
+    assert weights > 2**20 and weights < 8 * info["artifact_bytes"] < 1.5 * weights
+    tm.load_artifact(tmp_path / "a.mdlm")
 
 
 def test_extreme_rows_stay_finite():
