@@ -142,7 +142,7 @@ class Hyperparameters:
     ema_decay: float = knob("optimizer", 0.999, "decay a step of the averaged weights; 0: no averaging", high=1)
     ema_start_frac: float = knob("optimizer", 0.1, "averaging starts at this share of the clock or steps", high=1)
     quant_mode: str = knob("export", "fp8", "fp8, fp8_row, int4 … int8, fp16 or fp32; by kind: embed:int8,matrix:int6")
-    quant_clip: float = knob("export", 0.0, "largest code of a row; 0: that of the least squared error", "× its RMS")
+    quant_clip: float = knob("export", 0.0, "the largest code; 0: least squared error; with feedback ≥ 10", "× RMS")
     quant_feedback: int = knob("export", 0, "rounding corrects itself for the inputs of so many; 0: nearest", "batches")
     pack: str = knob("export", "auto", "compressor; auto: the smallest", choices="auto|zlib|huffman|lzma|zstd")
     nelbo_passes: int = knob("scoring", 4, "masks a sequence of the final any-order NELBO", low=1)
@@ -877,7 +877,7 @@ def feed_back(rows: Tensor, scales: Tensor, quantizer: Quantizer, moments: Tenso
     return codes
 
 def quantize(weights: Tensor, quantizer: Quantizer, clip: float, moments: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes (R, C) and scales (R, 1) of weights (…, C); with moments (C, C) of inputs, outputs rather than weights."""
+    """Codes (R, C) and scales (R, 1) of weights (…, C); moments (C, C) of inputs: so that outputs change least."""
     rows = weights.detach().float().view(weights.shape[:-1].numel(), weights.shape[-1])
     scales = row_scales(rows, quantizer, clip) if quantizer.scale else rows.new_ones(len(rows), 1)
     codes = to_codes(rows / scales, quantizer) if moments is None else feed_back(rows, scales, quantizer, moments)
@@ -1472,7 +1472,7 @@ def run(env: Mapping[str, str]) -> None:
     else:
         trainer = Trainer(hp, stream, device)
         log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())}")
-        log_size("Predicted submission size", predicted_bytes(hp), log, " if weights are as dense as Gaussian ones")
+        log_size("Predicted submission size", on_first_process(lambda: predicted_bytes(hp)), log, " for normal weights")
         log(f"world_size:{world_size()} grad_accum_steps:{len(trainer.micros)} compute_dtype:{hp.compute_dtype}")
         model = train(trainer, val, luts, log)
         log(f"peak memory allocated: {peak_memory(device)}")

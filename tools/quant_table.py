@@ -74,7 +74,8 @@ def measure(artifact: Path, rows: list[str], seqs: int, batch: int, log: tm.Log)
             info = tm.save_artifact(model, row, Path(folder) / "row.mdlm", known[row.quant_feedback])
             seconds = time.perf_counter() - started
             packed = tm.load_artifact(Path(folder) / "row.mdlm")[0].on(device)
-        lost = sum((dict(packed.named_parameters())[name] - w).square().sum().item() for name, w in weights.items())
+        stored = dict(packed.named_parameters())
+        lost = sum((stored[name].detach() - w).square().sum().item() for name, w in weights.items())
         bits = tm.score_windows(hp.headline, packed, hp, val, luts, seqs)[1].sum(1)[:, 0]
         cost, stderr = tm.ratio(bits - exact, size)
         kinds = [kind for name, kind in info["kinds"].items() if name != "gain"]
