@@ -15,21 +15,26 @@ H heads, V real tokens, N scored positions of a batch. MASK is token V, PAD is V
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import functools
 import hashlib
+import io
 import itertools
 import json
 import lzma
 import math
 import os
 import re
+import signal
 import sys
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, Iterable, Mapping, NamedTuple, Sequence
 
 import numpy as np
@@ -45,23 +50,22 @@ except ImportError:  # a plain torch installation: PACK=auto then chooses betwee
 
 SIZE_LIMIT_BYTES, BUDGET_SECONDS = 16_000_000, 600.0  # code + artifact; training, and again evaluation
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly, however many are taken
+
 class InputError(ValueError):
     """Something the user gave is wrong: one line that names the value, the place and the remedy."""
-
 # == Hyperparameters ===================================================================================================
-def knob(group: str, default, meaning: str, unit: str = "", low=0, high=math.inf, choices: str = ""):
+def knob(group: str, default, meaning: str, unit: str = "", low=0, high=1e12, choices: str = ""):
     """A hyperparameter: the environment variable is its name in capitals; numbers lie in [low, high]."""
     return dataclasses.field(default=default, metadata=dict(group=group, meaning=meaning, unit=unit, low=low, high=high,
                                                             choices=choices.split("|") if choices else []))
-
 CHAIN_RULES = ("l2r", "sliding", "confidence", "random")
 SCORE_NAMES = ("nelbo", *CHAIN_RULES, "tstep", "tgrid")
 LLADA = dict(  # PR 1106
     backbone="dit", num_layers=11, model_dim=512, num_kv_heads=8, mlp_mult=3, tie_embeddings=False, logit_softcap=0.0,
-    train_seq_len=2048, time_sampling="antithetic", mask_eps=0.0, mask_max=0.999, loss_weight="dsigma",
+    train_seq_len=2048, time_sampling="antithetic", mask_eps=0.0, mask_max=0.999, loss_weight="dsigma", ema_decay=0.0,
     weight_clamp=1000.0, iterations=6000, lr_warmup_steps=300, warmdown_iters=1500, warmdown_shape="cosine",
-    min_lr_frac=0.1, train_batch_tokens=65_536, optimizer="adamw", matrix_lr=6e-4, embed_lr=6e-4, head_lr=6e-4,
-    tied_embed_lr=6e-4, scalar_lr=6e-4, weight_decay=0.1, weight_decay_on="all", ema_decay=0.0,
+    min_lr_frac=0.1, train_batch_tokens=65_536, optimizer="adamw", weight_decay=0.1, weight_decay_on="all",
+    **dict.fromkeys(("matrix_lr", "embed_lr", "head_lr", "tied_embed_lr", "scalar_lr"), 6e-4),
     scores="nelbo,l2r,tstep", tstep_seqs=500, tstep_steps=512)
 PRESETS: dict[str, dict] = {
     "mdlm": {},  # PR 1699: the defaults below; ar is the challenge's causal baseline
@@ -78,13 +82,11 @@ PRESETS: dict[str, dict] = {
         ema_decay=0.0, train_log_every=100, val_loss_every=200, eval_max_seqs=256, nelbo_passes=1, l2r_seqs=32,
         val_batch_size=2048),
 }
-
 @dataclasses.dataclass(frozen=True, init=False)
 class Hyperparameters:
     """Resolved configuration: the defaults, then the preset's row of PRESETS, then the given values; or InputError."""
     preset: str = knob("run", "mdlm", "named configuration; the other variables override it", choices="|".join(PRESETS))
-    run_id: str = knob("run", "", "names logs/<RUN_ID>.txt and logs/<RUN_ID>.mdlm; empty: start time and preset")
-    seed: int = knob("run", 1337, "of initial weights, mask times and masks", high=2**63 - 1)
+    run_id: str = knob("run", "", "names logs/<RUN_ID>.txt and logs/<RUN_ID>.mdlm; empty: time, process and preset")
     eval_only: str = knob("run", "", "path of an artifact to score instead of training")
     data_path: str = knob("data", "./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
     tokenizer_path: str = knob("data", "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
@@ -111,18 +113,22 @@ class Hyperparameters:
     mask_max: float = knob("noise", 1.0, "largest mask probability", high=1)
     loss_weight: str = knob("noise", "elbo", "at probability p: 1/p, ~ 1/(1 − p), 1", choices="elbo|dsigma|flat")
     weight_clamp: float = knob("noise", 100.0, "largest loss weight", low=1)
-    iterations: int = knob("training", 20_000, "optimizer steps at most", "steps")
+    seed: int = knob("training", 1337, "of initial weights, mask times and masks", high=2**63 - 1)
+    iterations: int = knob("training", 20_000, "optimizer steps at most", "steps", high=99_999_999)
     max_wallclock_seconds: float = knob("training", 600.0, "training time at most; 0: no limit", "s")
-    warmup_steps: int = knob("training", 20, "compile warm-up, undone before training starts", "steps")
     lr_warmup_steps: int = knob("training", 0, "linear growth of the learning rates at the start", "steps")
     warmdown_iters: int = knob("training", 1200, "decay of the learning rates at the end", "steps")
     warmdown_shape: str = knob("training", "linear", "of that decay", choices="linear|cosine")
     min_lr_frac: float = knob("training", 0.0, "where it ends, of the full learning rates", high=1)
     lr_cycle_steps: int = knob("training", 0, "growth and decay start again every so many steps; 0: never", "steps")
     train_batch_tokens: int = knob("training", 524_288, "tokens of the global batch", "tokens", low=1)
-    micro_batch_tokens: int = knob("training", 65_536, "tokens of one pass of one process at most", "tokens", low=1)
-    train_log_every: int = knob("training", 200, "between log lines (the first 10 steps always log; 0: none)", "steps")
-    val_loss_every: int = knob("training", 1000, "between validations; 0: only at the end", "steps")
+    warmup_steps: int = knob("running", 20, "compile warm-up, undone before training starts", "steps")
+    micro_batch_tokens: int = knob("running", 65_536, "tokens of one pass of one process at most", "tokens", low=1)
+    train_log_every: int = knob("running", 200, "between log lines (the first 10 steps always log; 0: none)", "steps")
+    val_loss_every: int = knob("running", 1000, "between validations; 0: only at the end", "steps")
+    checkpoint_every: float = knob("running", 300.0, "training time between checkpoints; 0: only on a signal", "s")
+    resume: str = knob("running", "auto", "from a checkpoint of this RUN_ID if there is one; or never, or a path")
+    skip_nonfinite: int = knob("running", 0, "with gradients that are not finite, before the run stops", "steps")
     optimizer: str = knob("optimizer", "muon", "of the block matrices; the rest has AdamW", choices="muon|adamw")
     matrix_lr: float = knob("optimizer", 0.02, "learning rate of the block matrices")
     tied_embed_lr: float = knob("optimizer", 0.05, "Adam learning rate of a tied embedding")
@@ -142,7 +148,7 @@ class Hyperparameters:
     ema_decay: float = knob("optimizer", 0.999, "decay a step of the averaged weights; 0: no averaging", high=1)
     ema_start_frac: float = knob("optimizer", 0.1, "averaging starts at this share of the clock or steps", high=1)
     quant_mode: str = knob("export", "fp8", "fp8, fp8_row, int4 … int8, fp16 or fp32; by kind: embed:int8,matrix:int6")
-    quant_clip: float = knob("export", 0.0, "the largest code; 0: least squared error; with feedback ≥ 10", "× RMS")
+    quant_clip: float = knob("export", 0.0, "the largest code; 0: least squares; with feedback ≥ 10", "× RMS", high=16)
     quant_feedback: int = knob("export", 0, "rounding corrects itself for the inputs of so many; 0: nearest", "batches")
     pack: str = knob("export", "auto", "compressor; auto: the smallest", choices="auto|zlib|huffman|lzma|zstd")
     nelbo_passes: int = knob("scoring", 4, "masks a sequence of the final any-order NELBO", low=1)
@@ -162,11 +168,9 @@ class Hyperparameters:
     val_batch_size: int = knob("scoring", 524_288, "tokens of one scoring pass of all processes", "tokens", low=1)
     def __init__(self, preset: str = "mdlm", **overrides):
         known = {f.name: f for f in dataclasses.fields(self)}
-        if preset not in PRESETS:
-            raise InputError(f"PRESET={preset} is not one of {', '.join(PRESETS)}")
         for name in overrides.keys() - known.keys():
             raise InputError(f"unknown hyperparameter {name}{did_you_mean(name, known)}")
-        values = {name: f.default for name, f in known.items()} | PRESETS[preset] | overrides | {"preset": preset}
+        values = {n: f.default for n, f in known.items()} | PRESETS.get(preset, {}) | overrides | {"preset": preset}
         for name, value in values.items():
             object.__setattr__(self, name, checked_value(known[name], value))
         self._check_together()
@@ -178,7 +182,6 @@ class Hyperparameters:
         shown, causal = self.shown, self.objective == "ar"
         foreign, kinds = [name for name in self.score_names if name not in SCORE_NAMES], [kind.name for kind in KINDS]
         unstored = [kind for kind, storage in self.storages.items() if kind not in kinds or storage not in QUANTIZERS]
-        coarsest = min([q.largest for name, q in QUANTIZERS.items() if name in self.storages.values()], default=1)
         for wrong, message in (
             (self.model_dim % self.num_heads, f"{shown('num_heads')} must divide {shown('model_dim')}"),
             (self.num_heads % self.num_kv_heads, f"{shown('num_kv_heads')} must divide {shown('num_heads')}"),
@@ -189,14 +192,12 @@ class Hyperparameters:
             (foreign, f"{shown('scores')}: {', '.join(foreign)} is not one of {', '.join(SCORE_NAMES)}"),
             (unstored, f"{shown('quant_mode')}: {', '.join(kinds)}, or all of them, may be {', '.join(QUANTIZERS)}; "
                        "for example int6, or embed:int8,matrix:int6"),
-            (self.quant_clip > 2 * coarsest,
-             f"{shown('quant_clip')} with {shown('quant_mode')}: steps above two root mean squares keep nothing"),
             (self.pack == "zstd" and not zstandard, "PACK=zstd needs zstandard: pip install -r requirements.txt"),
-            (re.search(r"[^\w.+=@-]", self.run_id), f"{shown('run_id')}: letters, digits and . _ + = @ - only")):
+            (re.search(r"[^\w.+=@-]|^\.", self.run_id),
+             f"{shown('run_id')}: letters, digits, _ + = @ - and dots inside")):
             if wrong:
                 raise InputError(message)
     def shown(self, name: str) -> str:
-        """`NAME=value`, as the user writes it."""
         value = getattr(self, name)
         return f"{name.upper()}={int(value) if isinstance(value, bool) else value}"
     @property
@@ -211,9 +212,7 @@ class Hyperparameters:
     pad_id = property(lambda self: self.vocab_size + 1)
     score_names = property(lambda self: [name.strip() for name in self.scores.split(",") if name.strip()])
     headline = property(lambda self: "ar" if self.objective == "ar" else "nelbo", doc="the score behind val_bpb")
-    tgrid_points = property(lambda self: self.final_eval_t_samples or 256, doc="as published unless given")
     batch_rows = property(lambda self: self.train_batch_tokens // self.train_seq_len, doc="sequences a global batch")
-
 def checked_value(spec: dataclasses.Field, value):
     """`value` (a string from the environment, or a Python value) as the type of the field; InputError names it."""
     name, kind, limits = spec.name.upper(), type(spec.default), spec.metadata
@@ -231,7 +230,6 @@ def checked_value(spec: dataclasses.Field, value):
     if kind in (int, float) and not limits["low"] <= value <= limits["high"]:
         raise InputError(f"{name}={value} is not between {limits['low']} and {limits['high']}")
     return value
-
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     return "".join(f" (did you mean {close}?)" for close in difflib.get_close_matches(name, list(known), 1, 0.85))
 def near_misses(env: Mapping[str, str]) -> list[str]:
@@ -246,171 +244,175 @@ def help_text() -> str:
     for spec in dataclasses.fields(Hyperparameters):
         about = spec.metadata
         lines, group = lines + ["", f"  {about['group']}"] * (about["group"] != group), about["group"]
-        unit = f" [{about['unit']}]" if about["unit"] else ""
-        lines += [f"    {presets['mdlm'].shown(spec.name):<36} {about['meaning']}{unit}"]
+        meaning = about["meaning"] + f" [{about['unit']}]" * bool(about["unit"])
+        lines += [f"    {presets['mdlm'].shown(spec.name):<36} {meaning}"]
         changed = [f"{name}: {hp.shown(spec.name).partition('=')[2]}" for name, hp in presets.items()
                    if spec.name in PRESETS[name]]
         lines += [f"{'':<43}{note}" for note in (" | ".join(about["choices"]), "; ".join(changed)) if note]
     return "\n".join(lines)
-
 # == Ranks, clock and log ==============================================================================================
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-def all_reduce(tensor: Tensor) -> Tensor:
-    """Sums in place over all processes."""
+def together(collective: Callable, *arguments, **options) -> None:
+    """A collective of torch.distributed; InputError if one of the processes is no longer there."""
     try:
         if world_size() > 1:
-            dist.all_reduce(tensor)
+            collective(*arguments, **options)
     except RuntimeError as error:
         raise InputError(f"another process of the group is lost: {str(error).splitlines()[0]}") from None
+def all_reduce(tensor: Tensor) -> Tensor:
+    together(dist.all_reduce, tensor)
     return tensor
 def start_ranks() -> torch.device:
     """Joins the process group that torchrun describes (or a group of one) and returns this process's device."""
-    device, backend = torch.device("cpu"), "gloo"
+    device = torch.device("cpu")
     if torch.cuda.is_available():
-        wanted, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-        if wanted > found:
-            raise InputError(f"--nproc_per_node={wanted}, but this machine has {found} GPUs")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device, found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), torch.cuda.device_count()
+        if device.index >= found:
+            raise InputError(f"--nproc_per_node is more than {found}, the GPUs of this machine")
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"  # control messages never wait for the GPU
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
+    if "RANK" in os.environ:  # control messages go through gloo, they never wait for a GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
-
+def on_signals(handler) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 def on_first_process(work: Callable):
     """What work() returns on the first process, on all of them; what it finds wrong is an InputError on all of them."""
     result = [None, None]
     try:
         result[0] = work() if rank() == 0 else None
     except (InputError, OSError) as error:
-        result[1] = error if isinstance(error, InputError) else InputError(
-            f"{error.filename or 'a file'}: cannot be read or written: {error.strerror}")
-    if world_size() > 1:
-        dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
+        result[1] = InputError(reason(error))
+    together(dist.broadcast_object_list, result, src=0, device=torch.device("cpu"))
     if result[1]:
         raise result[1]
     return result[0]
-
+def reason(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by a signal, or after another process; with its RUN_ID a run goes on from its last checkpoint"
+    if isinstance(error, MemoryError) or "memory" in str(error):
+        return "out of memory: lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or the size of the model"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the log or the screen'}: cannot be read or written: {error.strerror}"
+    return " ".join(str(error).split())
 class Clock:
-    """Training time in milliseconds, from now on; what is done while it is paused is not counted."""
+    """Training time, over all lives of a run; what is done while it is paused counts in `apart`, in seconds by name."""
     def __init__(self, device: torch.device):
-        self.device, self.started = device, 0.0
+        self.device, self.stopped, self.apart = device, False, {}
         self.started = self.now()
     def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-    def ms(self) -> float:
-        """The mean over the processes: decisions that depend on it must be the same everywhere."""
-        own = torch.tensor(1000 * (time.perf_counter() - self.started), dtype=torch.float64)
-        return all_reduce(own).item() / world_size()
+    def read(self) -> tuple[float, bool]:
+        """Milliseconds, the mean of the processes, and whether one was told to stop: so all of them decide alike."""
+        own = [1000 * (time.perf_counter() - self.started), self.stopped]
+        ms, stopped = all_reduce(torch.tensor(own, dtype=torch.float64)).tolist()
+        return ms / world_size(), stopped > 0
     @contextlib.contextmanager
-    def paused(self) -> Iterable[None]:
+    def paused(self, name: str) -> Iterable[None]:
         since = self.now()
         yield
-        self.started += self.now() - since
-
+        spent = self.now() - since
+        self.started, self.apart[name] = self.started + spent, self.apart.get(name, 0.0) + spent
 class Log:
     """The first process's lines, on the screen and in a file; on a terminal also a progress bar below them."""
     def __init__(self, path: Path | None = None):
-        self.path = path if rank() == 0 else None
+        self.path = path
         self.bar = rank() == 0 and sys.stdout.isatty()
         self.phase, self.drawn = ("", 0.0, 0.0), 0.0  # name, start and first fraction of the bar; when it was drawn
-    def __call__(self, line: str, screen: bool = True) -> None:
+    def __call__(self, line: str, screen: bool = True, every_rank: bool = False) -> None:
         if screen and rank() == 0:
             print("\r\x1b[K" * self.bar + line, flush=True)
-        if self.path:
-            with self.path.open("a", encoding="utf-8") as file:
+        if self.path and (every_rank or rank() == 0):
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
     def progress(self, name: str, fraction: float, note: str = "") -> None:
         """Redraws the bar at most five times a second; `fraction` in [0, 1], the time left follows from it."""
         now = time.monotonic()
         if not self.bar or (now - self.drawn < 0.2 and 0.0 < fraction < 1.0):
             return
-        if name != self.phase[0]:
-            self.phase = name, now, fraction
+        self.phase, self.drawn = self.phase if name == self.phase[0] else (name, now, fraction), now
         speed = (fraction - self.phase[2]) / max(now - self.phase[1], 1e-9)
         left = "{}:{:02d} left".format(*divmod(int((1 - fraction) / speed), 60)) if speed > 0 else ""
         line = f"{name} {'█' * int(30 * fraction):░<30} {100 * fraction:3.0f} % {left} {note}"
         print("\r\x1b[K" + line * (fraction < 1.0), end="", flush=True)
-        self.drawn = now
-
+def log_budget(log: Log, name: str, value: float, limit: float, unit: str, note: str = "") -> None:
+    """What the challenge limits, and whether it is more than that."""
+    log(f"{name}: {round(value, 1)} {unit}{note}")
+    if value > limit:
+        log(f"OVER BUDGET: {name} is {round(value, 1)} {unit}, {round(value - limit, 1)} more than allowed")
 # == Data and bytes ====================================================================================================
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 BOS_ID = 1  # <s> in the challenge's tokenizers
 REMEDY = "run 'python data/prepare_text.py --source docs' (for PRESET=demo) or 'python data/fetch_fineweb.py'"
-
 def open_shard(path: Path) -> np.ndarray:
     """Memory-maps a shard of the challenge: 256 little-endian int32 (magic, version, number of tokens), then uint16."""
-    begin = 4 * SHARD_HEADER_INTS
-    try:
-        size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
     if header.size < SHARD_HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise InputError(f"{path}: not a token shard (bad header); {REMEDY}")
-    if header[2] < 1 or size != begin + 2 * int(header[2]):
+    if header[2] < 1 or size != 4 * SHARD_HEADER_INTS + 2 * int(header[2]):
         raise InputError(f"{path}: truncated or damaged, its header says {header[2]} tokens; {REMEDY}")
-    return np.memmap(path, dtype="<u2", mode="r", offset=begin, shape=(int(header[2]),))
-
+    return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER_INTS, shape=(int(header[2]),))
 class TokenStream:
-    """The shards of one split end to end, as a ring: after the last token comes the first. Two at most are mapped."""
+    """The shards of one split end to end, as a ring: after the last token comes the first."""
     def __init__(self, folder: str | Path, split: str):
         self.files = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
         if not self.files:
             raise InputError(f"no {split} shards in DATA_PATH={folder}; {REMEDY}")
-        self.ends = np.cumsum([len(open_shard(path)) for path in self.files])
-        self.total = int(self.ends[-1])
-        self.shard = functools.lru_cache(maxsize=2)(lambda i: open_shard(self.files[i]))
+        sizes, self.digest = np.array([len(open_shard(path)) for path in self.files]), 0
+        self.ends, self.begins, self.total = sizes.cumsum(), sizes.cumsum() - sizes, int(sizes.sum())
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from position `start` of the ring, uint16."""
         parts = []
         while count > 0:
             i = int(np.searchsorted(self.ends, start % self.total, side="right"))
-            shard = self.shard(i)
-            parts.append(shard[start % self.total - int(self.ends[i]) + len(shard):][:count])
-            start, count = start + len(parts[-1]), count - len(parts[-1])
+            size, at = min(int(self.ends[i]) - start % self.total, count), start % self.total - int(self.begins[i])
+            parts.append(np.fromfile(self.files[i], "<u2", size, offset=4 * SHARD_HEADER_INTS + 2 * at))
+            if len(parts[-1]) < size:
+                raise InputError(f"{self.files[i]}: was cut off while it was in use")
+            start, count = start + size, count - size
         return np.concatenate(parts)
     def windows(self, numbers: Iterable[int], length: int, stride: int = 0) -> Tensor:
         """(B, 1 + length) int64: window n is token n·stride and the `length` after it; without a stride end to end."""
+        if isinstance(numbers, range) and not stride:  # neighbours, as in training
+            tokens = torch.from_numpy(self.read(numbers.start * length, 1 + len(numbers) * length).astype(np.int64))
+            return tokens.unfold(0, 1 + length, length)
         starts = [n * (stride or length) for n in numbers]
         return torch.from_numpy(np.stack([self.read(start, 1 + length).astype(np.int64) for start in starts]))
     def count_windows(self, length: int, stride: int = 0) -> int:
         """Whole windows without going round the ring; the very first token is only ever a predecessor."""
         return max(1 + (self.total - 1 - length) // (stride or length), 0)
-    def count_tokens(self, numbers: range, length: int) -> int:
-        """Tokens in those windows, without PAD."""
-        return len(numbers) * length
     def order(self, epoch: int) -> Sequence[int]:
-        """The shards in the order in which they are read."""
         return range(len(self.files))
     def check_tokens(self, vocab_size: int, first_tokens: float = math.inf) -> None:
-        """Reads what a run can touch; InputError for a token ≥ vocab_size."""
+        """Reads what a run can touch, and keeps its checksum; InputError for a token ≥ vocab_size."""
         before = 0
         for i in self.order(0):
             shard = open_shard(self.files[i])
-            if before < first_tokens and (largest := int(shard.max())) >= vocab_size:
-                raise InputError(f"{self.files[i]}: holds token {largest}, but VOCAB_SIZE={vocab_size}; it was "
-                                 "made with another tokenizer")
+            if before < first_tokens:
+                self.digest = zlib.crc32(shard, self.digest)
+                if (largest := int(shard.max())) >= vocab_size:
+                    raise InputError(f"{self.files[i]}: holds token {largest}, but VOCAB_SIZE={vocab_size}; it was "
+                                     "made with another tokenizer")
             before += len(shard)
-
 class DocumentStream(TokenStream):
     """The same shards as documents, from <s> to <s>, cut into chunks of at most L tokens, then PAD; epoch after epoch,
     the shards and the chunks of a shard come in orders that depend on (seed, epoch), two shards at most in use."""
     def __init__(self, folder: str | Path, split: str, hp: Hyperparameters):
         super().__init__(folder, split)
         self.length, self.pad_id, self.seed = hp.train_seq_len, hp.pad_id, hp.seed
-        self.begins = [0]  # number of the first chunk of every visit of a shard, as far as is known
+        self.firsts = [0]  # number of the first chunk of every visit of a shard, as far as is known
         self.visit = functools.lru_cache(maxsize=2)(self._visit)
     def order(self, epoch: int) -> Sequence[int]:
         return torch.randperm(len(self.files), generator=seeded("cpu", self.seed, "shards", epoch)).tolist()
     def _visit(self, visit: int) -> tuple[np.ndarray, np.ndarray, Tensor]:
         """The tokens of a shard, where its chunks begin (and the last one ends), and the order of its chunks."""
         epoch, place = divmod(visit, len(self.files))
-        shard = self.shard(self.order(epoch)[place])
+        shard = np.array(open_shard(self.files[self.order(epoch)[place]]))  # a file that changes does no harm
         documents = np.union1d([0], np.flatnonzero(shard == BOS_ID))  # a shard may begin inside a document
         chunks = -(-np.diff(documents, append=len(shard)) // self.length)
         inside = np.arange(chunks.sum()) - np.repeat(chunks.cumsum() - chunks, chunks)
@@ -418,27 +420,23 @@ class DocumentStream(TokenStream):
         return shard, starts, torch.randperm(len(inside), generator=seeded("cpu", self.seed, "chunks", visit))
     def chunk(self, number: int) -> np.ndarray:
         """The tokens of a chunk, uint16."""
-        while self.begins[-1] <= number:
-            self.begins.append(self.begins[-1] + len(self.visit(len(self.begins) - 1)[2]))
-        visit = int(np.searchsorted(self.begins, number, side="right")) - 1
+        while self.firsts[-1] <= number:
+            self.firsts.append(self.firsts[-1] + len(self.visit(len(self.firsts) - 1)[2]))
+        visit = int(np.searchsorted(self.firsts, number, side="right")) - 1
         shard, starts, order = self.visit(visit)
-        at = int(order[number - self.begins[visit]])
+        at = int(order[number - self.firsts[visit]])
         return shard[starts[at]:starts[at + 1]]
     def windows(self, numbers: Iterable[int], length: int, stride: int = 0) -> Tensor:
         """(B, 1 + length) int64: PAD, then the tokens of a chunk, then PAD."""
         chunks = [self.chunk(n) for n in numbers]
         rows = [np.pad(c.astype(np.int64), (1, length - len(c)), constant_values=self.pad_id) for c in chunks]
         return torch.from_numpy(np.stack(rows))
-    def count_tokens(self, numbers: range, length: int) -> int:
-        return sum(len(self.chunk(n)) for n in numbers)
-
 class ByteTables(NamedTuple):
     """What each token adds to the text, for all ids < table size (the challenge's tables, plus `keeps_space`)."""
     base_bytes: Tensor  # (table,) int64, UTF-8 bytes without the leading space
     has_leading_space: Tensor  # (table,) bool
     is_boundary: Tensor  # (table,) bool: control and unknown tokens, which stand for no text
     keeps_space: bool  # whether the first piece after a boundary keeps its leading space when decoded
-
 def build_sentencepiece_luts(sp, vocab_size: int, device: torch.device | str = "cpu") -> ByteTables:
     """Byte tables of a SentencePiece model, exact for pieces with several spaces and for text that starts with one."""
     size = max(int(sp.vocab_size()), vocab_size + 2)  # MASK and PAD stand for no text
@@ -450,30 +448,37 @@ def build_sentencepiece_luts(sp, vocab_size: int, device: torch.device | str = "
             base[token] = 1 if sp.is_byte(token) else len(piece.replace("\u2581", " ").encode()) - space[token]
     keeps_space = space.any() and sp.decode([int(space.argmax())]).startswith(" ")  # every piece behaves alike: ask one
     return ByteTables(*(torch.from_numpy(table).to(device) for table in (base, space, boundary)), bool(keeps_space))
-
 def token_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
     """(…, L) int64: exact UTF-8 bytes of the text that each of tokens (…, L) adds; `prev` (…) is the token before."""
     tokens = torch.as_tensor(tokens, dtype=torch.int64, device=luts.base_bytes.device)
     first = torch.as_tensor(prev, dtype=torch.int64, device=tokens.device).expand(tokens.shape[:-1])
     before = torch.cat([first[..., None], tokens[..., :-1]], dim=-1)
     return luts.base_bytes[tokens] + (luts.has_leading_space[tokens] & (luts.keeps_space | ~luts.is_boundary[before]))
-
 def count_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
     """(…) int64: exact UTF-8 bytes of the text that tokens (…, L) add after the token `prev` (…) before them."""
     return token_bytes(tokens, prev, luts).sum(-1)
 def load_tokenizer(path: str, vocab_size: int):
     """The SentencePiece model at `path`; InputError when it is missing, foreign or of another size."""
     import sentencepiece
-    if not Path(path).is_file():
-        raise InputError(f"no tokenizer at TOKENIZER_PATH={path}; {REMEDY}")
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=path)
-    except (RuntimeError, OSError):
-        raise InputError(f"{path}: not a SentencePiece model") from None
+        sp.id_to_piece(list(range(sp.vocab_size())))  # are they all text?
+    except (RuntimeError, OSError, ValueError):
+        raise InputError(f"TOKENIZER_PATH={path}: there is no SentencePiece model; {REMEDY}") from None
     if int(sp.vocab_size()) != vocab_size:
         raise InputError(f"{path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
     return sp
-
+def check_tokenizer(path: str, sp, stream: TokenStream, luts: ByteTables) -> None:
+    """InputError unless the text of the first tokens is tokenized to them again, nearly; but tokens none of which is
+    more frequent than by chance are not text, so no tokenizer is theirs."""
+    def pairs(documents: Iterable[Sequence[int]]) -> collections.Counter:
+        return collections.Counter(pair for document in documents for pair in itertools.pairwise(document))
+    tokens, boundary = stream.read(0, min(stream.total, 50_000)), luts.is_boundary.cpu().numpy()
+    parts = [part[~boundary[part]].tolist() for part in np.split(tokens, np.flatnonzero(boundary[tokens]))]
+    stored, again = pairs(parts), pairs(sp.encode(sp.decode(parts)))
+    text = np.bincount(tokens).max() > 10 + 4 * len(tokens) / len(boundary)
+    if text and (stored & again).total() < 0.99 * stored.total():
+        raise InputError(f"{path}: is not the tokenizer that made {stream.files[0]}; it splits the text differently")
 # == Noise: when and what to mask ======================================================================================
 def seeded(device: torch.device | str, *key) -> torch.Generator:
     """A generator that depends on `key` only, for example (seed, "train", step)."""
@@ -487,9 +492,8 @@ def sample_times(kind: str, u: Tensor) -> Tensor:
         strata = (torch.arange(rows, dtype=torch.float64, device=u.device) * GOLDEN % 1).argsort().argsort()
         return (strata + u[0]) / rows
     if kind == "antithetic":
-        return torch.stack([u[: rows // 2], 1 - u[: rows // 2]], dim=1).flatten()
+        return torch.stack([u, 1 - u], dim=1).flatten()[:rows]
     return u
-
 def mask_probability(hp: Hyperparameters, u: Tensor) -> Tensor:
     """(B,) probability that a token is masked, uniform on [MASK_EPS, MASK_MAX]."""
     return hp.mask_eps + (hp.mask_max - hp.mask_eps) * sample_times(hp.time_sampling, u)
@@ -507,29 +511,23 @@ def draw_noise(hp: Hyperparameters, generator: torch.Generator) -> tuple[Tensor,
     return probability, torch.rand(size, generator=generator, device=device)
 def apply_noise(hp: Hyperparameters, x0: Tensor, probability: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Masks x0 (B, L): the mask (B, L) bool, the loss weight (B,) of its tokens, and the probability (B,) behind it."""
-    free, told = hideable(hp, x0), probability
+    free, told, mask = hideable(hp, x0), probability, keys < probability[:, None]
     if hp.masking == "count":
         count = free.sum(1).clamp(min=1)
         k = (probability * count).ceil().clamp(min=1)
-        mask, told = mask_exactly(k, torch.where(free, keys, 2)) & free, k / count
-    else:
-        mask = (keys < probability[:, None]) & free
+        mask, told = mask_exactly(k, torch.where(free, keys, 2)), k / count
     weight = {"flat": torch.ones_like(probability), "elbo": 1 / told,  # elbo is the bound's weight,
               "dsigma": (hp.mask_max - hp.mask_eps) / (1 - probability)}[hp.loss_weight]  # dsigma PR 1106's σ′(t)
-    return mask, weight.clamp(max=hp.weight_clamp), told
-
+    return mask & free, weight.clamp(max=hp.weight_clamp), told
 def masked_capacity(hp: Hyperparameters, rows: int) -> int:
-    """A static bound on the masked positions of any micro-batch of `rows` rows: only those need the output head.
-    Mask probabilities are affine in the draws, so their sum over a slice is largest at an end of the draws. Counts add
-    less than one a row; independent masks exceed 4·sqrt(N) more with probability e^-32 (Hoeffding), and are cut."""
+    """A static bound on the masked positions of any micro-batch of `rows` rows. Their probabilities are affine in the
+    draws, so largest at an end; counts add less than 1 a row, independence 4·sqrt(N) (more, cut, with p = e^-32)."""
     positions = rows * hp.train_seq_len
     ends = [mask_probability(hp, torch.full((hp.batch_rows,), end)).view(-1, rows).sum(1).max() for end in (0.0, 1.0)]
     slack = rows if hp.masking == "count" else 4 * math.sqrt(positions)
     return min(positions, math.ceil(float(max(ends)) * hp.train_seq_len + slack))
-
 # == Model =============================================================================================================
 NORM_EPS, COND_DIM = torch.finfo(torch.float32).eps, 128  # COND_DIM: width of the noise condition, as published
-
 def norm(x: Tensor) -> Tensor:
     """RMS normalisation of the last axis, without gain."""
     return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
@@ -542,25 +540,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Half-split rotary embedding of x (…, L, head_dim)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
-
 class Linear(nn.Linear):
     """A matrix, kept in float32 and applied in the dtype of its input."""
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
-
 def pick(x: Tensor, at: Tensor | None) -> Tensor:
     """(N, D): the positions `at` (N,) of x (B, L, D), counted through the batch; all of x for None."""
     return x if at is None else x.flatten(0, 1).index_select(0, at)
-
 class Attention(nn.Module):
     """Grouped-query attention with normalised and rotated queries and keys; bidirectional unless `causal`."""
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.head_dim, self.causal = hp.head_dim, hp.objective == "ar"
-        self.shares_keys = hp.num_kv_heads < hp.num_heads
         self.c_q = Linear(hp.model_dim, hp.model_dim, bias=False)
-        self.c_k = Linear(hp.model_dim, hp.num_kv_heads * hp.head_dim, bias=False)
-        self.c_v = Linear(hp.model_dim, hp.num_kv_heads * hp.head_dim, bias=False)
+        self.c_k, self.c_v = (Linear(hp.model_dim, hp.num_kv_heads * hp.head_dim, bias=False) for _ in range(2))
         self.proj = Linear(hp.model_dim, hp.model_dim, bias=False)
         self.q_gain = nn.Parameter(torch.full((hp.num_heads,), hp.qk_gain_init)) if hp.backbone == "unet" else None
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor | None) -> Tensor:
@@ -568,26 +561,23 @@ class Attention(nn.Module):
         q, k = rotate(norm(q), *rotary), rotate(norm(k), *rotary)  # (B, H, L, head_dim)
         if self.q_gain is not None:
             q = q * self.q_gain.to(x.dtype)[:, None, None]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=self.shares_keys)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=k.shape[1] < q.shape[1])
         return self.proj(pick(y.transpose(1, 2).flatten(2), at))
-
 class MLP(nn.Module):
-    """proj(ReLU(fc x)²)."""
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.fc = Linear(hp.model_dim, hp.mlp_mult * hp.model_dim, bias=False)
         self.proj = Linear(hp.mlp_mult * hp.model_dim, hp.model_dim, bias=False)
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.relu(self.fc(x)).square())
-
 class UNetBlock(nn.Module):
     """A block of the challenge's trunk: it can mix the embedding in again, and its branches have gains."""
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.attn, self.mlp = Attention(hp), MLP(hp)
-        self.attn_scale = nn.Parameter(torch.ones(hp.model_dim))
-        self.mlp_scale = nn.Parameter(torch.ones(hp.model_dim))
-        self.resid_mix = nn.Parameter(torch.stack([torch.ones(hp.model_dim), torch.zeros(hp.model_dim)]))
+        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(hp.model_dim)) for _ in range(2))
+        self.resid_mix = nn.Parameter(torch.ones(2, hp.model_dim))
+        nn.init.zeros_(self.resid_mix[1])
         nn.init.zeros_(self.attn.proj.weight)
         nn.init.zeros_(self.mlp.proj.weight)
     def forward(self, x: Tensor, x_emb: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor | None) -> Tensor:
@@ -596,7 +586,6 @@ class UNetBlock(nn.Module):
         x = mix[0] * x + mix[1] * x_emb
         x = pick(x, at) + self.attn_scale.to(x.dtype) * self.attn(norm(x), rotary, at)
         return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
-
 class DiTBlock(nn.Module):
     """A plain pre-norm block; the noise level scales and shifts what its norms return (adaLN; Peebles & Xie 2023)."""
     def __init__(self, hp: Hyperparameters):
@@ -611,29 +600,26 @@ class DiTBlock(nn.Module):
         x = pick(x, at) + self.attn(norm(x) * (1 + scale) + shift, rotary, at)
         scale, shift = after.chunk(2, -1)
         return x + self.mlp(norm(x) * (1 + scale) + shift)
-
 def noise_features(masked_fraction: Tensor) -> Tensor:
     """(B, COND_DIM): sines and cosines of σ = −ln(1 − masked_fraction) (B,), at most 6.9, over frequencies 1 … 1e-4."""
     sigma = -(1 - masked_fraction).clamp(min=1e-3).log()
     half = torch.arange(COND_DIM // 2, dtype=torch.float32, device=sigma.device)
     angle = sigma[:, None] * 10_000 ** (-2 * half / COND_DIM)
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
-
 class Model(nn.Module):
     """The challenge's U-Net transformer, masked or causal, or PR 1106's stack; parameters and logits are float32."""
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.hp, self.compute_dtype = hp, torch.float32
         unet, rows = hp.backbone == "unet", hp.vocab_size + (hp.objective == "mdlm") + hp.doc_chunks
-        self.tok_emb = nn.Embedding(rows, hp.model_dim)
+        std = hp.tied_embed_init_std if hp.tie_embeddings else 1.0
+        self.tok_emb = nn.Embedding.from_pretrained(torch.randn(rows, hp.model_dim).mul_(std), freeze=False)
         self.blocks = nn.ModuleList((UNetBlock if unet else DiTBlock)(hp) for _ in range(hp.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(hp.num_layers // 2, hp.model_dim)) if unet else None
         self.time_embed = None if unet else nn.Sequential(
             nn.Linear(COND_DIM, 4 * COND_DIM), nn.SiLU(), nn.Linear(4 * COND_DIM, COND_DIM))
         self.lm_head = None if hp.tie_embeddings else Linear(hp.model_dim, hp.vocab_size, bias=False)
-        if hp.tie_embeddings:
-            nn.init.normal_(self.tok_emb.weight, std=hp.tied_embed_init_std)
-        elif unet:
+        if unet and self.lm_head is not None:
             nn.init.zeros_(self.lm_head.weight)
     def on(self, device: torch.device) -> Model:
         """Moves to the device; activations get the dtype of COMPUTE_DTYPE."""
@@ -664,25 +650,22 @@ class Model(nn.Module):
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
     def forward(self, z: Tensor, masked_fraction: Tensor | None = None) -> Tensor:
         return self.head(self.hidden(z, masked_fraction))
-
 def resolve_dtype(hp: Hyperparameters, device: torch.device) -> str:
-    """COMPUTE_DTYPE without auto."""
     return ("bfloat16" if device.type == "cuda" else "float32") if hp.compute_dtype == "auto" else hp.compute_dtype
 def build_model(hp: Hyperparameters) -> Model:
     """A new model on the CPU, in float32; its weights depend on hp.seed only, and no global state changes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hp.seed)
         return Model(hp)
-
 # == Loss ==============================================================================================================
 class Batch(NamedTuple):
     """One micro-batch, with static shapes."""
     z: Tensor  # (B, L) int64, what the model sees
     positions: Tensor  # (N,) int64, scored positions of the flattened batch
     targets: Tensor  # (N,) int64, the tokens there
-    weights: Tensor  # (N,) float32, already divided by the tokens of the global batch; 0 fills up to N
+    weights: Tensor  # (N,) float32, of their nll; 0 fills up to N
+    tokens: Tensor  # () int64, all that are not PAD
     masked_fraction: Tensor | None  # (B,) float32, the probability behind the mask; None for a causal model
-
 def compact(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """Flat indices of `capacity` elements of `mask` (N,), True ones first, and their values (N,): static shapes."""
     positions = (~mask.flatten()).byte().argsort(stable=True)[:capacity]
@@ -694,22 +677,20 @@ def training_batch(hp: Hyperparameters, stream: TokenStream, step: int, rows: ra
     window = stream.windows(range(first + rows.start, first + rows.stop), hp.train_seq_len)
     if device.type == "cuda":
         window = window.pin_memory().to(device, non_blocking=True)
-    x0, tokens = window[:, 1:], stream.count_tokens(range(first, first + hp.batch_rows), hp.train_seq_len)
+    x0, tokens = window[:, 1:], (window[:, 1:] != hp.pad_id).sum()
     if hp.objective == "ar":
-        weights = torch.full((x0.numel(),), 1 / tokens, device=device)
-        return Batch(window[:, :-1], torch.arange(x0.numel(), device=device), x0.flatten(), weights, None)
+        at, weights = torch.arange(x0.numel(), device=device), torch.ones(x0.numel(), device=device)
+        return Batch(window[:, :-1], at, x0.flatten(), weights, tokens, None)
     noise = (full[rows.start:rows.stop] for full in draw_noise(hp, seeded(device, hp.seed, "train", step)))
     mask, weight, probability = apply_noise(hp, x0, *noise)
     positions, used = compact(mask, capacity)
-    weights = torch.where(used, weight[positions // hp.train_seq_len], 0) / tokens
+    weights = torch.where(used, weight[positions // hp.train_seq_len], 0)
     z, targets = torch.where(mask, hp.mask_id, x0), torch.where(used, x0.flatten()[positions], 0)
-    return Batch(z, positions, targets, weights, probability)
-
+    return Batch(z, positions, targets, weights, tokens, probability)
 def batch_loss(model: Model, batch: Batch) -> Tensor:
-    """Σ weight·nll over the scored positions, in nats; summed over the global batch it is the loss of the step."""
+    """Σ weight·nll over the scored positions, in nats: of the global batch, and by its tokens, the loss of a step."""
     h = model.hidden(batch.z, batch.masked_fraction, batch.positions)
     return (F.cross_entropy(model.head(h), batch.targets, reduction="none") * batch.weights).sum()
-
 # == Optimizers and EMA ================================================================================================
 class Kind(NamedTuple):
     """A kind of parameter: what it is called, how it is trained and how it is stored."""
@@ -725,70 +706,76 @@ KINDS = (
     Kind("head", r"lm_head\.weight", "adamw", "head_lr", True, ""),
     Kind("gain", r"(blocks\.\d+\.)?(attn\.q_gain|attn_scale|mlp_scale|resid_mix|skip_weights)|.*\.bias", "adamw",
          "scalar_lr", False, "fp16"))
-
 def kind_of(name: str) -> Kind:
     return next(kind for kind in KINDS if re.fullmatch(kind.pattern, name))
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     """Pushes singular values of matrices (n, rows, cols) into about [0.7, 1.2]: the quintic of Jordan et al. 2024."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if tall else matrices).to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
     return x.mT if tall else x
-
 class Optimizer:
     """Muon and AdamW over flat buffers of weights and gradients (the model's are views), one stack for each shape."""
     def __init__(self, model: Model, hp: Hyperparameters):
         def stacked(item: tuple[str, nn.Parameter]) -> tuple:
             kind = kind_of(item[0])
             return KINDS.index(kind), tuple(item[1].shape) if kind.optimizer == hp.optimizer == "muon" else ()
-
         groups = [list(g) for _, g in itertools.groupby(sorted(model.named_parameters(), key=stacked), key=stacked)]
         sizes = [sum(p.numel() for _, p in group) for group in groups]
         ends = list(itertools.accumulate(-(-size // 64) * 64 for size in sizes))  # aligned for the widest loads
-        self.hp, self.muon, self.average, adam = hp, [], None, []
-        self.weights = torch.zeros(ends[-1], device=groups[0][0][1].device)
-        self.grads = torch.zeros_like(self.weights)
-        for group, size, first in zip(groups, sizes, [0, *ends[:-1]], strict=True):
+        self.hp, self.names, self.groups, self.averages, device = hp, [], [], 0, groups[0][0][1].device
+        self.state = torch.zeros(4, ends[-1], device=device)  # weights, two moments of gradients, weights' average
+        self.weights, self.average = self.state[0], self.state[3]
+        self.grads = torch.zeros(ends[-1] + 2, device=device)  # of sums; then the tokens, and the sum that is the loss
+        self.counts = torch.zeros(2, device=device)  # steps that were taken, and that were skipped
+        for group, size, begin in zip(groups, sizes, [0, *ends[:-1]], strict=True):
             kind, parameters = kind_of(group[0][0]), [p for _, p in group]
-            weights, grads = self.weights[first:first + size], self.grads[first:first + size]
+            grads, *state = (x[begin:begin + size] for x in (self.grads, *self.state[:3]))
             counts = [p.numel() for p in parameters]
-            for p, w, g in zip(parameters, weights.split(counts), grads.split(counts), strict=True):
+            for p, w, g in zip(parameters, state[0].split(counts), grads.split(counts), strict=True):
                 w.copy_(p.detach().flatten())
                 p.data, p.grad = w.view(p.shape), g.view(p.shape)
-            if kind.optimizer == hp.optimizer == "muon":
-                stack = (len(parameters), *parameters[0].shape)
-                self.muon.append((weights.view(stack), grads.view(stack), torch.zeros_like(weights).view(stack)))
-            else:
-                flat = nn.Parameter(weights)
-                flat.grad = grads
-                lr = "tied_embed_lr" if kind.name == "embed" and hp.tie_embeddings else kind.lr
-                decay = hp.weight_decay if kind.decays or hp.weight_decay_on == "all" else 0.0
-                adam.append(dict(params=[flat], base_lr=getattr(hp, lr), weight_decay=decay))
-        self.adam = torch.optim.AdamW(adam, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True)
-    @torch.no_grad()
-    def step(self, step: int, lr_scale: float) -> None:
-        """Adds up the gradients of all processes, clips them, and updates the weights, the same everywhere."""
-        hp = self.hp
-        all_reduce(self.grads)
+            muon = kind.optimizer == hp.optimizer == "muon"
+            shape = (len(parameters), *parameters[0].shape) if muon else (size,)
+            lr = "tied_embed_lr" if kind.name == "embed" and hp.tie_embeddings else kind.lr
+            decay = hp.weight_decay if kind.decays or hp.weight_decay_on == "all" else 0.0
+            self.groups.append((muon, getattr(hp, lr), decay, *(x.view(shape) for x in (grads, *state))))
+            self.names.append(f"{kind.name} ({group[0][0]}, …)")
+        self.first_bad = torch.zeros(2 + len(groups), device=device)  # a skipped step, its norms, its loss
+    def step(self, step: int, lr_scale: float) -> Tensor:
+        """Adds up loss and gradients of all processes, clips them, and updates the weights, the same everywhere; unless
+        they are not finite: then nothing changes, and `first_bad` tells which. Returns the loss a token."""
+        hp, grads, factor = self.hp, all_reduce(self.grads), 1 / self.grads[-2].clamp(min=1)
+        norms = torch.stack([*(group[3].norm() for group in self.groups), grads[-1]]) * factor
+        ok = norms.isfinite().all()
+        self.counts += torch.stack([ok, ~ok])
+        now = torch.cat([self.counts.sum()[None], norms])
+        self.first_bad = torch.where(ok | (self.first_bad[0] > 0), self.first_bad, now)
         if hp.grad_clip_norm > 0:
-            self.grads.mul_((hp.grad_clip_norm / (self.grads.norm() + 1e-6)).clamp(max=1.0))
+            factor *= (hp.grad_clip_norm / (norms[:-1].norm() + 1e-6)).clamp(max=1.0)
+        grads.mul_(factor).masked_fill_(~ok, 0.0)
         warmup = min(step / hp.muon_momentum_warmup_steps, 1.0) if hp.muon_momentum_warmup_steps else 1.0
         momentum = (1 - warmup) * hp.muon_momentum_warmup_start + warmup * hp.muon_momentum
-        for weights, grads, velocity in self.muon:
-            velocity.mul_(momentum).add_(grads)
-            update = self._orthogonalize_shared(grads.add(velocity, alpha=momentum))
-            taller = max(1.0, weights.shape[-2] / weights.shape[-1]) ** 0.5
-            weights.mul_(1 - hp.matrix_lr * lr_scale * hp.weight_decay)
-            weights.add_(update, alpha=-hp.matrix_lr * lr_scale * taller)
-        for group in self.adam.param_groups:
-            group["lr"] = group["base_lr"] * lr_scale
-        self.adam.step()
-        self.grads.zero_()
+        scale, momentum, beta1, beta2 = (torch.where(ok, x, x_if_skipped) for x, x_if_skipped in (
+            (lr_scale, 0.0), (momentum, 1.0), (hp.beta1, 1.0), (hp.beta2, 1.0)))
+        taken = self.counts[0].clamp(min=1)
+        for muon, lr, decay, grad, weights, first, second in self.groups:
+            if muon:
+                first.mul_(momentum).add_(grad)
+                update = self._orthogonalize_shared(grad.addcmul(first, momentum)).float()
+                update *= max(1.0, update.shape[-2] / update.shape[-1]) ** 0.5
+            else:
+                first.lerp_(grad, 1 - beta1)
+                second.lerp_(grad.square(), 1 - beta2)
+                square = second / (1 - hp.beta2**taken)
+                update = first / (1 - hp.beta1**taken) / (square.sqrt() + hp.adam_eps)
+            weights.mul_(1 - lr * decay * scale).sub_(update.mul_(lr * scale))
+        grads.zero_()
+        return norms[-1]
     def _orthogonalize_shared(self, stack: Tensor) -> Tensor:
         """Each process orthogonalizes its share of the stack (n, rows, cols); all of them get the whole."""
         share = -(-len(stack) // world_size())
@@ -797,31 +784,17 @@ class Optimizer:
         whole = part.new_zeros(stack.shape)
         whole[mine] = part
         return all_reduce(whole)
-    @torch.no_grad()
-    def reset(self, weights: Tensor) -> None:
-        """Back to the start: the given weights and no memory of any step."""
-        self.weights.copy_(weights)
-        self.grads.zero_()
-        for _, _, velocity in self.muon:
-            velocity.zero_()
-        self.adam.state.clear()
-    @torch.no_grad()
     def update_average(self) -> None:
         """EMA in float32: after n updates d^(n-1)·w_1 + (1 − d)·Σ_{i=2..n} d^(n−i)·w_i for d = EMA_DECAY."""
-        self.average = self.weights.clone() if self.average is None else self.average
-        self.average.lerp_(self.weights, 1 - self.hp.ema_decay)
-    @torch.no_grad()
+        self.average.lerp_(self.weights, 1 - self.hp.ema_decay if self.averages else 1.0)
+        self.averages += 1
     def swap_average(self) -> None:
         """Exchanges the weights with their average; a second call restores both. Nothing before the first update."""
-        if self.average is not None:
-            held = self.weights.clone()
-            self.weights.copy_(self.average)
-            self.average = held
-
+        if self.averages:
+            self.state[[0, 3]] = self.state[[3, 0]]
 # == Artifact ==========================================================================================================
 # MAGIC · u32 header length · JSON header · of each kind of parameter its codes, then its scales, packed · SHA-256
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"MDLMgolf", 2
-
+ARTIFACT_MAGIC, FORMAT_VERSION = b"MDLMgolf", 2
 class Quantizer(NamedTuple):
     """A grid for weights: codes of a dtype, at most ±`largest`, times a scale for each row, or without."""
     dtype: torch.dtype
@@ -831,23 +804,18 @@ QUANTIZERS = {
     "fp8": Quantizer(torch.float8_e4m3fn, 448.0, None), "fp8_row": Quantizer(torch.float8_e4m3fn, 448.0, torch.float32),
     **{f"int{bits}": Quantizer(torch.int8, 2.0 ** (bits - 1) - 1, torch.bfloat16) for bits in range(4, 9)},
     "fp16": Quantizer(torch.float16, 65_504.0, None), "fp32": Quantizer(torch.float32, 3e38, None)}
-
-class Packer(NamedTuple):
-    pack: Callable[[bytes], bytes]
-    unpack: Callable[[bytes, int], bytes]  # (packed, limit): at most `limit` bytes, however many there are
 def deflate(raw: bytes, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> bytes:
     packer = zlib.compressobj(9, memLevel=9, strategy=strategy)
     return packer.compress(raw) + packer.flush()
 def inflate(packed: bytes, limit: int) -> bytes:
     return zlib.decompressobj().decompress(packed, limit)
-PACKERS = {
-    "zlib": Packer(deflate, inflate),
-    "huffman": Packer(lambda raw: deflate(raw, zlib.Z_HUFFMAN_ONLY), inflate),  # codes repeat by chance only
-    "lzma": Packer(lambda raw: lzma.compress(raw, preset=6), lambda packed, limit:
-                   lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 24).decompress(packed, limit)),
-    "zstd": Packer(lambda raw: zstandard.ZstdCompressor(level=22).compress(raw), lambda packed, limit:
-                   zstandard.ZstdDecompressor(max_window_size=max(2 * limit, 1024)).stream_reader(packed).read(limit))}
-
+PACKERS = {  # bytes → packed, and (packed, limit) → at most `limit` bytes, however many there are
+    "zlib": (deflate, inflate),
+    "huffman": (lambda raw: deflate(raw, zlib.Z_HUFFMAN_ONLY), inflate),  # codes repeat by chance only
+    "lzma": (lambda raw: lzma.compress(raw, preset=6), lambda packed, limit:
+             lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 24).decompress(packed, limit)),
+    "zstd": (lambda raw: zstandard.ZstdCompressor(level=22).compress(raw), lambda packed, limit:
+             zstandard.ZstdDecompressor(max_window_size=max(2 * limit, 1024)).stream_reader(packed).read(limit))}
 def to_codes(x: Tensor, quantizer: Quantizer) -> Tensor:
     """The nearest codes; beyond the largest one they saturate, so e4m3 never becomes NaN."""
     x = x.clamp(-quantizer.largest, quantizer.largest)
@@ -862,7 +830,6 @@ def row_scales(rows: Tensor, quantizer: Quantizer, clip: float) -> Tensor:
         error = (to_codes(rows / scale, quantizer).float() * scale - rows).square().sum(1, keepdim=True)
         best, least = (scale, error) if n == 0 else (scale.where(error < least, best), error.minimum(least))
     return best
-
 def feed_back(rows: Tensor, scales: Tensor, quantizer: Quantizer, moments: Tensor) -> Tensor:
     """Codes (R, C) of rows (R, C), column after column, those with the largest inputs first: what one loses, the next
     ones make up for, as far as inputs x with second moments Σ x xᵀ (C, C) let them (GPTQ, Frantar et al. 2022)."""
@@ -875,14 +842,12 @@ def feed_back(rows: Tensor, scales: Tensor, quantizer: Quantizer, moments: Tenso
         lost = (rest[:, i] - codes[:, column].float() * scales) / upper[i, i]
         rest[:, i:].addr_(lost, upper[i, i:], alpha=-1)
     return codes
-
 def quantize(weights: Tensor, quantizer: Quantizer, clip: float, moments: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes (R, C) and scales (R, 1) of weights (…, C); moments (C, C) of inputs: so that outputs change least."""
     rows = weights.detach().float().view(weights.shape[:-1].numel(), weights.shape[-1])
     scales = row_scales(rows, quantizer, clip) if quantizer.scale else rows.new_ones(len(rows), 1)
     codes = to_codes(rows / scales, quantizer) if moments is None else feed_back(rows, scales, quantizer, moments)
     return codes, scales.to(quantizer.scale or scales.dtype)
-
 @torch.no_grad()
 def input_moments(model: Model, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """By the name of a matrix (…, C): Σ x xᵀ (C, C) of its inputs x in these batches, added up over all processes."""
@@ -896,7 +861,6 @@ def input_moments(model: Model, batches: Iterable[Batch]) -> dict[str, Tensor]:
     for hook in hooks:
         hook.remove()
     return {name: all_reduce(moment) for name, moment in moments.items()}
-
 def to_planes(tensors: Iterable[Tensor]) -> np.ndarray:
     """(bytes an element, elements) uint8: what is alike side by side, for the compressor."""
     flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
@@ -916,18 +880,17 @@ def pack_kind(weights: Mapping[str, Tensor], storage: str, hp: Hyperparameters,
     coded = [quantize(w, quantizer, hp.quant_clip, (moments or {}).get(name)) for name, w in weights.items()]
     parts = [to_planes(codes for codes, _ in coded)] + [to_planes(s for _, s in coded)] * bool(quantizer.scale)
     names = [hp.pack] if hp.pack != "auto" else [name for name in PACKERS if name != "zstd" or zstandard]
-    packed = {name: PACKERS[name].pack(b"".join(part.tobytes() for part in parts)) for name in names}
+    packed = {name: PACKERS[name][0](b"".join(part.tobytes() for part in parts)) for name in names}
     best = min(packed, key=lambda name: len(packed[name]))
     return packed[best], dict(storage=storage, packer=best, bytes=len(packed[best]), weights=parts[0].shape[1],
                               entropy_bits=sum(map(entropy_bits, parts)),
                               packed_bytes={name: len(blob) for name, blob in packed.items()})
-
 def unpack_kind(packed: bytes, storage: str, packer: str, shapes: Sequence[torch.Size]) -> list[Tensor]:
     """The weights, float32; unpacks no more than their shapes account for, and ValueError if it is not that much."""
     quantizer, sizes = QUANTIZERS[storage], [shape.numel() for shape in shapes]
     rows = [shape[:-1].numel() for shape in shapes] if quantizer.scale else []
     end, scale = sum(sizes) * quantizer.dtype.itemsize, quantizer.scale or torch.float32
-    raw = memoryview(PACKERS[packer].unpack(packed, end + sum(rows) * scale.itemsize + 1))
+    raw = memoryview(PACKERS[packer][1](packed, end + sum(rows) * scale.itemsize + 1))
     weights = from_planes(raw[:end], quantizer.dtype, sum(sizes))
     scales, parts = from_planes(raw[end:], scale, sum(rows)).split(rows), weights.split(sizes)
     for part, shape, factor in zip(parts, shapes, scales):
@@ -935,7 +898,6 @@ def unpack_kind(packed: bytes, storage: str, packer: str, shapes: Sequence[torch
     if not weights.isfinite().all():
         raise ValueError
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
 def by_kind(model: Model) -> dict[Kind, dict[str, nn.Parameter]]:
     """The parameters, in the order in which an artifact has them."""
     named = sorted(model.named_parameters())
@@ -953,10 +915,9 @@ def write_file(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError:
+    except OSError as error:
         part.unlink(missing_ok=True)  # what little there is left of a full disk
-        raise
-
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
 def save_artifact(model: Model, hp: Hyperparameters, path: str | Path,
                   moments: Mapping[str, Tensor] | None = None) -> dict:
     """Quantizes (with input_moments, if given), packs and writes the model; returns artifact_bytes, label and kinds."""
@@ -964,18 +925,15 @@ def save_artifact(model: Model, hp: Hyperparameters, path: str | Path,
         raise InputError(f"{path}: not written, {wrong[0]} or its inputs are not finite; the run has diverged")
     packed = {kind.name: pack_kind(ps, hp.storages[kind.name], hp, moments) for kind, ps in by_kind(model).items()}
     kinds = {name: facts for name, (_, facts) in packed.items()}
-    header = dict(version=ARTIFACT_VERSION, hyperparameters={field: getattr(hp, field) for field in stored_fields()},
+    header = dict(version=FORMAT_VERSION, hyperparameters={field: getattr(hp, field) for field in stored_fields()},
                   kinds={name: [facts[key] for key in ("storage", "packer", "bytes")] for name, facts in kinds.items()})
     text = json.dumps(header).encode()
     data = b"".join([ARTIFACT_MAGIC, len(text).to_bytes(4, "little"), text, *(blob for blob, _ in packed.values())])
     write_file(Path(path), data + hashlib.sha256(data).digest())
     return dict(artifact_bytes=len(data) + 32, label=label(header), kinds=kinds)
-
 def unpack_artifact(data: bytes, path: str | Path) -> tuple[Model, Hyperparameters, str]:
     """A model with the weights of an artifact, its hyperparameters, and a label, for example fp8+lzma.
     InputError if it is not sound. Memory is taken only if the file has a bit for each weight."""
-    foreign = (f"{path}: not an artifact of this version of train_mdlm.py"
-               + ", or packed with zstd: pip install -r requirements.txt" * (zstandard is None))
     if data.startswith(ARTIFACT_MAGIC) and hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise InputError(f"{path}: checksum mismatch, the artifact is damaged or truncated")
     try:
@@ -985,7 +943,7 @@ def unpack_artifact(data: bytes, path: str | Path) -> tuple[Model, Hyperparamete
         with torch.device("meta"):
             model = Model(hp := Hyperparameters(**fields))
         groups, state = by_kind(model), {}
-        if (not data.startswith(ARTIFACT_MAGIC) or header["version"] != ARTIFACT_VERSION
+        if (not data.startswith(ARTIFACT_MAGIC) or header["version"] != FORMAT_VERSION
                 or list(fields) != stored_fields() or list(kinds) != [kind.name for kind in groups]
                 or at + sum(size for _, _, size in kinds.values()) != len(data) - 32
                 or sum(p.numel() for p in model.parameters()) > 8 * len(data) + 2**16):
@@ -995,7 +953,8 @@ def unpack_artifact(data: bytes, path: str | Path) -> tuple[Model, Hyperparamete
             at, state = at + size, state | dict(zip(named, weights, strict=True))
         model.load_state_dict(state, assign=True)
     except Exception:  # decompressors, parser and model each have their own errors; they all mean the same here
-        raise InputError(foreign) from None
+        hint = ", or packed with zstd: pip install -r requirements.txt" * (zstandard is None)
+        raise InputError(f"{path}: not an artifact of this version of train_mdlm.py{hint}") from None
     return model, hp, label(header)
 def label(header: Mapping) -> str:
     """The storages and packers of an artifact, but of gains: for example fp8+lzma."""
@@ -1018,7 +977,6 @@ def predicted_bytes(hp: Hyperparameters) -> int:
         size = pack_kind({"": sample}, hp.storages[kind.name], hp)[1]["bytes"]
         total += math.ceil(size / sample.numel() * sum(p.numel() for p in named.values()))
     return total
-
 # == Scoring ===========================================================================================================
 @torch.no_grad()
 def token_nll(model: Model, z: Tensor, x0: Tensor, scored: Tensor, masked_fraction: Tensor | None = None) -> Tensor:
@@ -1027,7 +985,6 @@ def token_nll(model: Model, z: Tensor, x0: Tensor, scored: Tensor, masked_fracti
     h = model.hidden(z, masked_fraction, at)
     nll = F.cross_entropy(model.head(h), x0.flatten()[at], reduction="none")
     return nll.new_zeros(x0.numel()).index_copy_(0, at, nll).view(x0.shape)
-
 def masked_nll(model: Model, x0: Tensor, mask: Tensor, scored: Tensor | None = None,
                masked_fraction: Tensor | None = None) -> Tensor:
     """(B, L) nats of the `scored` tokens of x0 (B, L), or all masked ones, where MASK hides `mask` (B, L)."""
@@ -1044,7 +1001,6 @@ def weighted_nll(model: Model, x0: Tensor, masks: Iterable[tuple[Tensor, Tensor 
         nll = masked_nll(model, x0, mask.to(x0.device) & free).double().sum(1)
         nats += torch.as_tensor(weight, device=x0.device) * nll
     return nats
-
 def key_source(shape: Sequence[int], generators) -> Callable[[], Tensor]:
     """A function that draws uniform keys (B, L), from one generator (or None) or from one for each row."""
     if isinstance(generators, list):
@@ -1052,10 +1008,9 @@ def key_source(shape: Sequence[int], generators) -> Callable[[], Tensor]:
     return lambda: torch.rand(shape, generator=generators, device=generators.device if generators else "cpu")
 def nelbo_masks(passes: int, times: Tensor, draw: Callable, free: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
     """Masks (B, L) of k positions and weights (B,): an unbiased estimate of E_k E_mask (n/k)·nll, k uniform on 1..n,
-    for rows of which n tokens are `free` (B, L) to be masked: the code length of x0 averaged over all orders.
-    That is the continuous-time bound of Sahoo et al. 2024 without its discretisation. Small k vary most, so several
-    passes take k = 1 + ⌊n·t^1.5⌋ and weights correct for it. `times` (B,) are uniform on [0, 1); each pass has an equal
-    share of t, some run through it backwards, and they mask consecutive arcs of one random circle, `draw` (B, L)."""
+    the code length over all orders of the n tokens `free` (B, L) to be masked: the bound of Sahoo et al. 2024 in
+    continuous time. Small k vary most, so several passes take k = 1 + ⌊n·t^1.5⌋, with weights for it. `times` (B,) are
+    uniform; passes share t, some backwards, and mask consecutive arcs of one random circle, `draw` (B, L)."""
     rank, start, power = torch.where(free, draw(), 2).argsort(1).argsort(1), 0, 1.5 if passes > 1 else 1.0
     n = free.sum(1).clamp(min=1)
     for p in range(passes):
@@ -1064,7 +1019,6 @@ def nelbo_masks(passes: int, times: Tensor, draw: Callable, free: Tensor) -> Ite
         probability = (k.double() / n) ** (1 / power) - ((k - 1).double() / n) ** (1 / power)
         yield free & ((rank - start) % n[:, None] < k[:, None]), 1 / (k * probability * passes)
         start = start + k[:, None]
-
 def nelbo(model: Model, x0: Tensor, passes: int = 4, generator: torch.Generator | None = None) -> Tensor:
     """(B,) float64 nats: unbiased any-order bound of the rows of x0 (B, L); `passes` masks each, of lattice sizes."""
     draw, device = key_source(x0.shape, generator), generator.device if generator else "cpu"
@@ -1075,8 +1029,7 @@ def nelbo(model: Model, x0: Tensor, passes: int = 4, generator: torch.Generator 
 TSTEP_EPS = 1e-3  # ε of the T-step bound and of the t-grid, as published
 def tstep_masks(steps: int, draw: Callable[[], Tensor]) -> Iterable[tuple[Tensor, float]]:
     """Independent masks with probability 1 − α_i, weight (α_{i−1} − α_i)/(1 − α_i) = 1/i for α_i = 1 − (1 − ε)·i/T."""
-    for i in range(1, steps + 1):
-        yield draw() < (1 - TSTEP_EPS) * i / steps, 1 / i
+    return ((draw() < (1 - TSTEP_EPS) * i / steps, 1 / i) for i in range(1, steps + 1))
 def discrete_elbo(model: Model, x0: Tensor, steps: int = 128, generator=None) -> Tensor:
     """(B,) float64 nats: unbiased estimate of the T-step bound of x0 (B, L) (Austin et al. 2021), one mask a step.
     ε·L·ln V, for what the last step leaves visible, + Σ_i Σ_masked nll / i. A list has a generator for each row."""
@@ -1086,14 +1039,11 @@ def tgrid_masks(points: int, draw: Callable[[], Tensor]) -> Iterable[tuple[Tenso
     """PR 1699's grid in t, biased: below t = 0.01 the first token is always masked, and t < 0.001 is left out."""
     for t in torch.linspace(TSTEP_EPS, 1.0, points).tolist():
         mask = draw() < t
-        if t < 0.01:
-            mask[:, 0] = True
+        mask[:, 0] |= t < 0.01
         yield mask, (1 - TSTEP_EPS) / points / t
-
 def ordered_nll(model: Model, x0: Tensor, steps: Tensor) -> Tensor:
-    """(B, L) nats of each token given the tokens of earlier steps, and none of its own step, for steps (B, L) int64.
-    Negative steps, and anchors, are visible from the start and are not scored. The order is known beforehand, so all
-    model calls are independent rows; as many run at a time as keep a GPU busy or a CPU in its caches."""
+    """(B, L) nats of each token given the tokens of earlier steps, none of its own, for steps (B, L) int64; negative
+    steps, and anchors, are visible and not scored. All model calls are rows that can run at once; as many do as fit."""
     steps = steps.masked_fill(~hideable(model.hp, x0), -1)
     rows = max((65_536 if x0.is_cuda else 2_048) // x0.shape[1], 1)
     calls = steps.amax(1) + 1
@@ -1103,37 +1053,25 @@ def ordered_nll(model: Model, x0: Tensor, steps: Tensor) -> Tensor:
     for s, now in zip(sequence.split(rows), step[:, None].split(rows), strict=True):
         nats.index_add_(0, s, masked_nll(model, x0[s], steps[s] >= now, steps[s] == now))
     return nats
-
 @torch.no_grad()
-def reveal(model: Model, z: Tensor, order: Tensor | None, group: int = 1) -> Iterable[tuple[Tensor, Tensor]]:
+def reveal_surest(model: Model, z: Tensor, group: int = 1) -> Iterable[tuple[Tensor, Tensor]]:
     """Fills z (B, L), MASK but for anchors, `group` positions a call: yields positions (B, g) and log-probabilities
-    (B, g, V), of a full row positions that are not MASK; the caller writes the tokens into z before it goes on. `order`
-    (B, L) holds positions; None: the largest maximal probability first, which no hidden token can influence. Less than
-    2^-13 nats is a tie and goes to the leftmost (when all is MASK, positions differ by rounding only); elsewhere
-    rounding may decide, so batches keep one shape. A causal model goes from left to right, one at a time, after <s>."""
+    (B, g, V), of a full row positions that are not MASK; the caller writes the tokens into z. The largest probability
+    first; less than 2^-13 nats is a tie, goes to the leftmost; else rounding may decide, so batches keep one shape."""
     rows, length = z.shape
     for done in range(0, length, group):
         masked = z == model.hp.mask_id
-        at = order[:, done:done + group] if order is not None else (
-            (~masked).byte().argsort(dim=1, stable=True)[:, :length - done])  # those that are still MASK come first
-        seen = z
-        if model.hp.objective == "ar":  # what follows is not seen, so it is not computed
-            at = torch.full((rows, 1), done, device=z.device)
-            seen = F.pad(z[:, :done], (1, 0), value=BOS_ID)
-        flat = at + seen.shape[1] * torch.arange(rows, device=z.device)[:, None]
-        logits = model.head(model.hidden(seen, at=flat.flatten()))
-        logp = logits.log_softmax(-1).unflatten(0, at.shape)
-        if order is None:
-            surest = logp.amax(-1).where(masked.gather(1, at), -math.inf)
-            behind = ((surest.amax(1, keepdim=True) - surest) * 2**12).round()
-            sure = behind.argsort(dim=1, stable=True)[:, :group]
-            at, logp = at.gather(1, sure), logp.take_along_dim(sure[..., None], 1)
-        yield at, logp
-
+        at = (~masked).byte().argsort(dim=1, stable=True)[:, :length - done]  # those that are still MASK come first
+        flat = at + length * torch.arange(rows, device=z.device)[:, None]
+        logp = model.head(model.hidden(z, at=flat.flatten())).log_softmax(-1).unflatten(0, at.shape)
+        surest = logp.amax(-1).where(masked.gather(1, at), -math.inf)
+        behind = ((surest.amax(1, keepdim=True) - surest) * 2**12).round()
+        sure = behind.argsort(dim=1, stable=True)[:, :group]
+        yield at.gather(1, sure), logp.take_along_dim(sure[..., None], 1)
 def chain_rule(model: Model, x0: Tensor, order: str | Tensor = "l2r", group: int = 1, seed: int = 0,
                before: Tensor | int = BOS_ID) -> Tensor:
     """(B, L) nats, indexed by position: −ln p(x_i | what was revealed before its group), an exact and decodable code.
-    `order`: l2r, confidence (see `reveal`), random (drawn from `seed`), or positions (L,) or (B, L) as revealed,
+    `order`: l2r, confidence (see `reveal_surest`), random (drawn from `seed`), or positions (L,) or (B, L) as revealed,
     `group` a model call; `boundary_bits` pays for anchors. A causal model goes l2r after the token `before` (B,)."""
     count, length = x0.shape
     if model.hp.objective == "ar":
@@ -1144,7 +1082,7 @@ def chain_rule(model: Model, x0: Tensor, order: str | Tensor = "l2r", group: int
     if isinstance(order, str) and order == "confidence":
         nats = torch.zeros(x0.shape, device=x0.device)
         z = x0.masked_fill(hideable(model.hp, x0), model.hp.mask_id)
-        for at, logp in reveal(model, z, None, group):
+        for at, logp in reveal_surest(model, z, group):
             tokens, masked = x0.gather(1, at), z.gather(1, at) == model.hp.mask_id
             nll = -logp.gather(2, tokens.clamp(max=model.hp.vocab_size - 1)[..., None])[..., 0]
             nats.scatter_add_(1, at, torch.where(masked, nll, 0))
@@ -1157,27 +1095,16 @@ def chain_rule(model: Model, x0: Tensor, order: str | Tensor = "l2r", group: int
             length, generator=seeded("cpu", seed, "order"))
     steps = (order.to(x0.device).argsort(-1) // group).expand(count, length)
     return ordered_nll(model, x0, steps)
-
 def boundary_bits(count: int, length: int) -> float:
     """Bits for where `count` always visible tokens stand in a window: log2(L + 1) + log2 C(L, count)."""
     return math.log2(length + 1) + math.log2(math.comb(length, count))
-
-class Score(NamedTuple):
-    """A code length of a split. bpb: bits per byte, with its standard error; loss: nats per token."""
-    bpb: float
-    stderr: float
-    loss: float
-    seqs: int
-    tokens: int
-    bytes: int
-    ms: float
-    boundary_bits: float  # of all bits those for the places of anchors
+class Score(collections.namedtuple("Score", "bpb stderr loss seqs tokens bytes ms boundary_bits")):
+    """A code length of a split: bits per byte ± standard error, nats per token, what was scored; the anchors' bits."""
     def line(self) -> str:
         line = (f"bpb:{self.bpb:.4f} stderr:{self.stderr:.4f} seqs:{self.seqs} tokens:{self.tokens} bytes:{self.bytes} "
                 f"time:{self.ms:.0f}ms tokens_per_s:{1000 * self.tokens / self.ms:.0f}")
         paid = f" boundary_bits:{self.boundary_bits:.1f} boundary_bpb:{self.boundary_bits / self.bytes:.4f}"
         return line + paid * (self.boundary_bits > 0)
-
 def spaced(total: int, wanted: int) -> list[int]:
     """`wanted` of the numbers 0 … total − 1, evenly spaced; all of them for 0."""
     wanted = min(wanted, total) if wanted else total
@@ -1188,7 +1115,6 @@ def ratio(bits: Tensor, size: Tensor) -> tuple[float, float]:
     bpb = bits.sum() / size.sum()
     stderr = (bits - bpb * size).square().sum().sqrt() / size.sum()
     return bpb.item(), stderr.item() if len(bits) > 1 else math.nan
-
 def window_nats(name: str, model: Model, hp: Hyperparameters, window: Tensor, scored: Tensor, places: range) -> Tensor:
     """(B,) nats, or (B, L) by position, of windows (B, 1 + L), the token before first, under the score `name`.
     What is not `scored` (B, L), the left context, is visible and free; `places` number the windows, for their seeds."""
@@ -1204,16 +1130,14 @@ def window_nats(name: str, model: Model, hp: Hyperparameters, window: Tensor, sc
     if name == "tstep":
         return discrete_elbo(model, x0, hp.tstep_steps, generators)
     if name == "tgrid":
-        return weighted_nll(model, x0, tgrid_masks(hp.tgrid_points, draw))
+        return weighted_nll(model, x0, tgrid_masks(hp.final_eval_t_samples or 256, draw))
     offset = torch.rand((), generator=seeded("cpu", hp.seed, "nelbo offset"), dtype=torch.float64)
     times = (offset + torch.tensor(places, dtype=torch.float64) * GOLDEN) % 1
     return weighted_nll(model, x0, nelbo_masks(hp.nelbo_passes, times, draw, hideable(hp, x0).cpu()))
-
 def score_windows(name: str, model: Model, hp: Hyperparameters, stream: TokenStream, luts: ByteTables, max_seqs: int,
                   note: Callable[[float], None] = lambda fraction: None) -> tuple[Score, Tensor]:
-    """Scores evenly spaced windows, shared over the processes; also bits (but for anchors' places) and bytes of each in
-    (windows, buckets, 2): bucket b holds positions 2^(b−1) … 2^b − 1 (0: the first), or all is in bucket 0. Of sliding
-    windows, STRIDE tokens apart, only the last STRIDE tokens are scored: in a whole split, all."""
+    """Scores evenly spaced windows, shared over the processes; and their bits, without anchors' places, and bytes in
+    (windows, buckets, 2): bucket b has positions 2^(b−1) … 2^b − 1, or all is in 0. Sliding: the last STRIDE tokens."""
     started, length, device = time.perf_counter(), hp.train_seq_len, luts.base_bytes.device
     stride = min(hp.stride, length) if name == "sliding" else length
     total = stream.count_windows(length, stride)
@@ -1245,7 +1169,6 @@ def score_windows(name: str, model: Model, hp: Hyperparameters, stream: TokenStr
         raise InputError(f"the {name} score is not a finite number: the weights have diverged")
     return Score(*ratio(bits, size), bits.sum().item() * math.log(2) / sum(counts), len(numbers), sum(counts),
                  int(size.sum()), 1000 * (time.perf_counter() - started), boundaries.sum().item()), table
-
 def bucket_name(bucket: int, length: int) -> str:
     """The positions of a bucket: 0, 1, 2-3, 4-7, …"""
     first, last = (1 << bucket) >> 1, min((1 << bucket) - 1, length - 1)
@@ -1254,8 +1177,7 @@ def score_model(model: Model, label: str, hp: Hyperparameters, val: TokenStream,
     """Logs the headline and the scores that were asked for, of a model read from disk and the label of its file."""
     model, label = model.on(luts.base_bytes.device), label.replace("+", "_")
     sizes = {name: getattr(hp, f"{name}_seqs") for name in SCORE_NAMES[1:] if name in hp.score_names}
-    if hp.final_eval_t_samples:
-        sizes["tgrid"] = hp.final_eval_max_seqs
+    sizes |= {"tgrid": hp.final_eval_max_seqs} if hp.final_eval_t_samples else {}
     if hp.objective == "ar":  # the headline is its chain rule, from left to right, and it has no other order
         for name in [name for name in sizes if name != "sliding"]:
             log(f"score:{name} is not for causal models", screen=name != "l2r")
@@ -1272,9 +1194,7 @@ def score_model(model: Model, label: str, hp: Hyperparameters, val: TokenStream,
         for bucket, part in enumerate(table.unbind(1) if name in ("l2r", "ar") else ()):
             bpb, stderr = ratio(*part.unbind(1))
             log(f"prefix:{bucket_name(bucket, hp.train_seq_len)} bpb:{bpb:.4f} stderr:{stderr:.4f}", screen=False)
-    if total_ms > 1000 * BUDGET_SECONDS:
-        log(f"OVER BUDGET: evaluation took {total_ms / 1000:.0f} s of the {BUDGET_SECONDS:.0f} s allowed")
-
+    log_budget(log, "Evaluation time", total_ms / 1000, BUDGET_SECONDS, "s")
 # == Training ==========================================================================================================
 def progress(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
     """How much of the run is done, in [0, 1]: of its steps or of its time, whichever is nearer to its end."""
@@ -1287,130 +1207,202 @@ def lr_scale(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
     if hp.max_wallclock_seconds and step >= 10:  # before that, a step's time says little
         left = min(left, (1000 * hp.max_wallclock_seconds - elapsed_ms) / (elapsed_ms / step))
     scale = min(max(left / hp.warmdown_iters, 0.0), 1.0) if hp.warmdown_iters else 1.0
-    if hp.warmdown_shape == "cosine":
-        scale = (1 - math.cos(math.pi * scale)) / 2
+    scale = (1 - math.cos(math.pi * scale)) / 2 if hp.warmdown_shape == "cosine" else scale
     return min((at + 1) / max(hp.lr_warmup_steps, 1), 1.0) * (hp.min_lr_frac + (1 - hp.min_lr_frac) * scale)
-
 def micro_batches(hp: Hyperparameters) -> list[range]:
     """This process's rows of every global batch, in equal parts of at most MICRO_BATCH_TOKENS tokens; or InputError."""
     rows, rest = divmod(hp.batch_rows, world_size())
     if hp.train_batch_tokens % hp.train_seq_len or rest:
         raise InputError(f"{hp.shown('train_batch_tokens')} is no multiple of {hp.train_seq_len * world_size()}: "
                          f"{hp.shown('train_seq_len')} times the {world_size()} processes that share its sequences")
-    if hp.time_sampling == "antithetic" and hp.batch_rows % 2:
-        raise InputError(f"TIME_SAMPLING=antithetic needs an even batch, not one of {hp.batch_rows} sequences")
-    fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n * hp.train_seq_len <= hp.micro_batch_tokens]
+    most = min(rows, hp.micro_batch_tokens // hp.train_seq_len)
+    fitting = [n for n in range(1, most + 1) if rows % n == 0]
     if not fitting:
         raise InputError(f"{hp.shown('micro_batch_tokens')} is less than one sequence, {hp.shown('train_seq_len')}")
     return [range(at, at + fitting[-1]) for at in range(rank() * rows, (rank() + 1) * rows, fitting[-1])]
-
 class Trainer:
     """Weights, optimizer and the one training step; any number of processes and micro-batches gives the same sums."""
     def __init__(self, hp: Hyperparameters, stream: TokenStream, device: torch.device):
         self.hp, self.stream, self.device = hp, stream, device
-        self.micros = micro_batches(hp)
+        self.at = SimpleNamespace(step=0, train_ms=0.0, validated=0, best_bpb=math.inf)  # over all lives of the run
+        self.micros, self.model = micro_batches(hp), build_model(hp).on(device)
         self.capacity = masked_capacity(hp, len(self.micros[0])) if hp.objective == "mdlm" else 0
-        self.model = build_model(hp).on(device)
         self.optimizer = Optimizer(self.model, hp)
-        compiled = device.type == "cuda"
-        self.loss = torch.compile(batch_loss, dynamic=False, fullgraph=True) if compiled else batch_loss
-        self.done = torch.cuda.Event() if compiled else None
+        self.done = torch.cuda.Event() if device.type == "cuda" else None
+        self.loss = torch.compile(batch_loss, dynamic=False, fullgraph=True) if self.done else batch_loss
     def batches(self, step: int) -> Iterable[Batch]:
-        """This process's part of a global batch."""
         for rows in self.micros:
             yield training_batch(self.hp, self.stream, step, rows, self.capacity, self.device)
     def step(self, step: int, scale: float) -> Tensor:
-        """One optimizer step on the global batch of `step`; this process's part of the loss, not yet read."""
-        total = torch.zeros((), device=self.device)
+        """One optimizer step on the global batch of `step`; its loss, not yet read."""
         for batch in self.batches(step):
             loss = self.loss(self.model, batch)
             loss.backward()
-            total += loss.detach()
-        self.optimizer.step(step, scale)
+            self.optimizer.grads[-2:] += torch.stack([batch.tokens, loss.detach()])
+        total = self.optimizer.step(step, scale)
         if self.done:  # the host stays one step ahead at most, so that its clock tells the truth
             self.done.synchronize()
             self.done.record()
         return total
+    def check(self, log: Log) -> None:
+        """InputError if loss or gradients of more than SKIP_NONFINITE steps, or the weights, are not finite."""
+        skipped, (step, *norms, loss) = int(self.optimizer.counts[1]), self.optimizer.first_bad.tolist()
+        if step:
+            bad = [name for name, norm in zip(self.optimizer.names, norms) if not math.isfinite(norm)]
+            text = f"step:{step:.0f} not finite: loss {loss}, gradients: {', '.join(bad) or 'none'}; skipped:{skipped}"
+            if skipped > self.hp.skip_nonfinite:
+                raise InputError(f"{text}; lower the learning rates, or allow some such steps with SKIP_NONFINITE")
+            log(text)
+            self.optimizer.first_bad.zero_()
+        if not self.optimizer.state.isfinite().all():
+            raise InputError(f"step:{self.at.step} the weights are not finite; lower the learning rates")
     def warm_up(self, log: Log) -> None:
-        """Compiles everything on real batches, then restores the initial state."""
-        initial = self.optimizer.weights.clone()
+        """Compiles everything on real batches, then puts everything back."""
+        kept = [(x, x.clone()) for x in (self.optimizer.state, self.optimizer.counts)]
         for step in range(self.hp.warmup_steps):
             self.step(step, 1.0)
             log.progress("warm-up", (step + 1) / self.hp.warmup_steps)
-        self.optimizer.reset(initial)
-        if self.hp.warmup_steps:
-            log(f"warmup_step:{self.hp.warmup_steps}/{self.hp.warmup_steps}")
-    def validate(self, val: TokenStream, luts: ByteTables) -> Score:
-        """One pass over EVAL_MAX_SEQS windows with the averaged weights, if there are any yet."""
-        self.optimizer.swap_average()
-        hp = dataclasses.replace(self.hp, nelbo_passes=1)
-        score = score_windows(hp.headline, self.model, hp, val, luts, hp.eval_max_seqs)[0]
-        self.optimizer.swap_average()
-        return score
-
+        for x, before in kept:
+            x.copy_(before)
+        self.optimizer.first_bad.zero_()
+    def save(self, log: Log) -> None:
+        """Writes a checkpoint, on the first process; the one before it stays."""
+        self.check(log)
+        since, path = time.perf_counter(), Path("logs") / f"{self.hp.run_id}.{self.at.step:08d}.ckpt"
+        def write() -> None:  # tensors, numbers and text only, so that nothing else needs to be unpickled
+            torch.save(dict(
+                version=FORMAT_VERSION, hyperparameters=dataclasses.asdict(self.hp), data=self.stream.digest,
+                at=vars(self.at), state=self.optimizer.state, counts=self.optimizer.counts,
+                averages=self.optimizer.averages), buffer := io.BytesIO())
+            write_file(path, buffer.getvalue() + hashlib.sha256(buffer.getbuffer()).digest())
+            for old in [other for other in checkpoints(self.hp.run_id) if other < path][1:]:
+                old.unlink()
+        on_first_process(write)
+        log(f"checkpoint:{path} time:{1000 * (time.perf_counter() - since):.0f}ms")
+    def resume(self, log: Log) -> None:
+        """Goes on from the newest sound checkpoint of this run, else from RESUME; InputError if it is another run's."""
+        hp, optimizer, own = self.hp, self.optimizer, on_first_process(lambda: checkpoints(self.hp.run_id))
+        given = [Path(hp.resume)] if hp.resume not in ("auto", "never") else []
+        if set(given) & set(own[1:]):
+            raise InputError(f"{hp.shown('resume')}, but this run is at {own[0]}: remove that, or give another RUN_ID")
+        for path in own + given:
+            sound = False
+            with contextlib.suppress(Exception):  # there are as many kinds as ways to damage a file
+                data = on_first_process(path.read_bytes)
+                if hashlib.sha256(data[:-32]).digest() == data[-32:]:
+                    saved = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+                    made, at = Hyperparameters(**saved["hyperparameters"]), SimpleNamespace(**saved["at"])
+                    differ = [made.shown(f.name) for f in dataclasses.fields(hp) if getattr(made, f.name) != getattr(
+                        hp, f.name) and f.metadata["group"] in ("model", "noise", "training", "optimizer")]
+                    whole = (at.step, at.validated, saved["averages"], saved["data"], saved["version"] - FORMAT_VERSION)
+                    sound = (all(type(x) is int and x >= 0 for x in whole) and 0 <= at.train_ms < math.inf
+                             and at.best_bpb > 0 and saved["counts"].sum() == at.step and (differ or all(
+                                 saved[x].shape == y.shape and saved[x].dtype == y.dtype and saved[x].isfinite().all()
+                                 for x, y in (("state", optimizer.state), ("counts", optimizer.counts)))))
+            if not sound:
+                log(f"skipped:{path}: damaged, or not a checkpoint of this version of train_mdlm.py")
+                if path not in given:
+                    on_first_process(functools.partial(path.replace, f"{path}.damaged"))
+                continue
+            if differ or saved["data"] != self.stream.digest:
+                raise InputError(f"{path} was made with {' '.join(differ) or 'other shards'}: give it the same, or "
+                                 "start another run, with another RUN_ID")
+            self.at, optimizer.averages = at, saved["averages"]
+            optimizer.state.copy_(saved["state"])
+            optimizer.counts.copy_(saved["counts"])
+            log(f"resumed:{path} step:{at.step}/{hp.iterations} train_time:{at.train_ms:.0f}ms "
+                f"best_val_bpb:{at.best_bpb:.4f}; skips {at.step * hp.train_batch_tokens} tokens")
+            return
+        if given:
+            raise InputError(f"{hp.shown('resume')}: no sound checkpoint there; give another one, or auto")
+def checkpoints(run_id: str) -> list[Path]:
+    """Of one run, the newest first."""
+    return sorted(Path("logs").glob(f"{run_id}.{'[0-9]' * 8}.ckpt"), reverse=True)
 def train(trainer: Trainer, val: TokenStream, luts: ByteTables, log: Log) -> Model:
-    """Runs to the last iteration or the wall-clock cap; returns the model with its averaged weights."""
-    trainer.warm_up(log)
-    hp, clock, step, elapsed_ms, note = trainer.hp, Clock(trainer.device), 0, 0.0, ""
+    """To the last iteration, the wall-clock cap or a signal (an InputError); the model with its averaged weights."""
+    hp, at, clock, note, stopped = trainer.hp, trainer.at, Clock(trainer.device), "", False
+    with clock.paused("warm-up"):
+        trainer.warm_up(log)
+        next(iter(trainer.batches(at.step)))  # a stream of documents has to find the place
+    clock.started, begun, saved_ms = clock.started - at.train_ms / 1000, at.step, at.train_ms
+    on_signals(lambda *_: setattr(clock, "stopped", True))  # the step that is running is finished first
     while True:
-        done, at = progress(hp, step, elapsed_ms), f"step:{step}/{hp.iterations}"
-        if done >= 1 or (hp.val_loss_every and step and step % hp.val_loss_every == 0):
-            with clock.paused():
-                score = trainer.validate(val, luts)
-            log(f"{at} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} stderr:{score.stderr:.4f} "
-                f"seqs:{score.seqs} train_time:{clock.ms():.0f}ms step_avg:{clock.ms() / max(step, 1):.2f}ms")
-            note = f"val_bpb {score.bpb:.3f}"
+        done, where = progress(hp, at.step, at.train_ms), f"step:{at.step}/{hp.iterations}"
+        due = hp.checkpoint_every and (done >= 1 or at.train_ms - saved_ms >= 1000 * hp.checkpoint_every)
+        if (due or stopped) and at.step > begun:
+            with clock.paused("checkpoints"):
+                trainer.save(log)
+            saved_ms = at.train_ms
+        due = hp.val_loss_every and at.step != at.validated and at.step % hp.val_loss_every == 0
+        if (due or done >= 1) and not stopped:
+            with clock.paused("validation"):
+                trainer.check(log)
+                trainer.optimizer.swap_average()
+                once = dataclasses.replace(hp, nelbo_passes=1)
+                score = score_windows(hp.headline, trainer.model, once, val, luts, hp.eval_max_seqs)[0]
+                trainer.optimizer.swap_average()
+            at.validated, at.best_bpb, note = at.step, min(at.best_bpb, score.bpb), f"val_bpb {score.bpb:.3f}"
+            log(f"{where} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} stderr:{score.stderr:.4f} seqs:{score.seqs}"
+                f" train_time:{at.train_ms:.0f}ms step_avg:{at.train_ms / max(at.step, 1):.2f}ms")
+        if stopped or (done >= 1 and clock.read()[1]):
+            raise InputError(f"{where} stopped by a signal; the same command with RUN_ID={hp.run_id} goes on from here")
         if done >= 1:
             break
-        loss = trainer.step(step, lr_scale(hp, step, elapsed_ms))
-        step += 1
-        elapsed_ms = clock.ms()
-        if hp.ema_decay and progress(hp, step, elapsed_ms) >= hp.ema_start_frac:
-            if trainer.optimizer.average is None:
-                log(f"ema:started step:{step} decay:{hp.ema_decay}")
+        loss = trainer.step(at.step, lr_scale(hp, at.step, at.train_ms))
+        at.step += 1
+        at.train_ms, stopped = clock.read()
+        if hp.ema_decay and progress(hp, at.step, at.train_ms) >= hp.ema_start_frac:
+            if not trainer.optimizer.averages:
+                log(f"ema:started step:{at.step} decay:{hp.ema_decay}")
             trainer.optimizer.update_average()
-        if hp.train_log_every and (step <= 10 or step % hp.train_log_every == 0):
-            train_loss = all_reduce(loss).item()
-            log(f"step:{step}/{hp.iterations} train_loss:{train_loss:.4f} train_time:{clock.ms():.0f}ms "
-                f"step_avg:{clock.ms() / step:.2f}ms")
+        if hp.train_log_every and (at.step <= 10 or at.step % hp.train_log_every == 0):
+            trainer.check(log)
+            if loss.isfinite():
+                log(f"step:{at.step}/{hp.iterations} train_loss:{loss:.4f} train_time:{at.train_ms:.0f}ms "
+                    f"step_avg:{at.train_ms / at.step:.2f}ms")
         log.progress("train", done, note)
-    if step < hp.iterations:
-        log(f"stopping_early: wallclock_cap train_time:{clock.ms():.0f}ms step:{step}/{hp.iterations}")
-    if clock.ms() > 1000 * BUDGET_SECONDS + 1000:  # the step that crosses the line is part of it
-        log(f"OVER BUDGET: training took {clock.ms() / 1000:.0f} s of the {BUDGET_SECONDS:.0f} s allowed")
+    on_signals(signal.default_int_handler)
+    if at.step < hp.iterations:
+        log(f"stopping_early: wallclock_cap train_time:{at.train_ms:.0f}ms {where}")
+    apart = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in clock.apart.items())
+    log_budget(log, "Training time", at.train_ms / 1000, BUDGET_SECONDS + 1, "s", f"; not counted: {apart}")
     trainer.optimizer.swap_average()
     return trainer.model
-
 # == Main ==============================================================================================================
 def hardware(device: torch.device) -> str:
-    """For example 8xNVIDIA_H100_80GB_HBM3 or 2xCPU_AMD_EPYC_(2_threads)."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)|$", info.read_text(errors="replace") if info.exists() else "")[1] or ""
-    name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
-            f"CPU {found} ({torch.get_num_threads()} threads)")
-    return f"{world_size()}x{name}".replace(" ", "_")
-
+    """For example 8xNVIDIA_H100_80GB_HBM3 or 2xCPU_AVX512_(2_threads)."""
+    cpu = f"CPU {torch.backends.cpu.get_cpu_capability()} ({torch.get_num_threads()} threads)"
+    return f"{world_size()}x{torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu}".replace(" ", "_")
 def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
-        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        return f"{allocated >> 20} MiB reserved: {reserved >> 20} MiB"
+        return f"{torch.cuda.max_memory_allocated() >> 20} MiB reserved: {torch.cuda.max_memory_reserved() >> 20} MiB"
     import resource  # not on every system
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB"
-
 def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) -> tuple[Hyperparameters, Log]:
-    """Starts the log with the source of this file and the resolved hyperparameters; settles RUN_ID."""
-    if not hp.run_id:
-        hp = dataclasses.replace(hp, run_id=time.strftime("%Y%m%d-%H%M%S_") + hp.preset)
-    path = Path("logs") / f"{hp.run_id}.txt"
-    def create() -> None:
-        if path.exists():
-            raise InputError(f"{path} is there already: {hp.shown('run_id')} was used before; choose another")
+    """Starts the log, or goes on with an unfinished one: source, once, and hyperparameters; settles RUN_ID."""
+    stamp = on_first_process(lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}_{hp.preset}")
+    hp = dataclasses.replace(hp, run_id=hp.run_id or stamp)
+    source = Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n"
+    log = Log(path := Path(f"logs/{hp.run_id}.txt"))
+    def begin() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    on_first_process(create)
-    log = Log(path)
-    log(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100, screen=False)
-    log(f"run_id:{hp.run_id} started:{time.strftime('%Y-%m-%dT%H:%M:%S')} log:{log.path}")
+        log.locked = path.open("a+", encoding="utf-8", errors="replace")  # as long as this process lives
+        try:
+            fcntl.flock(log.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path}: another process is at it; choose another {hp.shown('run_id')}") from None
+        text = log.locked.seek(0) or log.locked.read()
+        used = (hp.resume == "never" or hp.eval_only) and (text or checkpoints(hp.run_id))
+        if used or re.search("^finished:", text, re.MULTILINE):
+            raise InputError(f"{path} is there already: {hp.shown('run_id')} was used before; choose another")
+        for left in [*path.parent.glob(f"{hp.run_id}.{'[0-9]' * 8}.ckpt.part"), *checkpoints(hp.run_id)[2:]]:
+            left.unlink()  # by a process that was killed while it wrote
+        if not (begun := re.search("^run_id:", text, re.MULTILINE)):
+            log.locked.truncate(0)
+        log.locked.write("\n" * bool(begun and text[-1] != "\n") + source * (not begun or source not in text))
+        log.locked.flush()
+    on_first_process(begin)
+    log(f"run_id:{hp.run_id} started:{time.strftime('%Y-%m-%dT%H:%M:%S')} log:{path}")
     log(f"hardware:{hardware(device)} torch:{torch.__version__} python:{sys.version.split()[0]}")
     fields = [f.name for f in dataclasses.fields(hp)]
     log("hyperparameters: " + " ".join(hp.shown(name) for name in fields), screen=False)
@@ -1418,11 +1410,6 @@ def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) 
     for warning in near_misses(env):
         log(warning)
     return hp, log
-
-def log_size(name: str, size: int, log: Log, note: str = "") -> None:
-    log(f"{name}: {size} bytes{note}")
-    if size > SIZE_LIMIT_BYTES:
-        log(f"OVER BUDGET: {size} bytes is {size - SIZE_LIMIT_BYTES} more than the {SIZE_LIMIT_BYTES} allowed")
 def write_artifact(model: Model, moments: Mapping, hp: Hyperparameters, path: Path, log: Log) -> None:
     """Packs the model on the first process and logs code + artifact against the limit."""
     info = on_first_process(lambda: save_artifact(model, hp, path, moments))
@@ -1435,18 +1422,18 @@ def write_artifact(model: Model, moments: Mapping, hp: Hyperparameters, path: Pa
     size, bits = info["artifact_bytes"], 8 * info["artifact_bytes"] / sum(kind["weights"] for kind in kinds.values())
     log(f"Code size: {code_bytes} bytes")
     log(f"Serialized model {label}: {size} bytes ({bits:.3f} bits per weight)")
-    log_size(f"Total submission size {label}", code_bytes + size, log)
-
+    log_budget(log, f"Total submission size {label}", code_bytes + size, SIZE_LIMIT_BYTES, "bytes")
 def open_validation(hp: Hyperparameters, device: torch.device) -> tuple[TokenStream, ByteTables]:
     """The validation split and the tokenizer's byte tables; InputError if they, or the windows, do not fit."""
     val = TokenStream(hp.data_path, "val")
-    luts = build_sentencepiece_luts(load_tokenizer(hp.tokenizer_path, hp.vocab_size), hp.vocab_size, device)
+    sp = load_tokenizer(hp.tokenizer_path, hp.vocab_size)
+    luts = build_sentencepiece_luts(sp, hp.vocab_size, device)
     if not val.count_windows(hp.train_seq_len):
         raise InputError(f"{val.files[0]}: the validation split has {val.total} tokens, less than a window of "
                          f"{hp.shown('train_seq_len')} and the token before it")
     val.check_tokens(hp.vocab_size)
+    check_tokenizer(hp.tokenizer_path, sp, val, luts)
     return val, luts
-
 def run(env: Mapping[str, str]) -> None:
     """configure → data → train → pack → unpack → score → log."""
     hp = Hyperparameters.from_env(env)
@@ -1463,38 +1450,51 @@ def run(env: Mapping[str, str]) -> None:
         stream = DocumentStream(hp.data_path, "train", hp) if hp.doc_chunks else TokenStream(hp.data_path, "train")
         batches = max(hp.iterations, hp.warmup_steps, hp.quant_feedback)
         stream.check_tokens(hp.vocab_size, 1 + batches * hp.train_batch_tokens)
+        check_tokenizer(hp.tokenizer_path, load_tokenizer(hp.tokenizer_path, hp.vocab_size), stream, luts)
         micro_batches(hp)
     hp, log = open_log(hp, env, device)
-    log(f"dataset:{Path(hp.data_path).name} val_tokens:{val.total} val_windows:{val.count_windows(hp.train_seq_len)}"
-        + ("" if hp.eval_only else f" train_tokens:{stream.total}"))
-    if hp.eval_only:
-        log(f"eval_only:{hp.eval_only} compute_dtype:{hp.compute_dtype}")
-    else:
-        trainer = Trainer(hp, stream, device)
-        log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())}")
-        log_size("Predicted submission size", on_first_process(lambda: predicted_bytes(hp)), log, " for normal weights")
-        log(f"world_size:{world_size()} grad_accum_steps:{len(trainer.micros)} compute_dtype:{hp.compute_dtype}")
-        model = train(trainer, val, luts, log)
-        log(f"peak memory allocated: {peak_memory(device)}")
-        artifact = Path("logs") / f"{hp.run_id}.mdlm"
-        moments = input_moments(model, (b for step in range(hp.quant_feedback) for b in trainer.batches(step)))
-        write_artifact(model, moments, hp, artifact, log)
-        model, _, label = read_artifact(artifact)
-    score_model(model, label, hp, val, luts, log)
-
+    try:
+        log(f"dataset:{Path(hp.data_path).name} val_tokens:{val.total} val_windows:"
+            f"{val.count_windows(hp.train_seq_len)}" + ("" if hp.eval_only else f" train_tokens:{stream.total}"))
+        if hp.eval_only:
+            log(f"eval_only:{hp.eval_only} compute_dtype:{hp.compute_dtype}")
+        else:
+            model, label = train_and_pack(Trainer(hp, stream, device), val, luts, log)
+        score_model(model, label, hp, val, luts, log)
+        log(f"finished:{hp.run_id}")
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # if that is a full disk
+            log(f"error: rank:{rank()} {reason(error)}", screen=False, every_rank=True)
+        raise
+def train_and_pack(trainer: Trainer, val: TokenStream, luts: ByteTables, log: Log) -> tuple[Model, str]:
+    """The model as its artifact on disk has it, and the artifact's label."""
+    hp, artifact = trainer.hp, Path("logs") / f"{trainer.hp.run_id}.mdlm"
+    log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())}")
+    size = on_first_process(lambda: predicted_bytes(hp))
+    log_budget(log, "Predicted submission size", size, SIZE_LIMIT_BYTES, "bytes", " for normal weights")
+    log(f"world_size:{world_size()} grad_accum_steps:{len(trainer.micros)} compute_dtype:{hp.compute_dtype}")
+    trainer.resume(log)
+    model = train(trainer, val, luts, log)
+    log(f"peak memory allocated: {peak_memory(trainer.device)}")
+    moments = input_moments(model, (b for step in range(hp.quant_feedback) for b in trainer.batches(step)))
+    write_artifact(model, moments, hp, artifact, log)
+    return read_artifact(artifact)[::2]
 def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         return print(help_text())
+    on_signals(signal.default_int_handler)  # a KeyboardInterrupt
     try:
         if len(sys.argv) > 1:
             raise InputError(f"{sys.argv[1]}: hyperparameters are environment variables; see --help")
         run(os.environ)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        on_signals(signal.SIG_DFL)
         time.sleep(5 * (os.environ.get("LOCAL_RANK", "0") != "0"))  # what all of them meet, the first one tells before
-        print("train_mdlm.py: error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-        sys.exit(2)
+        print("train_mdlm.py: error:", reason(error), file=sys.stderr, flush=True)
+        (os._exit if dist.is_initialized() else sys.exit)(2)  # whoever still waits for a lost process is not waited for
     if dist.is_initialized():
         dist.destroy_process_group()
-
 if __name__ == "__main__":
     main()

@@ -89,15 +89,13 @@ def test_storages_by_kind():
 
 
 def test_a_clip_that_leaves_nothing_is_refused():
-    for clip, mode in ((15.0, "int4"), (15.0, "int8,head:int4"), (255.0, "int8"), (1e39, "fp8_row")):
-        with pytest.raises(ValueError, match="QUANT_CLIP"):
-            tm.Hyperparameters(quant_clip=clip, quant_mode=mode)
-    assert tm.Hyperparameters(quant_clip=14.0, quant_mode="int4").quant_clip == 14.0
+    with pytest.raises(ValueError, match="QUANT_CLIP=16.5 is not between 0 and 16"):
+        tm.Hyperparameters(quant_clip=16.5, quant_mode="int4")
 
 
 def test_the_coarsest_grid_allowed_can_be_read_back(tmp_path):
     """Loading wants a bit for each weight; Gaussian ones have more even on the widest steps."""
-    hp = tm.Hyperparameters(preset="demo", model_dim=256, quant_mode="int4", quant_clip=14.0)
+    hp = tm.Hyperparameters(preset="demo", model_dim=256, quant_mode="int4", quant_clip=16.0)
     info = tm.save_artifact(gaussian_model(hp), hp, tmp_path / "a.mdlm")
     weights = sum(kind["weights"] for kind in info["kinds"].values())
     assert weights > 2**20 and weights < 8 * info["artifact_bytes"] < 1.5 * weights
@@ -199,7 +197,7 @@ def test_input_moments_are_those_of_the_inputs():
     hp = tiny_hp(num_layers=2)
     model = random_model(hp)
     z = torch.randint(0, 4, (5, 4), generator=torch.Generator().manual_seed(6))
-    batch = tm.Batch(z, torch.tensor([1, 7, 18]), None, None, None)
+    batch = tm.Batch(z, torch.tensor([1, 7, 18]), None, None, None, None)
     moments = tm.input_moments(model, [batch, batch])
     block, x = model.blocks[0], tm.norm(model.tok_emb(z))
     x = tm.norm(block.resid_mix[0] * x + block.resid_mix[1] * x).flatten(0, 1)
@@ -496,9 +494,9 @@ def test_hostile_files_cost_no_memory(tmp_path):
 
 def test_unpacking_asks_for_no_more_memory_than_the_content():
     with pytest.raises(lzma.LZMAError, match="[Mm]emory"):
-        tm.PACKERS["lzma"].unpack(wide_dictionary(), 1000)
+        tm.PACKERS["lzma"][1](wide_dictionary(), 1000)
     with pytest.raises(tm.zstandard.ZstdError, match="memory"):  # a frame with a window of 2 GiB
-        tm.PACKERS["zstd"].unpack(bytes.fromhex("28b52ffd00a8") + bytes(64), 1000)
+        tm.PACKERS["zstd"][1](bytes.fromhex("28b52ffd00a8") + bytes(64), 1000)
 
 
 def test_writing_leaves_the_former_file_alone_until_all_is_there(tmp_path, monkeypatch):
@@ -509,7 +507,7 @@ def test_writing_leaves_the_former_file_alone_until_all_is_there(tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tm.os, "fsync", no_space)
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="a.mdlm: cannot be written: No space left on device"):
         tm.write_file(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 

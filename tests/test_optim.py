@@ -121,22 +121,53 @@ def test_parameters_are_views_of_one_buffer_in_every_kind():
     assert all(p.abs().max() == 0 for p in model.parameters())
 
 
-def test_reset_forgets_everything():
+def three_steps(optimizer, model):
+    z = torch.tensor([[0, 3, 1, 3]])
+    for step in range(3):
+        model(z).logsumexp(-1).sum().backward()
+        optimizer.step(step, 1.0)
+
+
+def test_the_flat_state_is_all_there_is():
+    """Put back as it was, it takes the same steps again."""
     hp = tiny_hp()
     model = random_model(hp)
     optimizer = tm.Optimizer(model, hp)
-    initial = optimizer.weights.clone()
-    z = torch.tensor([[0, 3, 1, 3]])
+    kept = [(x, x.clone()) for x in (optimizer.state, optimizer.counts)]
+    three_steps(optimizer, model)
+    first = optimizer.state.clone()
+    for x, before in kept:
+        x.copy_(before)
+    three_steps(optimizer, model)
+    assert torch.equal(optimizer.state, first) and optimizer.counts.tolist() == [3, 0]
 
-    def three_steps():
-        for step in range(3):
-            model(z).logsumexp(-1).sum().backward()
-            optimizer.step(step, 1.0)
-        return optimizer.weights.clone()
 
-    first = three_steps()
-    optimizer.reset(initial)
-    assert torch.equal(three_steps(), first)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("place", ["loss", "matrix", "embed"])
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_step_that_is_not_finite_changes_nothing(poison, place, before):
+    """Whether it is the first step, when Adam has no moments yet, or a later one."""
+    hp = tiny_hp(weight_decay=0.1)
+    model = random_model(hp)
+    optimizer = tm.Optimizer(model, hp)
+    if before:
+        three_steps(optimizer, model)
+    kept = optimizer.state.clone()
+    model(torch.tensor([[0, 3, 1, 3]])).sum().backward()
+    if place == "loss":
+        optimizer.grads[-1] = poison
+    else:
+        dict(model.named_parameters())[{"matrix": "blocks.0.mlp.fc.weight", "embed": "tok_emb.weight"}[place]].grad[
+            1, 1
+        ] = poison
+    optimizer.step(before, 1.0)
+    assert torch.equal(optimizer.state, kept) and optimizer.counts.tolist() == [before, 1]
+    assert optimizer.grads.abs().max() == 0
+    step, *norms, loss = optimizer.first_bad.tolist()
+    bad = [name.split()[0] for name, norm in zip(optimizer.names, norms, strict=True) if not math.isfinite(norm)]
+    assert step == before + 1 and bad == ([place] if place != "loss" else []) and math.isfinite(loss) == bool(bad)
+    three_steps(optimizer, model)
+    assert optimizer.state.isfinite().all() and optimizer.first_bad[0] == step
 
 
 def averaged(decay):

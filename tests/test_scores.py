@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import codec
 import train_mdlm as tm
 from conftest import random_model, tiny_hp
 
@@ -161,14 +162,14 @@ def test_confidence_does_not_depend_on_hidden_tokens_ties_or_company():
         assert torch.allclose(tm.chain_rule(model, x0[row : row + 1], "confidence")[0], whole[row], atol=1e-5)
     # the first position to be revealed is the same for all sequences: nothing is visible yet
     z = torch.full_like(x0, hp.mask_id)
-    first, _ = next(iter(tm.reveal(model, z, None)))
+    first, _ = next(iter(tm.reveal_surest(model, z)))
     assert (first == first[0]).all()
     # a model without attention is equally sure everywhere: ties go from left to right
     with torch.no_grad():
         for block in model.blocks:
             block.attn_scale.zero_()
     z, seen = torch.full_like(x0, hp.mask_id), []
-    for at, _ in tm.reveal(model, z, None, 3):
+    for at, _ in tm.reveal_surest(model, z, 3):
         seen.append(at[0])
         z.scatter_(1, at, x0.gather(1, at))
     assert torch.cat(seen).tolist() == list(range(16))
@@ -194,7 +195,7 @@ def test_causal_model_is_a_code_however_it_is_computed():
     assert nll.shape == (81, L) and total_probability(nll) == pytest.approx(1, abs=1e-5)
     assert torch.allclose(tm.chain_rule(model, EVERY, before=2), nll)
     z, stepwise = torch.full_like(EVERY, V), torch.zeros(81, L)
-    for at, logp in tm.reveal(model, z, None):  # as a decoder does it, after <s>
+    for at, logp in codec.reveal_in_order(model, z, torch.arange(L).expand(81, L), 1):  # as a decoder does it
         tokens = EVERY.gather(1, at)
         stepwise.scatter_(1, at, -logp.gather(2, tokens[..., None])[..., 0])
         z.scatter_(1, at, tokens)

@@ -140,7 +140,8 @@ class Predictor:
             z = torch.full((windows, length), self.model.hp.mask_id, device=self.device)
             order = self.positions(first, windows, length)
             order = order if order is None else order.to(self.device)
-            running.append((first, z, tm.reveal(self.model, z, order, self.group)))
+            running.append((first, z, tm.reveal_surest(self.model, z, self.group) if order is None
+                            else reveal_in_order(self.model, z, order, self.group)))
         longest, step = batches[0][2], 0
         while running:
             predictions = list(pool.map(predict, [steps for _, _, steps in running]))
@@ -154,6 +155,18 @@ class Predictor:
             running = [run for run, prediction in zip(running, predictions, strict=True) if prediction is not None]
             step += self.group
             yield min(step / longest, 1.0)
+
+
+@torch.no_grad()
+def reveal_in_order(model: tm.Model, z: torch.Tensor, order: torch.Tensor,
+                    group: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """As tm.reveal_surest, in the given order of positions (B, L); a causal model sees <s> and what is to the left."""
+    causal, rows = model.hp.objective == "ar", torch.arange(len(z), device=z.device)[:, None]
+    for done in range(0, z.shape[1], group):
+        at = order[:, done:done + group]
+        seen = torch.nn.functional.pad(z[:, :done], (1, 0), value=tm.BOS_ID) if causal else z
+        hidden = model.hidden(seen, at=(at + seen.shape[1] * rows).flatten())
+        yield at, model.head(hidden).log_softmax(-1).unflatten(0, at.shape)
 
 
 def predict(steps: Iterator) -> tuple[torch.Tensor, np.ndarray] | None:
@@ -295,7 +308,7 @@ def run_compress(arguments: argparse.Namespace, log: tm.Log) -> None:
     print(f"{arguments.output}: {len(data)} bytes, {8 * len(data) / size:.4f} bits per byte, "
           f"{len(data) - bits / 8:+.1f} bytes beside the prediction")
     others = ["zlib", "lzma", *(["zstd"] if tm.zstandard else [])]
-    print("for comparison: " + ", ".join(f"{name} {len(tm.PACKERS[name].pack(source))}" for name in others))
+    print("for comparison: " + ", ".join(f"{name} {len(tm.PACKERS[name][0](source))}" for name in others))
 
 
 def run_decompress(arguments: argparse.Namespace, log: tm.Log) -> None:
