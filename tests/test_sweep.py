@@ -45,7 +45,7 @@ def test_sweep_runs_continues_and_compares(tiny_env, tmp_path, tool, monkeypatch
     log.write_text(log.read_text(encoding="utf-8").partition("\nfinal_")[0], encoding="utf-8")
     again = tool(sweep, *arguments)
     assert again.stdout.count("finished before") == 3
-    assert "NUM_HEADS=2_seed2: val_bpb" in again.stdout and log.with_name(f"set-aside-{log.name}").exists()
+    assert "NUM_HEADS=2_seed2: val_bpb" in again.stdout and log.read_text(encoding="utf-8").count("\nrun_id:") == 2
     assert json.loads((tmp_path / "heads/results.json").read_text())["rows"][2]["val_bpb"] == two
 
 

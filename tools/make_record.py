@@ -36,8 +36,9 @@ def find(pattern: str, body: str, path: Path, what: str) -> re.Match:
     return matches[-1]
 
 
-def parse_log(path: Path) -> dict:
-    """What one run's log says: source text, hyperparameters, sizes, times and the headline score."""
+def lives(path: Path) -> tuple[str, list[str]]:
+    """The script's source, and the lines of each life of a run, several if it was interrupted and resumed; without
+    those before it began again from nothing."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -45,8 +46,21 @@ def parse_log(path: Path) -> dict:
     source, separator, body = text.partition(SEPARATOR)
     if not separator:
         raise InputError(f"{path}: not a log of train_mdlm.py (it does not begin with the script's source)")
-    if body.count("\nrun_id:") + body.startswith("run_id:") != 1:
+    if SEPARATOR in body:
+        raise InputError(f"{path}: the script was changed between two lives of this run")
+    if len(set(re.findall(r"^run_id:(\S+)", body, re.MULTILINE))) != 1:
         raise InputError(f"{path}: holds more than one run")
+    bodies = re.split(r"^(?=run_id:)", body, flags=re.MULTILINE)[1:]
+    begin = max(i for i, life in enumerate(bodies) if i == 0 or not re.search(r"^resumed:", life, re.MULTILINE))
+    return source, bodies[begin:]
+
+
+def parse_log(path: Path) -> dict:
+    """What one run's log says: source text, hyperparameters, sizes, times and the headline score."""
+    source, bodies = lives(path)
+    machines = {find(r"^hardware:(\S+)", body, path, "hardware line")[1]: None for body in bodies}
+    skipped = re.findall(r"^step:\d+ not finite: .*skipped:(\d+)$", "".join(bodies), re.MULTILINE)
+    body = bodies[-1]  # the last life has the last validation, the sizes and the scores
     start = find(r"^run_id:\S+ started:(\d{4}-\d\d-\d\d)\S*", body, path, "start line")
     machine = find(r"^hardware:(\S+) torch:(\S+)", body, path, "hardware line")
     data = find(r"^dataset:(\S+)", body, path, "dataset line")
@@ -59,7 +73,8 @@ def parse_log(path: Path) -> dict:
     counted = find(r"^score:(nelbo|ar) .*seqs:(\d+) tokens:(\d+) bytes:(\d+)", body, path, "score line")
     scores = re.findall(r"^score:(\w+) (?:biased:1 )?bpb:(\S+) .*seqs:(\d+) .*time:(\d+)ms", body, re.MULTILINE)
     return dict(
-        source=source, seed=int(knobs["SEED"]), date=start[1], hardware=machine[1].replace("_", " "), torch=machine[2],
+        source=source, seed=int(knobs["SEED"]), date=start[1], hardware=" and ".join(machines).replace("_", " "),
+        torch=machine[2], lives=len(bodies), skipped_steps=max(map(int, skipped), default=0),
         dataset=data[1], preset=knobs["PRESET"], overridden=find(r"^overridden: (.+)$", body, path, "overrides")[1],
         params=int(find(r"^model_params:(\d+)", body, path, "parameter count")[1]),
         world_size=int(find(r"^world_size:(\d+)", body, path, "world size")[1]),
@@ -105,7 +120,8 @@ def submission(runs: list[dict], typed: dict) -> dict:
         seed_results={str(run["seed"]): dict(
             val_loss=run["val_loss"], val_bpb=run["val_bpb"], val_bpb_stderr=run["stderr"],
             bytes_model=run["artifact_bytes"], step_stop=run["step_stop"], wallclock_seconds=run["train_seconds"],
-            eval_seconds=run["eval_seconds"])
+            eval_seconds=run["eval_seconds"],
+            **{name: run[name] for name, usual in (("lives", 1), ("skipped_steps", 0)) if run[name] != usual})
             for run in runs},
         bytes_total=max(run["total_bytes"] for run in runs), bytes_code=runs[0]["code_bytes"],
         step_stop=max(run["step_stop"] for run in runs), wallclock_seconds=max(run["train_seconds"] for run in runs),
@@ -127,6 +143,10 @@ def readme(runs: list[dict], facts: dict) -> str:
     others = [f"{name} {statistics.mean(run['others'][name][0] for run in runs):.4f} ({seqs:,} windows)"
               for name, (_, seqs) in first["others"].items() if all(name in run["others"] for run in runs)]
     warnings = [f"**OVER BUDGET: {warning}.**" for warning in facts["over_budget"]]
+    notes = [f"Seed {run['seed']} was interrupted and resumed, in {run['lives']} lives." for run in runs
+             if run["lives"] > 1]
+    notes += [f"Seed {run['seed']} skipped {run['skipped_steps']} steps with gradients that were not finite."
+              for run in runs if run["skipped_steps"]]
     return "\n".join([
         f"# {facts['name']}", "", facts["blurb"], "", *[line for warning in warnings for line in (warning, "")],
         f"**val_bpb {facts['val_bpb']:.4f}**{spread}", "",
@@ -139,7 +159,8 @@ def readme(runs: list[dict], facts: dict) -> str:
         f"{SIZE_LIMIT_BYTES:,}", "",
         "| seed | val_bpb | std. error | val_loss | steps | training | evaluation | artifact bytes |",
         "|---|---|---|---|---|---|---|---|", *rows, "",
-        "The standard error is that of the score as an estimate from these windows.", "", "```bash",
+        " ".join(["The standard error is that of the score as an estimate from these windows.", *notes]), "",
+        "```bash",
         *(f"{settings}SEED={run['seed']} torchrun --standalone --nproc_per_node={run['world_size']} train_mdlm.py"
           for run in runs), "```", ""])
 

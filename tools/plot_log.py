@@ -11,21 +11,23 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from make_record import SEPARATOR  # noqa: E402
+from make_record import lives  # noqa: E402
 from train_mdlm import InputError  # noqa: E402
 
 
 def read_curve(path: Path) -> dict:
     """Steps, seconds and bpb of the validations, and the final bpb (None if the run did not get there)."""
-    try:
-        body = path.read_text(encoding="utf-8").partition(SEPARATOR)[2]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    points = re.findall(r"^step:(\d+)/\d+ val_loss:\S+ val_bpb:(\S+) .*train_time:(\d+)ms", body, re.MULTILINE)
+    points = {}
+    for body in lives(path)[1]:
+        resumed = re.search(r"^resumed:\S+ step:(\d+)/", body, re.MULTILINE)
+        points = {step: point for step, point in points.items() if step <= int(resumed[1])} if resumed else {}
+        found = re.findall(r"^step:(\d+)/\d+ val_loss:\S+ val_bpb:(\S+) .*train_time:(\d+)ms", body, re.MULTILINE)
+        points |= {int(step): (int(ms) / 1000, float(bpb)) for step, bpb, ms in found}
     if not points:
         raise InputError(f"{path}: no validation in this log")
     final = re.search(r"^final_(\S+)_roundtrip_exact val_loss:\S+ val_bpb:(\S+)", body, re.MULTILINE)
-    return dict(name=path.stem, seconds=[int(ms) / 1000 for _, _, ms in points], bpb=[float(b) for _, b, _ in points],
+    seconds, bpb = zip(*points.values(), strict=True)
+    return dict(name=path.stem, seconds=list(seconds), bpb=list(bpb),
                 final=float(final[2]) if final else None, label=final[1].replace("_", "+") if final else "")
 
 

@@ -4,10 +4,10 @@
 
 Every combination is a row, every seed a run, and NUM_HEADS=NUM_KV_HEADS=2,4 gives both the same value. What is set in
 the environment holds for all of them. Runs go one after the other, or side by side on the GPUs that --gpus names. Logs
-and artifacts are kept under OUT/logs; a run that is finished there is not run again, a run that failed is noted and the
-others go on, and a second call tries it again. Afterwards OUT/README.md holds the table (mean and standard deviation
-over seeds, and the difference to the first row, paired by seed, with its standard error), OUT/results.json the same for
-programs, OUT/plot.png a picture.
+and artifacts are kept under OUT/logs; a run that is finished there is not run again, one that was interrupted goes on
+from its last checkpoint, a run that failed is noted and the others go on, and a second call tries it again. Afterwards
+OUT/README.md holds the table (mean and standard deviation over seeds, and the difference to the first row, paired by
+seed, with its standard error), OUT/results.json the same for programs, OUT/plot.png a picture.
 """
 
 from __future__ import annotations
@@ -64,17 +64,24 @@ def environment(row: dict[str, str], seed: int) -> dict[str, str]:
     return env | {name.upper(): str(Path(getattr(hp, name)).resolve()) for name in ("data_path", "tokenizer_path")}
 
 
+def begun(row: dict[str, str], seed: int, out: Path) -> Path | None:
+    """The log of a run, finished or not, if there is one with these hyperparameters."""
+    try:
+        hp, path = Hyperparameters.from_env(environment(row, seed)), out / "logs" / f"{run_id(row, seed)}.txt"
+        *_, resolved = re.findall(r"^hyperparameters: .*$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    except (InputError, OSError, ValueError):
+        return None
+    settled = ("compute_dtype",)  # auto becomes what the device does
+    wanted = [hp.shown(name) for name in hp.__dataclass_fields__ if name not in settled]
+    return path if all(f" {setting} " in resolved + " " for setting in wanted) else None
+
+
 def finished(row: dict[str, str], seed: int, out: Path) -> dict | None:
     """What the log of a run says, or None if there is no finished one with these hyperparameters."""
     try:
-        hp, path = Hyperparameters.from_env(environment(row, seed)), out / "logs" / f"{run_id(row, seed)}.txt"
-        facts = parse_log(path)
+        return parse_log(path) if (path := begun(row, seed, out)) else None
     except InputError:
         return None
-    resolved = re.search(r"^hyperparameters: .*$", path.read_text(encoding="utf-8"), re.MULTILINE)[0] + " "
-    settled = ("compute_dtype",)  # auto becomes what the device does
-    wanted = [hp.shown(name) for name in hp.__dataclass_fields__ if name not in settled]
-    return facts if all(f" {setting} " in resolved for setting in wanted) else None
 
 
 def run(row: dict[str, str], seed: int, out: Path, processes: int, gpu: str | None) -> str:
@@ -83,13 +90,16 @@ def run(row: dict[str, str], seed: int, out: Path, processes: int, gpu: str | No
         env = environment(row, seed)
     except InputError as error:
         return str(error)
-    for old in out.glob(f"logs/{env['RUN_ID']}.*"):  # an earlier attempt that did not finish, or with other settings
-        old.replace(old.with_name(f"set-aside-{old.name}"))
+    if not begun(row, seed, out):
+        for old in out.glob(f"logs/{env['RUN_ID']}.*"):  # of other settings
+            old.replace(old.with_name(f"set-aside-{old.name}"))
     if gpu is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpu
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     done = subprocess.run([sys.executable, *launch, str(SCRIPT)], cwd=out, env=env, capture_output=True, text=True)
     if done.returncode == 0 and finished(row, seed, out):
+        for checkpoint in out.glob(f"logs/{env['RUN_ID']}.*.ckpt"):
+            checkpoint.unlink()
         return ""
     reasons = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
     return (reasons or [f"exit status {done.returncode}"])[0].strip()
