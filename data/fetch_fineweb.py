@@ -5,15 +5,18 @@
     python data/fetch_fineweb.py --variant sp4096 --train-shards 10
 
 Files land in data/datasets/ and data/tokenizers/, where train_mdlm.py looks for them by default. What is already there
-and sound is not fetched again; an interrupted download continues. A shard whose header or size is wrong is refused.
+and sound is not fetched again; an interrupted download continues. A file whose SHA-256 is not what the hub says, or a
+shard whose header or size is wrong, is refused.
 HF_ENDPOINT and HF_TOKEN are honoured. Needs requirements-dev.txt (huggingface_hub).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path, PurePosixPath
 
@@ -21,6 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train_mdlm import InputError, Log, open_shard  # noqa: E402
 
 REPO, REMOTE_ROOT = "willdepueoai/parameter-golf", "datasets"
+MOST_SHARDS = 1_000_000  # as many as their names have room for
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class Fetcher:
@@ -32,8 +44,10 @@ class Fetcher:
     def local(self, relative: str) -> Path:
         """Where a file of the manifest goes; InputError for a path that would leave `out`."""
         path = PurePosixPath(relative)
-        if not relative or path.is_absolute() or ".." in path.parts or "\\" in relative:
+        if not relative or path.is_absolute() or ".." in path.parts or re.search(r"[\\\0]", relative):
             raise InputError(f"manifest.json names {relative!r}, which is outside the data folder; refused")
+        if path.parts[0] not in ("datasets", "tokenizers", "manifest.json") or path.suffix in (".py", ".pth"):
+            raise InputError(f"manifest.json names {relative!r}, which is no data set and no tokenizer; refused")
         return self.out / path
 
     def fetch(self, relative: str, verify, refresh: bool = False) -> Path:
@@ -49,10 +63,11 @@ class Fetcher:
                 return target
             except InputError as error:
                 self.log(f"{error}; fetching it again")
-        staging = self.out / ".hub"
+        staging, remote = self.out / ".hub", str(PurePosixPath(self.remote_root, relative))
         try:
-            got = Path(huggingface_hub.hf_hub_download(
-                self.repo, str(PurePosixPath(self.remote_root, relative)), repo_type="dataset", local_dir=staging))
+            got = Path(huggingface_hub.hf_hub_download(self.repo, remote, repo_type="dataset", local_dir=staging))
+            etag = huggingface_hub.get_hf_file_metadata(
+                huggingface_hub.hf_hub_url(self.repo, remote, repo_type="dataset")).etag or ""
         except errors.RepositoryNotFoundError:
             raise InputError(f"there is no data set {self.repo} that you may read") from None
         except (errors.HfHubHTTPError, errors.EntryNotFoundError, OSError, RuntimeError) as error:
@@ -61,6 +76,9 @@ class Fetcher:
             raise InputError(f"{relative} could not be fetched: {str(error).strip().splitlines()[0]}; the same command "
                              "continues where this one stopped") from None
         try:
+            if re.fullmatch("[0-9a-f]{64}", etag) and sha256(got) != etag:  # of large files; others have a Git hash
+                raise InputError(f"{relative}: its SHA-256 is not what the hub says, it was damaged on its way; run "
+                                 "the same command again")
             verify(got)
         except InputError:
             got.unlink()
@@ -74,9 +92,8 @@ class Fetcher:
 def read_manifest(path: Path) -> dict:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        return {"datasets": {entry["name"]: entry for entry in manifest["datasets"]},
-                "tokenizers": {entry["name"]: entry for entry in manifest["tokenizers"]}}
-    except (ValueError, KeyError, TypeError):
+        return {kind: {str(entry["name"]): entry for entry in manifest[kind]} for kind in ("datasets", "tokenizers")}
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{path}: not a manifest of the challenge (it lists datasets and tokenizers)") from None
 
 
@@ -88,10 +105,12 @@ def fetch_variant(fetcher: Fetcher, variant: str, train_shards: int) -> tuple[Pa
         raise InputError(f"--variant {variant} is not one of {', '.join(sorted(manifest['datasets']))}")
     try:
         stats = {key: int(dataset["stats"][key]) for key in ("files_train", "files_val")}
+        if not 1 <= stats["files_val"] <= MOST_SHARDS or not 0 <= stats["files_train"] <= MOST_SHARDS:
+            raise ValueError
         tokens_val = int(dataset["stats"].get("tokens_val", 0))
         tokenizer = manifest["tokenizers"][dataset["tokenizer_name"]]
         tokenizer_files = [str(tokenizer[key]) for key in ("model_path", "vocab_path", "path") if tokenizer.get(key)]
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise InputError(f"manifest.json: the entry of {dataset['name']} lacks its stats or its tokenizer") from None
     if train_shards > stats["files_train"]:
         raise InputError(f"--train-shards {train_shards}: {dataset['name']} has {stats['files_train']}")

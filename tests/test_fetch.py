@@ -39,6 +39,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if with_body:
             stop = self.server.cut.pop(self.path[len(prefix) :], None)
+            content = self.server.damaged.pop(self.path[len(prefix) :], content)
             self.wfile.write(content[start:stop])
             if stop is not None:  # the connection breaks in the middle
                 self.close_connection = True
@@ -88,7 +89,7 @@ def hub():
         ],
     }
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files, server.requests, server.cut = files, [], {}
+    server.files, server.requests, server.cut, server.damaged = files, [], {}, {}
 
     def set_manifest(edit=lambda manifest: None):
         edit(manifest)
@@ -159,6 +160,17 @@ def test_a_wrong_shard_is_refused_and_nothing_is_left_in_its_place(hub, tmp_path
     assert not (tmp_path / name.removeprefix("datasets/")).exists()
 
 
+def test_a_shard_damaged_on_its_way_is_refused_and_fetched_again(hub, tmp_path):
+    """One bit of one token, which neither the header nor the size can show."""
+    name = "datasets/datasets/fineweb10B_sp1024/fineweb_val_000001.bin"
+    whole = hub.files[name]
+    hub.damaged[name] = whole[:-1] + bytes([whole[-1] ^ 1])
+    done = fetch(hub, tmp_path, "--train-shards", "0", check=False)
+    assert done.returncode == 2 and "fineweb_val_000001.bin: its SHA-256 is not what the hub says" in done.stderr
+    fetch(hub, tmp_path, "--train-shards", "0")
+    assert (tmp_path / name.removeprefix("datasets/")).read_bytes() == whole
+
+
 def test_a_damaged_local_copy_is_fetched_again(hub, tmp_path):
     fetch(hub, tmp_path, "--train-shards", "0")
     local = tmp_path / "datasets/fineweb10B_sp1024/fineweb_val_000000.bin"
@@ -178,6 +190,9 @@ def test_a_damaged_local_copy_is_fetched_again(hub, tmp_path):
         (lambda m: m.pop("datasets"), "not a manifest"),
         (lambda m: m["tokenizers"][0].update(model_path="../../evil"), "outside the data folder"),
         (lambda m: m["tokenizers"][0].update(model_path="/etc/evil"), "outside the data folder"),
+        (lambda m: m["tokenizers"][0].update(model_path="argparse.py"), "no data set and no tokenizer"),
+        (lambda m: m["tokenizers"][0].update(model_path="tokenizers/x.py"), "no data set and no tokenizer"),
+        (lambda m: m["datasets"][0]["stats"].update(files_val=0), "lacks its stats"),
         (lambda m: m["datasets"][0]["stats"].update(files_val=3), "is not in willdepueoai/parameter-golf"),
     ],
 )

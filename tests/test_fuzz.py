@@ -1,0 +1,177 @@
+"""Damaged and hostile files: each is used, or refused with one line; nothing is executed, nothing written elsewhere."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fetch_fineweb
+import prepare_text
+import train_mdlm as tm
+from conftest import prepare_tiny, tiny_hp
+
+
+def mutate(data: bytes, g: random.Random) -> bytes:
+    """One to fifty changes: a bit, a byte, bytes taken out, bytes put in."""
+    data = bytearray(data)
+    for _ in range(g.choice([1, 1, 2, 5, 50])):
+        kind, i = g.randrange(4), g.randrange(len(data) or 1)
+        if kind == 0 and data:
+            data[i] ^= 1 << g.randrange(8)
+        elif kind == 1 and data:
+            data[i] = g.randrange(256)
+        elif kind == 2:
+            del data[i : i + g.choice([1, 1, 10, 1000])]
+        else:
+            data[i:i] = g.randbytes(g.choice([1, 4, 100]))
+    return bytes(data)
+
+
+def outcome(action) -> str:
+    """ "used" or the message; any other exception is a failure."""
+    try:
+        action()
+        return "used"
+    except tm.InputError as error:
+        assert "\n" not in str(error)
+        return str(error)
+
+
+def test_tokenizers(tiny_env, tmp_path):
+    """Those that are used make, of the validation split, what it holds."""
+    path, raw, g = tmp_path / "t.model", Path(tiny_env["TOKENIZER_PATH"]).read_bytes(), random.Random(0)
+    found = []
+    for _ in range(150):
+        path.write_bytes(mutate(raw, g))
+        hp = tm.Hyperparameters(
+            vocab_size=384, train_seq_len=32, data_path=tiny_env["DATA_PATH"], tokenizer_path=str(path)
+        )
+        found.append(outcome(lambda hp=hp: tm.open_validation(hp, torch.device("cpu"))))
+    assert 100 < sum("there is no SentencePiece model" in text for text in found) < 150
+
+
+def test_the_tokenizer_of_another_text(tiny_env, tmp_path):
+    """Of the same size, so only what it makes of the text tells."""
+    files = [tmp_path / f"{n:02d}.txt" for n in range(12)]
+    for n, path in enumerate(files):
+        path.write_text("\n".join(f"{k * k} {k:x} QUARTZ fjord {k}" for k in range(n * 300, n * 300 + 300)))
+    prepare_tiny(files, tmp_path)
+    other = next(tmp_path.rglob("*.model"))
+    hp = tm.Hyperparameters(
+        vocab_size=384, train_seq_len=32, data_path=tiny_env["DATA_PATH"], tokenizer_path=str(other)
+    )
+    assert "is not the tokenizer that made" in outcome(lambda: tm.open_validation(hp, torch.device("cpu")))
+    # tokens that are as frequent as by chance are no text: a benchmark's, which no tokenizer made
+    rng = np.random.default_rng(0)
+    prepare_text.write_shard(tmp_path / "fineweb_val_000000.bin", rng.integers(3, 384, 20_000))
+    hp = tm.Hyperparameters(vocab_size=384, train_seq_len=32, data_path=str(tmp_path), tokenizer_path=str(other))
+    assert outcome(lambda: tm.open_validation(hp, torch.device("cpu"))) == "used"
+
+
+def test_shards(tmp_path):
+    path, g, found = tmp_path / "fineweb_val_000000.bin", random.Random(0), []
+    prepare_text.write_shard(path, np.arange(300) % 50)
+    raw = path.read_bytes()
+    for n in range(400):
+        head = mutate(raw[:16], g) if n % 2 else raw[:16]
+        path.write_bytes(head + (raw[16:] if n % 2 else mutate(raw[16:], g)))
+
+        def read():
+            stream = tm.TokenStream(tmp_path, "val")
+            stream.check_tokens(50)
+            assert stream.windows(range(stream.count_windows(8)), 8).max() < 50
+
+        found.append(outcome(read))
+    assert len(set(found)) > 3 and 300 < sum(text != "used" for text in found) < 400
+    assert all("fineweb_val_000000.bin" in text for text in found if text != "used")
+
+
+def test_manifests(tmp_path):
+    """As JSON with anything anywhere, and as bytes; whatever is asked for stays below the data folder."""
+    stats = {"files_train": 2, "files_val": 1, "tokens_val": 9}
+    manifest = {
+        "datasets": [{"name": "fineweb10B_sp1024", "tokenizer_name": "t", "stats": stats}],
+        "tokenizers": [{"name": "t", "model_path": "tokenizers/t.model"}],
+    }
+    odd = [
+        None,
+        -1,
+        0,
+        10**30,
+        1.5,
+        "",
+        "..",
+        "../../x",
+        "/etc/x",
+        "a\\..\\b",
+        "a/../../b",
+        "x\0y",
+        [],
+        {},
+        True,
+        "9" * 400,
+    ]
+    g, asked = random.Random(0), []
+
+    class Fetcher(fetch_fineweb.Fetcher):
+        def fetch(self, relative, verify, refresh=False):
+            target = self.local(relative)
+            if relative == "manifest.json":
+                verify(tmp_path / "manifest.json")
+                return tmp_path / "manifest.json"
+            assert target.resolve().is_relative_to((tmp_path / "out").resolve())
+            asked.append(relative)
+            assert len(asked) < 100_000
+            prepare_text.write_shard(tmp_path / "shard.bin", np.arange(9))
+            verify(tmp_path / "shard.bin")
+            return tmp_path / "shard.bin"
+
+    def poison(value):
+        if isinstance(value, dict):
+            key = g.choice([*value, *value, "name"])
+            return value | {key: g.choice(odd) if g.random() < 0.5 else poison(value.get(key))}
+        if isinstance(value, list) and value and g.random() < 0.8:
+            return [poison(value[0])]
+        return g.choice(odd)
+
+    used = 0
+    for n in range(600):
+        raw = json.dumps(poison(manifest) if n % 3 else manifest).encode()
+        (tmp_path / "manifest.json").write_bytes(raw if n % 3 else mutate(raw, g))
+        asked.clear()
+        fetcher = Fetcher("repo", "root", tmp_path / "out", lambda line: None)
+        used += outcome(lambda f=fetcher: fetch_fineweb.fetch_variant(f, "sp1024", 1)) == "used"
+    assert 20 < used < 500
+
+
+def test_checkpoints(tiny_env, tmp_path, monkeypatch):
+    """Whatever is changed, the checksum shows it, and the run begins again."""
+    monkeypatch.chdir(tmp_path)
+    hp = tiny_hp(run_id="f", vocab_size=384, train_seq_len=32, train_batch_tokens=512)
+    stream = tm.TokenStream(tiny_env["DATA_PATH"], "train")
+    lines = []
+    trainer = tm.Trainer(hp, stream, torch.device("cpu"))
+    trainer.at.step = 3
+    trainer.optimizer.counts[0] = 3
+    trainer.save(lines.append)
+    path = next(Path("logs").glob("f.*.ckpt"))
+    raw, g = path.read_bytes(), random.Random(0)
+    for _ in range(100):
+        path.write_bytes(mutate(raw, g))
+        before = len(lines)
+        other = tm.Trainer(hp, stream, torch.device("cpu"))
+        other.resume(lines.append)
+        assert other.at.step == 0 and lines[before].startswith(f"skipped:{path}: damaged")
+        assert not path.exists() and Path(f"{path}.damaged").exists()  # it does not count as one of the last two
+    path.write_bytes(raw)
+    other.resume(lines.append)
+    assert other.at.step == 3 and lines[-1].startswith(f"resumed:{path} step:3/")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "nul", '{"datasets": 3}'])
+def test_a_text_that_is_no_manifest(tmp_path, text):
+    (tmp_path / "m.json").write_text(text)
+    assert "not a manifest" in outcome(lambda: fetch_fineweb.read_manifest(tmp_path / "m.json"))
