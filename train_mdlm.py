@@ -114,7 +114,7 @@ class Hyperparameters:
     loss_weight: str = knob("noise", "elbo", "at probability p: 1/p, ~ 1/(1 − p), 1", choices="elbo|dsigma|flat")
     weight_clamp: float = knob("noise", 100.0, "largest loss weight", low=1)
     seed: int = knob("training", 1337, "of initial weights, mask times and masks", high=2**63 - 1)
-    iterations: int = knob("training", 20_000, "optimizer steps at most", "steps", high=99_999_999)
+    iterations: int = knob("training", 20_000, "optimizer steps at most", "steps", high=2**24)
     max_wallclock_seconds: float = knob("training", 600.0, "training time at most; 0: no limit", "s")
     lr_warmup_steps: int = knob("training", 0, "linear growth of the learning rates at the start", "steps")
     warmdown_iters: int = knob("training", 1200, "decay of the learning rates at the end", "steps")
@@ -321,8 +321,7 @@ class Clock:
 class Log:
     """The first process's lines, on the screen and in a file; on a terminal also a progress bar below them."""
     def __init__(self, path: Path | None = None):
-        self.path = path
-        self.bar = rank() == 0 and sys.stdout.isatty()
+        self.path, self.bar = path, rank() == 0 and sys.stdout.isatty()
         self.phase, self.drawn = ("", 0.0, 0.0), 0.0  # name, start and first fraction of the bar; when it was drawn
     def __call__(self, line: str, screen: bool = True, every_rank: bool = False) -> None:
         if screen and rank() == 0:
@@ -1182,10 +1181,9 @@ def score_model(model: Model, label: str, hp: Hyperparameters, val: TokenStream,
         for name in [name for name in sizes if name != "sliding"]:
             log(f"score:{name} is not for causal models", screen=name != "l2r")
             del sizes[name]
-    total_ms = 0.0
+    started = time.perf_counter()
     for name, seqs in {hp.headline: hp.final_eval_max_seqs, **sizes}.items():
         score, table = score_windows(name, model, hp, val, luts, seqs, functools.partial(log.progress, name))
-        total_ms += score.ms
         if name == hp.headline:
             log(f"final_{label}_roundtrip val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
                 f"stderr:{score.stderr:.4f} eval_time:{score.ms:.0f}ms")
@@ -1194,7 +1192,7 @@ def score_model(model: Model, label: str, hp: Hyperparameters, val: TokenStream,
         for bucket, part in enumerate(table.unbind(1) if name in ("l2r", "ar") else ()):
             bpb, stderr = ratio(*part.unbind(1))
             log(f"prefix:{bucket_name(bucket, hp.train_seq_len)} bpb:{bpb:.4f} stderr:{stderr:.4f}", screen=False)
-    log_budget(log, "Evaluation time", total_ms / 1000, BUDGET_SECONDS, "s")
+    log_budget(log, "Evaluation time", time.perf_counter() - started, BUDGET_SECONDS, "s")
 # == Training ==========================================================================================================
 def progress(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
     """How much of the run is done, in [0, 1]: of its steps or of its time, whichever is nearer to its end."""
@@ -1344,8 +1342,10 @@ def train(trainer: Trainer, val: TokenStream, luts: ByteTables, log: Log) -> Mod
             at.validated, at.best_bpb, note = at.step, min(at.best_bpb, score.bpb), f"val_bpb {score.bpb:.3f}"
             log(f"{where} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} stderr:{score.stderr:.4f} seqs:{score.seqs}"
                 f" train_time:{at.train_ms:.0f}ms step_avg:{at.train_ms / max(at.step, 1):.2f}ms")
-        if stopped or (done >= 1 and clock.read()[1]):
+        if stopped:
             raise InputError(f"{where} stopped by a signal; the same command with RUN_ID={hp.run_id} goes on from here")
+        if done >= 1 and (stopped := clock.read()[1]):
+            continue
         if done >= 1:
             break
         loss = trainer.step(at.step, lr_scale(hp, at.step, at.train_ms))
@@ -1389,8 +1389,9 @@ def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) 
         log.locked = path.open("a+", encoding="utf-8", errors="replace")  # as long as this process lives
         try:
             fcntl.flock(log.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{path}: another process is at it; choose another {hp.shown('run_id')}") from None
+        except OSError as error:  # some file systems cannot lock
+            if isinstance(error, BlockingIOError):
+                raise InputError(f"{path}: another process is at it; choose another {hp.shown('run_id')}") from None
         text = log.locked.seek(0) or log.locked.read()
         used = (hp.resume == "never" or hp.eval_only) and (text or checkpoints(hp.run_id))
         if used or re.search("^finished:", text, re.MULTILINE):
@@ -1425,8 +1426,7 @@ def write_artifact(model: Model, moments: Mapping, hp: Hyperparameters, path: Pa
     log_budget(log, f"Total submission size {label}", code_bytes + size, SIZE_LIMIT_BYTES, "bytes")
 def open_validation(hp: Hyperparameters, device: torch.device) -> tuple[TokenStream, ByteTables]:
     """The validation split and the tokenizer's byte tables; InputError if they, or the windows, do not fit."""
-    val = TokenStream(hp.data_path, "val")
-    sp = load_tokenizer(hp.tokenizer_path, hp.vocab_size)
+    val, sp = TokenStream(hp.data_path, "val"), load_tokenizer(hp.tokenizer_path, hp.vocab_size)
     luts = build_sentencepiece_luts(sp, hp.vocab_size, device)
     if not val.count_windows(hp.train_seq_len):
         raise InputError(f"{val.files[0]}: the validation split has {val.total} tokens, less than a window of "
