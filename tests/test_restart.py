@@ -29,7 +29,7 @@ DEATHS = ("cut off", "before fsync", "before rename", "after rename")  # in the 
 @pytest.fixture(scope="module")
 def env(tiny_env):
     return tiny_env | dict(
-        ITERATIONS="40", EMA_DECAY="0.9", CHECKPOINT_EVERY="0.2", VAL_LOSS_EVERY="15", FINAL_EVAL_MAX_SEQS="4",
+        ITERATIONS="40", EMA_DECAY="0.9", CHECKPOINT_EVERY="0.08", TRAIN_BATCH_TOKENS="128", VAL_LOSS_EVERY="15", FINAL_EVAL_MAX_SEQS="4",
         EVAL_MAX_SEQS="4", WARMUP_STEPS="1", SCORES="", PACK="zlib"
     )  # fmt: skip
 
@@ -187,7 +187,7 @@ def test_what_a_restart_says_and_refuses(env, whole, tmp_path):
     for changes in (dict(RUN_ID="r2", RESUME=str(checkpoint)), dict(VAL_LOSS_EVERY="7", MICRO_BATCH_TOKENS="512")):
         status, printed, log = run(env, tmp_path, **changes)
         assert status == 0 and (tmp_path / f"logs/{(env | changes)['RUN_ID']}.mdlm").read_bytes() == whole[1]
-        resumed = r"^resumed:\S+r.00000021.ckpt step:21/40 train_time:\d+ms best_val_bpb:[\d.]+; skips 10752 tokens"
+        resumed = r"^resumed:\S+r.00000021.ckpt step:21/40 train_time:\d+ms best_val_bpb:[\d.]+; skips 2688 tokens"
         assert re.search(resumed, printed, re.MULTILINE)
         assert "step:21/40 train_loss" not in printed and "step:22/40 train_loss" in printed
     status, printed, _ = run(env, tmp_path)
