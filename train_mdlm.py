@@ -1391,7 +1391,7 @@ def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) 
             fcntl.flock(log.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:  # some file systems cannot lock
             if isinstance(error, BlockingIOError):
-                raise InputError(f"{path}: another process is at it; choose another {hp.shown('run_id')}") from None
+                raise InputError(f"{path}: {hp.shown('run_id')} is running already; choose another") from None
         text = log.locked.seek(0) or log.locked.read()
         used = (hp.resume == "never" or hp.eval_only) and (text or checkpoints(hp.run_id))
         if used or re.search("^finished:", text, re.MULTILINE):

@@ -307,7 +307,7 @@ def test_a_run_is_not_started_twice_at_once(env, whole, tmp_path):
     while not part.exists() and time.perf_counter() < until:
         time.sleep(0.01)
     status, printed, _ = run(env, tmp_path, RUN_ID="a.b")
-    assert status == 2 and "logs/a.b.txt: another process is at it; choose another RUN_ID=a.b" in printed
+    assert status == 2 and "logs/a.b.txt: RUN_ID=a.b is running already; choose another" in printed
     assert run(env, tmp_path, RUN_ID="a")[0] == 0 and part.exists()
     os.kill(first, signal.SIGUSR1)
     assert end(first) == 0 and (tmp_path / "logs/a.b.mdlm").read_bytes() == whole[1]
