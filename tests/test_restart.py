@@ -28,10 +28,9 @@ DEATHS = ("cut off", "before fsync", "before rename", "after rename")  # in the 
 
 @pytest.fixture(scope="module")
 def env(tiny_env):
-    return tiny_env | dict(
-        ITERATIONS="40", EMA_DECAY="0.9", CHECKPOINT_EVERY="0.08", TRAIN_BATCH_TOKENS="128", VAL_LOSS_EVERY="15", FINAL_EVAL_MAX_SEQS="4",
-        EVAL_MAX_SEQS="4", WARMUP_STEPS="1", SCORES="", PACK="zlib"
-    )  # fmt: skip
+    tiny = dict(ITERATIONS="40", EMA_DECAY="0.9", CHECKPOINT_EVERY="0.08", TRAIN_BATCH_TOKENS="128", WARMUP_STEPS="1")
+    few = dict(VAL_LOSS_EVERY="15", FINAL_EVAL_MAX_SEQS="4", EVAL_MAX_SEQS="4", SCORES="", PACK="zlib")
+    return tiny_env | tiny | few
 
 
 def die(*_):
