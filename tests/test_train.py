@@ -271,6 +271,8 @@ def test_a_killed_process_ends_the_group(tiny_env, tmp_path):
     rest = process.communicate(timeout=60)[0]
     assert process.returncode != 0 and "final_" not in rest
     assert not list((tmp_path / "logs").glob("*.mdlm"))
+    log = (tmp_path / "logs/lost.txt").read_text(encoding="utf-8")
+    assert re.search(r"^error: rank:0 (another process of the group is lost: |stopped by a signal)", log, re.MULTILINE)
 
 
 def test_a_diverged_run_prints_no_score(tiny_env, tmp_path):
