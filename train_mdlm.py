@@ -293,7 +293,7 @@ def on_first_process(work: Callable):
 def reason(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "stopped by a signal, or after another process; with its RUN_ID a run goes on from its last checkpoint"
-    if isinstance(error, MemoryError) or "memory" in str(error):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
         return "out of memory: lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or the size of the model"
     if isinstance(error, OSError):
         return f"{error.filename or 'the log or the screen'}: cannot be read or written: {error.strerror}"

@@ -247,6 +247,27 @@ def test_what_is_wrong_is_said_before_training(tiny_env, tmp_path, change, messa
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.mark.parametrize(
+    "error, text",
+    [
+        (tm.InputError("no val shards in DATA_PATH=./memory"), "no val shards in DATA_PATH=./memory"),
+        (
+            RuntimeError("[enforce fail] can't allocate memory: you tried 10 bytes"),
+            "out of memory: lower MICRO_BATCH_TOKENS",
+        ),
+        (MemoryError(), "out of memory: lower MICRO_BATCH_TOKENS"),
+        (
+            OSError(28, "No space left on device", "logs/memory"),
+            "logs/memory: cannot be read or written: No space left",
+        ),
+        (KeyboardInterrupt(), "stopped by a signal"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_reason_of_an_end_is_the_right_one(error, text):
+    assert tm.reason(error).startswith(text)
+
+
 def test_a_world_that_does_not_divide_the_batch_is_refused(tiny_env, tmp_path):
     env = tiny_env | dict(TRAIN_BATCH_TOKENS=str(32 * 5))
     process = torchrun("--standalone", "--nproc_per_node=2", cwd=tmp_path, **env)
