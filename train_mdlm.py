@@ -1,8 +1,8 @@
 """Masked diffusion language models for parameter golf: train, pack into 16,000,000 bytes, score as a code length.
 
 Claim: every score this file prints is the length of a code that somebody could decode (but one, printed as biased:1,
-which repeats a published estimator). The default system is PR 1699 of the challenge (19,190,656 parameters, fp8 e4m3,
-published at 1.4784 bits per byte); presets llada and eos are PR 1106 and PR 1241, ar the challenge's causal baseline.
+which repeats a published estimator). The defaults are PR 1699 of the challenge, published at 1.4784 bits per byte;
+presets llada and eos are PR 1106 and PR 1241, ar is the causal baseline, golf what records/README.md found better.
 
     PRESET=demo torchrun --standalone --nproc_per_node=1 train_mdlm.py  after data/prepare_text.py --source docs
     torchrun --standalone --nproc_per_node=8 train_mdlm.py              8xH100, after data/fetch_fineweb.py
@@ -14,7 +14,6 @@ H heads, V real tokens, N scored positions of a batch. MASK is token V, PAD is V
 """
 
 from __future__ import annotations
-
 import collections
 import contextlib
 import dataclasses
@@ -42,15 +41,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-
 try:
     import zstandard
 except ImportError:  # a plain torch installation: PACK=auto then chooses between zlib and lzma
     zstandard = None
-
 SIZE_LIMIT_BYTES, BUDGET_SECONDS = 16_000_000, 600.0  # code + artifact; training, and again evaluation
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly, however many are taken
-
 class InputError(ValueError):
     """Something the user gave is wrong: one line that names the value, the place and the remedy."""
 # == Hyperparameters ===================================================================================================
@@ -58,8 +54,7 @@ def knob(group: str, default, meaning: str, unit: str = "", low=0, high=1e12, ch
     """A hyperparameter: the environment variable is its name in capitals; numbers lie in [low, high]."""
     return dataclasses.field(default=default, metadata=dict(group=group, meaning=meaning, unit=unit, low=low, high=high,
                                                             choices=choices.split("|") if choices else []))
-CHAIN_RULES = ("l2r", "sliding", "confidence", "random")
-SCORE_NAMES = ("nelbo", *CHAIN_RULES, "tstep", "tgrid")
+SCORE_NAMES = ("nelbo", *(CHAIN_RULES := ("l2r", "sliding", "confidence", "random")), "tstep", "tgrid")
 LLADA = dict(  # PR 1106
     backbone="dit", num_layers=11, model_dim=512, num_kv_heads=8, mlp_mult=3, tie_embeddings=False, logit_softcap=0.0,
     train_seq_len=2048, time_sampling="antithetic", mask_eps=0.0, mask_max=0.999, loss_weight="dsigma", ema_decay=0.0,
@@ -67,20 +62,19 @@ LLADA = dict(  # PR 1106
     min_lr_frac=0.1, train_batch_tokens=65_536, optimizer="adamw", weight_decay=0.1, weight_decay_on="all",
     **dict.fromkeys(("matrix_lr", "embed_lr", "head_lr", "tied_embed_lr", "scalar_lr"), 6e-4),
     scores="nelbo,l2r,tstep", tstep_seqs=500, tstep_steps=512)
+MDLM16 = dict(num_layers=11, quant_mode="int7,embed:int8", quant_clip=10.0, quant_feedback=4)  # as many as fit
+GOLF = MDLM16 | dict(
+    num_layers=9, mlp_mult=3, num_kv_heads=2, masking="count", mask_dist="normal", loss_weight="flat", ema_decay=0.0,
+    warmdown_iters=0, warmdown_frac=0.5, adam_batch_tokens=524_288, tied_embed_init_std=0.05)
 PRESETS: dict[str, dict] = {
-    "mdlm": {},  # PR 1699: the defaults below; ar is the challenge's causal baseline
-    "mdlm16": dict(num_layers=11, quant_mode="int7,embed:int8", quant_clip=10.0, quant_feedback=4),  # as many as fit
-    "llada": LLADA,
+    "mdlm": {}, "mdlm16": MDLM16, "golf": GOLF, "llada": LLADA,  # mdlm, PR 1699, is the defaults below
     "eos": LLADA | dict(doc_chunks=True, anchor_bos=True, lr_cycle_steps=6000, tstep_steps=128),  # PR 1241
     "ar": dict(objective="ar", num_layers=9, model_dim=512, matrix_lr=0.04, grad_clip_norm=0.0, ema_decay=0.0),
-    "demo": dict(  # two CPU cores, a few minutes, the documentation of the installed packages
+    "demo": GOLF | dict(  # two CPU cores, a few minutes, the documentation of the installed packages
         data_path="./data/datasets/docs_sp1024", tokenizer_path="./data/tokenizers/docs_1024_bpe.model",
-        num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, train_seq_len=128, rope_base=100.0,
-        tied_embed_init_std=0.05, masking="count", mask_eps=0.15, mask_max=0.65, loss_weight="flat",
-        iterations=1300, warmdown_iters=850, max_wallclock_seconds=400.0, warmup_steps=0, train_batch_tokens=2048,
-        matrix_lr=0.04, tied_embed_lr=0.005, scalar_lr=0.01, muon_momentum=0.9, muon_momentum_warmup_steps=100,
-        ema_decay=0.0, train_log_every=100, val_loss_every=200, eval_max_seqs=256, nelbo_passes=1, l2r_seqs=32,
-        val_batch_size=2048),
+        num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, train_seq_len=128, rope_base=100.0, iterations=1300,
+        max_wallclock_seconds=400.0, warmup_steps=0, train_batch_tokens=2048, train_log_every=100, val_loss_every=200,
+        mlp_mult=2, eval_max_seqs=256, nelbo_passes=1, l2r_seqs=32, val_batch_size=2048),
 }
 @dataclasses.dataclass(frozen=True, init=False)
 class Hyperparameters:
@@ -109,6 +103,9 @@ class Hyperparameters:
     compute_dtype: str = knob("model", "auto", "of activations; auto: GPUs bfloat16", choices="auto|float32|bfloat16")
     masking: str = knob("noise", "bernoulli", "each token alone, or exactly k tokens", choices="bernoulli|count")
     time_sampling: str = knob("noise", "stratified", "of a batch's times", choices="stratified|antithetic|uniform")
+    mask_dist: str = knob("noise", "uniform", "of mask probabilities", choices="uniform|normal")
+    mask_mean: float = knob("noise", 0.45, "of the normal distribution, clamped to MASK_EPS and MASK_MAX", high=1)
+    mask_std: float = knob("noise", 0.1, "its standard deviation", low=1e-6, high=10)
     mask_eps: float = knob("noise", 0.001, "smallest mask probability", high=1)
     mask_max: float = knob("noise", 1.0, "largest mask probability", high=1)
     loss_weight: str = knob("noise", "elbo", "at probability p: 1/p, ~ 1/(1 − p), 1", choices="elbo|dsigma|flat")
@@ -117,11 +114,13 @@ class Hyperparameters:
     iterations: int = knob("training", 20_000, "optimizer steps at most", "steps", high=2**24)
     max_wallclock_seconds: float = knob("training", 600.0, "training time at most; 0: no limit", "s")
     lr_warmup_steps: int = knob("training", 0, "linear growth of the learning rates at the start", "steps")
-    warmdown_iters: int = knob("training", 1200, "decay of the learning rates at the end", "steps")
+    warmdown_iters: int = knob("training", 1200, "decay of the learning rates at the end; 0: WARMDOWN_FRAC", "steps")
+    warmdown_frac: float = knob("training", 0.0, "that decay's share of the clock or steps", high=1)
     warmdown_shape: str = knob("training", "linear", "of that decay", choices="linear|cosine")
     min_lr_frac: float = knob("training", 0.0, "where it ends, of the full learning rates", high=1)
     lr_cycle_steps: int = knob("training", 0, "growth and decay start again every so many steps; 0: never", "steps")
     train_batch_tokens: int = knob("training", 524_288, "tokens of the global batch", "tokens", low=1)
+    compile: str = knob("running", "auto", "the loss, with torch.compile; auto: on GPUs", choices="auto|on|off")
     warmup_steps: int = knob("running", 20, "compile warm-up, undone before training starts", "steps")
     micro_batch_tokens: int = knob("running", 65_536, "tokens of one pass of one process at most", "tokens", low=1)
     train_log_every: int = knob("running", 200, "between log lines (the first 10 steps always log; 0: none)", "steps")
@@ -144,6 +143,7 @@ class Hyperparameters:
     beta1: float = knob("optimizer", 0.9, "Adam", high=0.999999)
     beta2: float = knob("optimizer", 0.95, "Adam", high=0.999999)
     adam_eps: float = knob("optimizer", 1e-8, "Adam", low=1e-30)
+    adam_batch_tokens: int = knob("optimizer", 0, "batch of Adam's *_LR that are not given, × √ratio; 0: any", "tokens")
     grad_clip_norm: float = knob("optimizer", 1.0, "largest norm of the whole gradient; 0: no limit")
     ema_decay: float = knob("optimizer", 0.999, "decay a step of the averaged weights; 0: no averaging", high=1)
     ema_start_frac: float = knob("optimizer", 0.1, "averaging starts at this share of the clock or steps", high=1)
@@ -170,9 +170,13 @@ class Hyperparameters:
         known = {f.name: f for f in dataclasses.fields(self)}
         for name in overrides.keys() - known.keys():
             raise InputError(f"unknown hyperparameter {name}{did_you_mean(name, known)}")
-        values = {n: f.default for n, f in known.items()} | PRESETS.get(preset, {}) | overrides | {"preset": preset}
+        implied = {"preset": preset} | ({"warmdown_iters": 0} if "warmdown_frac" in overrides else {})
+        values = {n: f.default for n, f in known.items()} | PRESETS.get(preset, {}) | implied | overrides
         for name, value in values.items():
             object.__setattr__(self, name, checked_value(known[name], value))
+        ratio = self.train_batch_tokens / (self.adam_batch_tokens or self.train_batch_tokens)
+        for name in {"tied_embed_lr", "embed_lr", "head_lr", "scalar_lr"} - overrides.keys():
+            object.__setattr__(self, name, getattr(self, name) * ratio**0.5)
         self._check_together()
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Hyperparameters:
@@ -190,11 +194,9 @@ class Hyperparameters:
             (causal and (self.backbone != "unet" or self.doc_chunks or self.anchor_bos),
              f"OBJECTIVE=ar does not go with {shown('backbone')} {shown('doc_chunks')} {shown('anchor_bos')}"),
             (foreign, f"{shown('scores')}: {', '.join(foreign)} is not one of {', '.join(SCORE_NAMES)}"),
-            (unstored, f"{shown('quant_mode')}: {', '.join(kinds)}, or all of them, may be {', '.join(QUANTIZERS)}; "
-                       "for example int6, or embed:int8,matrix:int6"),
+            (unstored, f"{shown('quant_mode')}: {', '.join(kinds)}, or all of them, may be {', '.join(QUANTIZERS)}"),
             (self.pack == "zstd" and not zstandard, "PACK=zstd needs zstandard: pip install -r requirements.txt"),
-            (re.search(r"[^\w.+=@-]|^\.", self.run_id),
-             f"{shown('run_id')}: letters, digits, _ + = @ - and dots inside")):
+            (re.search(r"[^\w.+=@-]|^\.", self.run_id), f"{shown('run_id')}: letters, digits, _+=@-, dots inside")):
             if wrong:
                 raise InputError(message)
     def shown(self, name: str) -> str:
@@ -247,7 +249,7 @@ def help_text() -> str:
         meaning = about["meaning"] + f" [{about['unit']}]" * bool(about["unit"])
         lines += [f"    {presets['mdlm'].shown(spec.name):<36} {meaning}"]
         changed = [f"{name}: {hp.shown(spec.name).partition('=')[2]}" for name, hp in presets.items()
-                   if spec.name in PRESETS[name]]
+                   if getattr(hp, spec.name) != getattr(presets["mdlm"], spec.name) and spec.name != "preset"]
         lines += [f"{'':<43}{note}" for note in (" | ".join(about["choices"]), "; ".join(changed)) if note]
     return "\n".join(lines)
 # == Ranks, clock and log ==============================================================================================
@@ -378,10 +380,9 @@ class TokenStream:
     def windows(self, numbers: Iterable[int], length: int, stride: int = 0) -> Tensor:
         """(B, 1 + length) int64: window n is token n·stride and the `length` after it; without a stride end to end."""
         if isinstance(numbers, range) and not stride:  # neighbours, as in training
-            tokens = torch.from_numpy(self.read(numbers.start * length, 1 + len(numbers) * length).astype(np.int64))
+            tokens = torch.from_numpy(self.read(numbers.start * length, 1 + len(numbers) * length)).long()
             return tokens.unfold(0, 1 + length, length)
-        starts = [n * (stride or length) for n in numbers]
-        return torch.from_numpy(np.stack([self.read(start, 1 + length).astype(np.int64) for start in starts]))
+        return torch.from_numpy(np.stack([self.read(n * (stride or length), 1 + length) for n in numbers])).long()
     def count_windows(self, length: int, stride: int = 0) -> int:
         """Whole windows without going round the ring; the very first token is only ever a predecessor."""
         return max(1 + (self.total - 1 - length) // (stride or length), 0)
@@ -427,9 +428,8 @@ class DocumentStream(TokenStream):
         return shard[starts[at]:starts[at + 1]]
     def windows(self, numbers: Iterable[int], length: int, stride: int = 0) -> Tensor:
         """(B, 1 + length) int64: PAD, then the tokens of a chunk, then PAD."""
-        chunks = [self.chunk(n) for n in numbers]
-        rows = [np.pad(c.astype(np.int64), (1, length - len(c)), constant_values=self.pad_id) for c in chunks]
-        return torch.from_numpy(np.stack(rows))
+        rows = [np.pad(c, (1, length - len(c)), constant_values=self.pad_id) for c in map(self.chunk, numbers)]
+        return torch.from_numpy(np.stack(rows)).long()
 class ByteTables(NamedTuple):
     """What each token adds to the text, for all ids < table size (the challenge's tables, plus `keeps_space`)."""
     base_bytes: Tensor  # (table,) int64, UTF-8 bytes without the leading space
@@ -486,28 +486,28 @@ def seeded(device: torch.device | str, *key) -> torch.Generator:
 def sample_times(kind: str, u: Tensor) -> Tensor:
     """Mask times t (B,) in [0, 1] from uniform draws u (B,); stratified: one offset, a row in each of B equal strata
     (Sahoo et al. 2024), ordered so that any few neighbours are spread evenly too; antithetic: pairs t, 1 − t."""
-    rows = len(u)
     if kind == "stratified":
-        strata = (torch.arange(rows, dtype=torch.float64, device=u.device) * GOLDEN % 1).argsort().argsort()
-        return (strata + u[0]) / rows
+        strata = (torch.arange(len(u), dtype=torch.float64, device=u.device) * GOLDEN % 1).argsort().argsort()
+        return (strata + u[0]) / len(u)
     if kind == "antithetic":
-        return torch.stack([u, 1 - u], dim=1).flatten()[:rows]
+        return torch.stack([u, 1 - u], dim=1).flatten()[:len(u)]
     return u
 def mask_probability(hp: Hyperparameters, u: Tensor) -> Tensor:
-    """(B,) probability that a token is masked, uniform on [MASK_EPS, MASK_MAX]."""
-    return hp.mask_eps + (hp.mask_max - hp.mask_eps) * sample_times(hp.time_sampling, u)
+    """(B,) probability that a token is masked: uniform on [MASK_EPS, MASK_MAX], or normal and clamped to it."""
+    t = sample_times(hp.time_sampling, u)
+    if hp.mask_dist == "normal":
+        return (hp.mask_mean + hp.mask_std * torch.special.ndtri(t)).clamp(hp.mask_eps, hp.mask_max)
+    return hp.mask_eps + (hp.mask_max - hp.mask_eps) * t
 def hideable(hp: Hyperparameters, x: Tensor) -> Tensor:
     """(B, L) bool: what noise may mask (or has masked) in x (B, L): not PAD and, with ANCHOR_BOS, not <s>."""
     return (x != hp.pad_id) & (x != BOS_ID) if hp.anchor_bos else x != hp.pad_id
 def mask_exactly(k: Tensor, keys: Tensor) -> Tensor:
     """Masks the k (B,) positions of each row with the smallest keys (B, L); (B, L) bool."""
-    first = torch.arange(keys.shape[-1], device=keys.device) < k[:, None]
-    return torch.zeros_like(first).scatter_(1, keys.argsort(-1), first)
+    return keys.argsort(-1).argsort(-1) < k[:, None]
 def draw_noise(hp: Hyperparameters, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Of a global batch: mask probabilities (B,), and uniform keys (B, L) that decide what they mask."""
-    size, device = (hp.batch_rows, hp.train_seq_len), generator.device
-    probability = mask_probability(hp, torch.rand(size[0], generator=generator, device=device))
-    return probability, torch.rand(size, generator=generator, device=device)
+    draw = functools.partial(torch.rand, generator=generator, device=generator.device)
+    return mask_probability(hp, draw(hp.batch_rows)), draw(hp.batch_rows, hp.train_seq_len)
 def apply_noise(hp: Hyperparameters, x0: Tensor, probability: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Masks x0 (B, L): the mask (B, L) bool, the loss weight (B,) of its tokens, and the probability (B,) behind it."""
     free, told, mask = hideable(hp, x0), probability, keys < probability[:, None]
@@ -519,12 +519,12 @@ def apply_noise(hp: Hyperparameters, x0: Tensor, probability: Tensor, keys: Tens
               "dsigma": (hp.mask_max - hp.mask_eps) / (1 - probability)}[hp.loss_weight]  # dsigma PR 1106's σ′(t)
     return mask & free, weight.clamp(max=hp.weight_clamp), told
 def masked_capacity(hp: Hyperparameters, rows: int) -> int:
-    """A static bound on the masked positions of any micro-batch of `rows` rows. Their probabilities are affine in the
-    draws, so largest at an end; counts add less than 1 a row, independence 4·sqrt(N) (more, cut, with p = e^-32)."""
-    positions = rows * hp.train_seq_len
-    ends = [mask_probability(hp, torch.full((hp.batch_rows,), end)).view(-1, rows).sum(1).max() for end in (0.0, 1.0)]
-    slack = rows if hp.masking == "count" else 4 * math.sqrt(positions)
-    return min(positions, math.ceil(float(max(ends)) * hp.train_seq_len + slack))
+    """A static bound on the masked positions of any micro-batch of `rows` rows. Their probabilities add up to most if
+    all draws are 0, ½ or 1; counts add less than 1 a row, independence 4·sqrt(N) (more, cut, with p = e^-32)."""
+    sums = [mask_probability(hp, torch.full((hp.batch_rows,), u)).view(-1, rows).sum(1).max() for u in (0.0, 0.5, 1.0)]
+    slack = rows if hp.masking == "count" else 4 * math.sqrt(rows * hp.train_seq_len)
+    slack += rows % 2 * hp.train_seq_len * (hp.time_sampling == "antithetic")  # a row without its other half
+    return min(rows * hp.train_seq_len, math.ceil(float(max(sums)) * hp.train_seq_len + slack))
 # == Model =============================================================================================================
 NORM_EPS, COND_DIM = torch.finfo(torch.float32).eps, 128  # COND_DIM: width of the noise condition, as published
 def norm(x: Tensor) -> Tensor:
@@ -576,9 +576,8 @@ class UNetBlock(nn.Module):
         self.attn, self.mlp = Attention(hp), MLP(hp)
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(hp.model_dim)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.ones(2, hp.model_dim))
-        nn.init.zeros_(self.resid_mix[1])
-        nn.init.zeros_(self.attn.proj.weight)
-        nn.init.zeros_(self.mlp.proj.weight)
+        for start in (self.resid_mix[1], self.attn.proj.weight, self.mlp.proj.weight):
+            nn.init.zeros_(start)
     def forward(self, x: Tensor, x_emb: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor | None) -> Tensor:
         """(B, L, D) → (B, L, D), or (N, D) if only the positions `at` (N,) are wanted: attention still sees all."""
         mix = self.resid_mix.to(x.dtype)
@@ -1024,7 +1023,6 @@ def nelbo(model: Model, x0: Tensor, passes: int = 4, generator: torch.Generator 
     offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
     times = (offset + torch.arange(len(x0), dtype=torch.float64, device=device) * GOLDEN) % 1
     return weighted_nll(model, x0, nelbo_masks(passes, times, draw, hideable(model.hp, x0).to(device)))
-
 TSTEP_EPS = 1e-3  # ε of the T-step bound and of the t-grid, as published
 def tstep_masks(steps: int, draw: Callable[[], Tensor]) -> Iterable[tuple[Tensor, float]]:
     """Independent masks with probability 1 − α_i, weight (α_{i−1} − α_i)/(1 − α_i) = 1/i for α_i = 1 − (1 − ε)·i/T."""
@@ -1204,7 +1202,8 @@ def lr_scale(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
     left = min(hp.iterations - step, hp.lr_cycle_steps - at) if hp.lr_cycle_steps else hp.iterations - step
     if hp.max_wallclock_seconds and step >= 10:  # before that, a step's time says little
         left = min(left, (1000 * hp.max_wallclock_seconds - elapsed_ms) / (elapsed_ms / step))
-    scale = min(max(left / hp.warmdown_iters, 0.0), 1.0) if hp.warmdown_iters else 1.0
+    decay = hp.warmdown_iters or hp.warmdown_frac * (hp.lr_cycle_steps or step + left)
+    scale = min(max(left / decay, 0.0), 1.0) if decay > 0 else 1.0
     scale = (1 - math.cos(math.pi * scale)) / 2 if hp.warmdown_shape == "cosine" else scale
     return min((at + 1) / max(hp.lr_warmup_steps, 1), 1.0) * (hp.min_lr_frac + (1 - hp.min_lr_frac) * scale)
 def micro_batches(hp: Hyperparameters) -> list[range]:
@@ -1227,7 +1226,8 @@ class Trainer:
         self.capacity = masked_capacity(hp, len(self.micros[0])) if hp.objective == "mdlm" else 0
         self.optimizer = Optimizer(self.model, hp)
         self.done = torch.cuda.Event() if device.type == "cuda" else None
-        self.loss = torch.compile(batch_loss, dynamic=False, fullgraph=True) if self.done else batch_loss
+        compiled = hp.compile == "on" or (hp.compile == "auto" and device.type == "cuda")
+        self.loss = torch.compile(batch_loss, dynamic=False, fullgraph=True) if compiled else batch_loss
     def batches(self, step: int) -> Iterable[Batch]:
         for rows in self.micros:
             yield training_batch(self.hp, self.stream, step, rows, self.capacity, self.device)

@@ -1,9 +1,15 @@
 """Mask times, masks and batches: their distributions, and that a batch depends on (seed, step) alone."""
 
+import itertools
+from statistics import NormalDist
+
 import pytest
 import torch
 
 import train_mdlm as tm
+
+
+NOISE = [f.name for f in tm.dataclasses.fields(tm.Hyperparameters) if f.metadata["group"] == "noise"]
 
 
 def masks_of(hp, generator):
@@ -14,7 +20,10 @@ def masks_of(hp, generator):
 
 def hp_of(**overrides):
     return tm.Hyperparameters(
-        **(dict(preset="demo", vocab_size=384, train_seq_len=32, train_batch_tokens=32 * 24) | overrides)
+        **(
+            dict(preset="demo", vocab_size=384, train_seq_len=32, train_batch_tokens=32 * 24, mask_dist="uniform")
+            | overrides
+        )
     )
 
 
@@ -51,6 +60,42 @@ def test_masks_have_the_promised_probability_and_weight(sampling, masking):
         assert torch.allclose(masks.sum(2) * weights, torch.tensor(32.0))
     flat = masks_of(hp_of(loss_weight="flat"), tm.seeded("cpu", 0, 0))[1]
     assert torch.equal(flat, torch.ones(24))
+
+
+def test_normal_mask_probabilities_are_the_quantiles_of_a_normal_distribution():
+    """Exactly so when stratified; what lies outside of [MASK_EPS, MASK_MAX] lies on its ends."""
+    hp = hp_of(mask_dist="normal", mask_mean=0.4, mask_std=0.3, mask_eps=0.05, mask_max=0.75)
+    drawn = tm.mask_probability(hp, torch.full((24,), 0.5)).sort().values
+    quantiles = [NormalDist(0.4, 0.3).inv_cdf((i + 0.5) / 24) for i in range(24)]
+    assert drawn.tolist() == pytest.approx([min(max(x, 0.05), 0.75) for x in quantiles], abs=1e-6)
+    assert (drawn == 0.05).sum() == 3 and (drawn == 0.75).sum() == 3  # Φ((0.05 − 0.4) / 0.3) = 0.12 of 24
+    for u in (0.0, 1.0):  # the ends of the normal distribution are infinite
+        for sampling in ("stratified", "antithetic", "uniform"):
+            ends = tm.mask_probability(tm.dataclasses.replace(hp, time_sampling=sampling), torch.full((24,), u))
+            assert ends.isfinite().all() and 0.05 <= ends.min() and ends.max() <= 0.75
+
+
+@pytest.mark.parametrize("sampling", ["stratified", "antithetic", "uniform"])
+@pytest.mark.parametrize("mean, std", [(0.45, 0.15), (0.45, 0.1), (0.9, 0.4), (0.1, 0.4)])
+def test_head_capacity_holds_for_every_draw_of_a_normal_distribution(sampling, mean, std):
+    """The largest sum of any micro-batch, over a grid of draws, is no more than what the capacity was made from."""
+    hp = hp_of(mask_dist="normal", mask_mean=mean, mask_std=std, time_sampling=sampling, masking="count", mask_eps=0.0)
+    for rows in (2, 3):  # pairs of independent draws, and one without its other half; stratified rows share one
+        capacity = tm.masked_capacity(hp, rows)
+        for draws in itertools.product(
+            torch.linspace(0, 1, 11).tolist(), repeat=rows if sampling != "stratified" else 1
+        ):
+            u = torch.tensor(draws).repeat(24 // len(draws))
+            most = tm.mask_probability(hp, u).view(-1, rows).sum(1).max().item()
+            assert capacity >= min(most * 32 + rows - 1e-3, rows * 32)
+
+
+def test_the_recipe_of_golf_scores_half_of_the_tokens_at_most():
+    for preset in ("golf", "demo"):
+        hp = tm.Hyperparameters(preset=preset)
+        mask, weight = masks_of(hp_of(**{name: getattr(hp, name) for name in NOISE}), tm.seeded("cpu", 0, 0))
+        assert (weight == 1).all() and abs(mask.float().mean() - hp.mask_mean - 0.5 / 32) < 0.02
+        assert tm.masked_capacity(hp, 16) <= 0.5 * 16 * hp.train_seq_len
 
 
 def test_weights_are_clamped():

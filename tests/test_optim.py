@@ -216,6 +216,38 @@ def test_learning_rate_schedules():
     assert tm.progress(hp, 50, 1e9) == 0.5 and tm.progress(timed, 0, 11_000.0) == 1.0
 
 
+def test_a_decay_that_is_a_share_of_the_run_follows_its_length():
+    """Of the steps, or of the clock if that comes first; WARMDOWN_ITERS, if given, wins."""
+    for iterations in (100, 1000):
+        hp = tm.Hyperparameters(
+            iterations=iterations, warmdown_iters=0, warmdown_frac=0.4, min_lr_frac=0.1, max_wallclock_seconds=0
+        )
+        scales = [tm.lr_scale(hp, round(share * iterations), 0.0) for share in (0, 0.6, 0.8, 1)]
+        assert scales == pytest.approx([1.0, 1.0, 0.55, 0.1])
+    timed = tm.dataclasses.replace(hp, max_wallclock_seconds=10.0)
+    assert tm.lr_scale(timed, 50, 8_000.0) == pytest.approx(0.55)  # 2 of 10 s are left, of 4 s of decay
+    cycles = tm.dataclasses.replace(hp, lr_cycle_steps=250)
+    assert [tm.lr_scale(cycles, step, 0.0) for step in (250, 450, 500)] == pytest.approx([1.0, 0.55, 1.0])
+    assert tm.Hyperparameters(warmdown_frac=0.4).warmdown_iters == 0  # what is given counts
+    assert tm.lr_scale(tm.dataclasses.replace(hp, warmdown_iters=10), 995, 0.0) == pytest.approx(0.55)
+    assert tm.lr_scale(tm.dataclasses.replace(hp, warmdown_frac=0.0), 999, 0.0) == 1.0
+
+
+def test_rates_of_adam_follow_the_square_root_of_the_batch_unless_they_are_given():
+    def rates(hp):
+        return [hp.matrix_lr, hp.tied_embed_lr, hp.embed_lr, hp.head_lr, hp.scalar_lr]
+
+    given = rates(tiny_hp())
+    assert given == [0.02, 0.05, 0.6, 0.008, 0.04]  # ADAM_BATCH_TOKENS=0
+    hp = tiny_hp(adam_batch_tokens=4 * tiny_hp().train_batch_tokens)
+    assert rates(hp) == pytest.approx([0.02, 0.025, 0.3, 0.004, 0.02])
+    assert {lr for muon, lr, *_ in tm.Optimizer(tm.build_model(hp), hp).groups if not muon} == {0.025, 0.02}
+    assert rates(tm.dataclasses.replace(hp, seed=2)) == rates(hp)  # not twice
+    assert tiny_hp(adam_batch_tokens=64, scalar_lr=0.04).scalar_lr == 0.04
+    golf, demo = (tm.Hyperparameters(preset=name) for name in ("golf", "demo"))
+    assert golf.tied_embed_lr == 0.05 and demo.tied_embed_lr == 0.05 / 16  # 2,048 tokens are 524,288 / 16²
+
+
 def test_the_published_schedule_of_the_diffusion_transformer():
     """PR 1106: 300 steps up, constant, 1,500 steps down a cosine to a tenth; PR 1241 does it again for each 6,000."""
 

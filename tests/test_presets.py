@@ -99,6 +99,20 @@ def test_presets_are_what_was_published(preset):
     assert {name: getattr(hp, name) for name in PUBLISHED[preset]} == PUBLISHED[preset]
 
 
+def test_golf_and_demo_are_one_recipe_and_mdlm_stays_what_was_published():
+    golf, demo, mdlm = (tm.Hyperparameters(preset=name) for name in ("golf", "demo", "mdlm"))
+    rates = {"tied_embed_lr", "embed_lr", "head_lr", "scalar_lr"}  # for the size of the batch
+
+    def recipe(hp):
+        groups = ("noise", "optimizer", "export")
+        fields = [f.name for f in tm.dataclasses.fields(hp) if f.metadata["group"] in groups]
+        return {name: getattr(hp, name) for name in [*fields, "warmdown_iters", "warmdown_frac"] if name not in rates}
+
+    assert recipe(golf) == recipe(demo) != recipe(mdlm)
+    assert tm.predicted_bytes(golf) <= tm.SIZE_LIMIT_BYTES and not tm.PRESETS["mdlm"]
+    assert [golf.max_wallclock_seconds, golf.train_batch_tokens, golf.vocab_size] == [600.0, 524_288, 1024]
+
+
 @pytest.mark.parametrize("preset", tm.PRESETS)
 def test_every_preset_trains_packs_reloads_and_scores(tiny_env, tmp_path, monkeypatch, capsys, preset):
     monkeypatch.chdir(tmp_path)

@@ -16,7 +16,24 @@ def test_a_grid_is_every_combination():
     assert sweep.run_id(rows[1], 7) == "NUM_HEADS=2+MASK_EPS=0.1_seed7"
     tied = sweep.parse_grid(["NUM_HEADS=NUM_KV_HEADS=2,4", "MASK_EPS=0.1"])
     assert tied == [dict(NUM_HEADS=n, NUM_KV_HEADS=n, MASK_EPS="0.1") for n in "24"]
-    for bad in (["NUM_HEADS"], ["NUM_HEADS="], ["SEED=1,2"], ["NUM_HEADS=2", "NUM_HEADS=4"], ["NUM_HEDS=2"]):
+    joined = sweep.parse_grid(["MASKING/LOSS_WEIGHT=bernoulli/elbo,count/flat", "ITERATIONS=1,2"])
+    assert joined == [
+        dict(MASKING=m, LOSS_WEIGHT=w, ITERATIONS=n)
+        for m, w in (("bernoulli", "elbo"), ("count", "flat"))
+        for n in "12"
+    ]
+    assert sweep.parse_grid(["DATA_PATH=a/b,c/d"]) == [dict(DATA_PATH="a/b"), dict(DATA_PATH="c/d")]
+    for bad in (
+        ["MASKING/LOSS_WEIGHT=count/flat,elbo"],
+        ["MASKING/LOSS_WEIGHT=MASK_EPS=count/flat"],
+        ["NUM_HEADS/NUM_HEADS=2/4"],
+        ["NUM_HEADS=2,2"],
+        ["NUM_HEADS"],
+        ["NUM_HEADS="],
+        ["SEED=1,2"],
+        ["NUM_HEADS=2", "NUM_HEADS=4"],
+        ["NUM_HEDS=2"],
+    ):
         with pytest.raises(ValueError, match=bad[0].split("=")[0]):
             sweep.parse_grid(bad)
 
@@ -49,10 +66,44 @@ def test_sweep_runs_continues_and_compares(tiny_env, tmp_path, tool, monkeypatch
     assert json.loads((tmp_path / "heads/results.json").read_text())["rows"][2]["val_bpb"] == two
 
 
+def test_lengths_of_runs_are_compared_at_equal_length_and_drawn_over_tokens(tiny_env, tmp_path, tool, monkeypatch):
+    for name in {field.upper() for field in tiny_hp().__dataclass_fields__} - tiny_env.keys():
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (tiny_env | dict(SCORES="l2r", L2R_SEQS="4", OMP_NUM_THREADS="1")).items():
+        monkeypatch.setenv(name, value)
+    grid = ["MASKING/LOSS_WEIGHT=bernoulli/elbo,count/flat", "ITERATIONS=2,4", "--jobs", "2", "--out", tmp_path]
+    done = tool(sweep, *grid)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["label"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert "Not all runs made all of their steps" not in done.stdout
+    for steps in ("2", "4"):
+        first = rows[f"MASKING=bernoulli+LOSS_WEIGHT=elbo+ITERATIONS={steps}"]
+        other = rows[f"MASKING=count+LOSS_WEIGHT=flat+ITERATIONS={steps}"]
+        assert first["first"] is None and other["first"] == first["label"]
+        assert other["tokens"] == int(steps) * int(tiny_env["TRAIN_BATCH_TOKENS"])
+        assert other["difference"] == pytest.approx(other["val_bpb"]["1337"] - first["val_bpb"]["1337"])
+        l2r = other["others"]["l2r"]["1337"] - first["others"]["l2r"]["1337"]
+        assert other["others_against"]["l2r"]["difference"] == pytest.approx(l2r)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    told = tool(sweep, *grid[:1], "ITERATIONS=2,3", "--report", "--out", tmp_path)  # one that is there, one that is not
+    assert (
+        told.returncode == 0 and told.stdout.count("| – | – | 0 |") == 2 and f"{first['mean']:.4f}" not in told.stdout
+    )
+    assert sorted(tmp_path.glob("logs/*.txt")) == sorted(tmp_path.glob("logs/*ITERATIONS=[24]_seed1337.txt"))
+
+
+def test_a_grid_of_which_nothing_can_run_is_told_of(tiny_env, tmp_path, tool, monkeypatch):
+    monkeypatch.setenv("PRESET", "demo")
+    monkeypatch.setenv("DATA_PATH", str(tmp_path / "nowhere"))
+    done = tool(sweep, "ITERATIONS=2,4", "--out", tmp_path / "out")
+    assert done.returncode == 1 and done.stdout.count("Failed: ITERATIONS=") == 2 and "Traceback" not in done.stderr
+
+
 def test_what_cannot_be_swept_is_said_in_one_line(tmp_path, tool):
     for arguments, message in [
         (["NUM_HEDS=2", "--out", tmp_path], "NUM_HEDS is not a hyperparameter"),
         (["NUM_HEADS=2", "--seeds", "a", "--out", tmp_path], "--seeds and --gpus take whole numbers"),
+        (["NUM_HEADS=2", "--gpus", "0", "--jobs", "2", "--out", tmp_path], "--jobs does not go with it"),
     ]:
         done = tool(sweep, *arguments)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1

@@ -2,12 +2,14 @@
 
     PRESET=demo python tools/sweep.py NUM_HEADS=2,4,8 MASK_EPS=0.001,0.1 --seeds 1337,42,2026 --out sweeps/heads
 
-Every combination is a row, every seed a run, and NUM_HEADS=NUM_KV_HEADS=2,4 gives both the same value. What is set in
-the environment holds for all of them. Runs go one after the other, or side by side on the GPUs that --gpus names. Logs
-and artifacts are kept under OUT/logs; a run that is finished there is not run again, one that was interrupted goes on
-from its last checkpoint, a run that failed is noted and the others go on, and a second call tries it again. Afterwards
-OUT/README.md holds the table (mean and standard deviation over seeds, and the difference to the first row, paired by
-seed, with its standard error), OUT/results.json the same for programs, OUT/plot.png a picture.
+Every combination is a row, every seed a run. NUM_HEADS=NUM_KV_HEADS=2,4 gives both the same value, and
+MASKING/LOSS_WEIGHT=bernoulli/elbo,count/flat changes both at once. What is set in the environment holds for all. Runs
+go one after the other, or --jobs of them side by side, or one on each of the GPUs that --gpus names. Logs and artifacts
+are kept under OUT/logs; a run that is finished there is not run again, one that was interrupted goes on from its last
+checkpoint, a run that failed is noted and the others go on, and a second call tries it again. Afterwards OUT/README.md
+holds the table (mean and standard deviation over seeds, and differences to the first row that trains on as many tokens,
+paired by seed, with their standard errors), OUT/results.json the same for programs, OUT/plot.png a picture: of scores
+over training tokens if ITERATIONS is in the grid.
 """
 
 from __future__ import annotations
@@ -35,16 +37,25 @@ SCRIPT = ROOT / "train_mdlm.py"
 
 
 def parse_grid(arguments: list[str]) -> list[dict[str, str]]:
-    """The rows of a grid given as NAME=a,b,c or NAME=NAME=a,b,c …; InputError for what the script would refuse."""
+    """The rows of a grid given as NAME=a,b,c, NAME=NAME=a,b,c or NAME/NAME=a/b,c/d …; InputError for what the script
+    would refuse."""
     grid, axes = [], []
     known = {field.upper() for field in Hyperparameters.__dataclass_fields__}
     for argument in arguments:
-        *names, values = argument.split("=")
-        if not names or not values or set(names) & {*grid, "SEED", "RUN_ID", "EVAL_ONLY"}:
-            raise InputError(f"{argument}: give NAME=value,value,… once for each hyperparameter; seeds with --seeds")
+        *heads, values = argument.split("=")
+        names = [name for head in heads for name in head.split("/")]
+        tied_and_joined = len(heads) > 1 and len(names) > len(heads)
+        repeated = len(set(names)) < len(names) or set(names) & {*grid, "SEED", "RUN_ID", "EVAL_ONLY"}
+        if not names or not values or tied_and_joined or repeated or len(set(values.split(","))) <= values.count(","):
+            raise InputError(f"{argument}: give NAME=value,value,… once for each hyperparameter and no value "
+                             "twice; seeds with --seeds")
         for name in set(names) - known:
             raise InputError(f"{name} is not a hyperparameter of train_mdlm.py; see train_mdlm.py --help")
-        axes.append([dict.fromkeys(names, value) for value in values.split(",")])
+        split = [value.split("/") if "/" in heads[0] else [value] * len(names) for value in values.split(",")]
+        for parts in split:
+            if len(parts) != len(names):
+                raise InputError(f"{argument}: {'/'.join(parts)} is not one value for each of {'/'.join(names)}")
+        axes.append([dict(zip(names, parts, strict=True)) for parts in split])
         grid += names
     return [{name: value for part in parts for name, value in part.items()} for parts in itertools.product(*axes)]
 
@@ -105,11 +116,11 @@ def run(row: dict[str, str], seed: int, out: Path, processes: int, gpu: str | No
     return (reasons or [f"exit status {done.returncode}"])[0].strip()
 
 
-def run_all(rows: list[dict], seeds: list[int], out: Path, processes: int, gpus: list[str]) -> dict[str, str]:
-    """Runs what is not finished; the reasons of those that failed, by run."""
+def run_all(rows: list[dict], seeds: list[int], out: Path, processes: int, lanes: list[str | None]) -> dict[str, str]:
+    """Runs what is not finished, side by side in the lanes (GPUs, or None); the reasons of what failed, by run."""
     places, failed, lock = Queue(), {}, threading.Lock()
-    for gpu in gpus or [None]:
-        places.put(gpu)
+    for lane in lanes:
+        places.put(lane)
 
     def one(job: tuple[dict, int]) -> None:
         row, seed = job
@@ -128,32 +139,46 @@ def run_all(rows: list[dict], seeds: list[int], out: Path, processes: int, gpus:
             print(f"{run_id(row, seed)}: " + (f"FAILED: {reason}" if reason else f"val_bpb {facts['val_bpb']:.4f}"),
                   flush=True)
 
-    with ThreadPoolExecutor(len(gpus) or 1) as pool:
+    with ThreadPoolExecutor(len(lanes)) as pool:
         list(pool.map(one, [(row, seed) for seed in seeds for row in rows]))
     return failed
 
 
+def against(values: dict[int, float], first: dict[int, float]) -> dict[str, float | None]:
+    """Mean and deviation over seeds; mean difference to `first`, paired by seed, and its standard error."""
+    differences = [values[seed] - first[seed] for seed in values.keys() & first.keys()]
+    return dict(
+        mean=statistics.fmean(values.values()) if values else None,
+        std=statistics.stdev(values.values()) if len(values) > 1 else None,
+        difference=statistics.fmean(differences) if differences else None,
+        difference_stderr=statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None)
+
+
 def summary(rows: list[dict], seeds: list[int], out: Path) -> list[dict]:
-    """A dictionary a row: label, val_bpb by seed, other scores, mean, deviation, paired difference to the first row."""
+    """A dictionary a row: label, val_bpb and other scores by seed, what `against` says of val_bpb, sizes and times."""
     found = []
     for row in rows:
         runs = {seed: facts for seed in seeds if (facts := finished(row, seed, out))}
         bpb = {seed: facts["val_bpb"] for seed, facts in runs.items()}
-        first = found[0]["val_bpb"] if found else bpb
-        differences = [bpb[seed] - first[seed] for seed in bpb.keys() & first.keys()]
-        others = {name: statistics.fmean(facts["others"][name][0] for facts in runs.values())
-                  for name in (next(iter(runs.values()))["others"] if runs else ())
-                  if all(name in facts["others"] for facts in runs.values())}
+        names = set.intersection(*(set(facts["others"]) for facts in runs.values())) if runs else set()
+        try:
+            hp = Hyperparameters.from_env(environment(row, seeds[0]))
+            planned = hp.iterations * hp.train_batch_tokens
+        except InputError:
+            hp, planned = None, None
+        first = next((old for old in found if old["planned_tokens"] == planned), None)
+        others = {name: {seed: facts["others"][name][0] for seed, facts in runs.items()} for name in sorted(names)}
         found.append(dict(
-            label=label(row), val_bpb=bpb, others=others,
-            mean=statistics.fmean(bpb.values()) if bpb else None,
-            std=statistics.stdev(bpb.values()) if len(bpb) > 1 else None,
-            difference=statistics.fmean(differences) if differences else None,
-            difference_stderr=statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None,
+            label=label(row), row=row, planned_tokens=planned, val_bpb=bpb, others=others,
+            **against(bpb, first["val_bpb"] if first else bpb),
+            others_against={name: against(values, first["others"].get(name, {}) if first else values)
+                            for name, values in others.items()},
+            first=first["label"] if first else None,
             params=next((facts["params"] for facts in runs.values()), None),
             total_bytes=max((facts["total_bytes"] for facts in runs.values()), default=None),
             train_seconds=statistics.fmean(facts["train_seconds"] for facts in runs.values()) if runs else None,
-            steps=[facts["step_stop"] for facts in runs.values()],
+            cut=any(facts["step_stop"] < hp.iterations for facts in runs.values()),
+            tokens=max(facts["step_stop"] for facts in runs.values()) * hp.train_batch_tokens if runs else None,
             scripts=sorted({hashlib.sha256(facts["source"].encode()).hexdigest() for facts in runs.values()})))
     return found
 
@@ -163,29 +188,33 @@ def table(found: list[dict], failed: dict[str, str]) -> str:
     def number(value: float | None, form: str = ".4f") -> str:
         return "–" if value is None else format(value, form)
 
+    def paired(facts: dict) -> str:
+        return f"{number(facts.get('difference'), '+.4f')} ± {number(facts.get('difference_stderr'))}"
+
     names = sorted({name for row in found for name in row["others"]})
-    heads = ["", "val_bpb", "std. dev.", "seeds", "− first row, paired", *names, "parameters", "code + artifact",
-             "training"]
+    heads = ["", "val_bpb", "std. dev.", "seeds", "− first row, paired",
+             *(head for name in names for head in (name, f"{name} − first row, paired")), "parameters",
+             "code + artifact", "training"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for i, row in enumerate(found):
-        paired = f"{number(row['difference'], '+.4f')} ± {number(row['difference_stderr'])}" if i else ""
-        cells = [row["label"], number(row["mean"]), number(row["std"]), str(len(row["val_bpb"])), paired,
-                 *(number(row["others"].get(name)) for name in names), number(row["params"], ","),
-                 number(row["total_bytes"], ","), number(row["train_seconds"], ".0f") + " s"]
+    for row in found:
+        others = [row["others_against"].get(name, {}) for name in names]
+        cells = [row["label"], number(row["mean"]), number(row["std"]), str(len(row["val_bpb"])),
+                 paired(row) if row["first"] else "",
+                 *(cell for facts in others for cell in (number(facts.get("mean")),
+                                                         paired(facts) if row["first"] else "")),
+                 number(row["params"], ","), number(row["total_bytes"], ","),
+                 number(row["train_seconds"], ".0f") + " s"]
         lines.append(f"| {' | '.join(cells)} |")
-    if len({steps for row in found for steps in row["steps"]}) > 1:
-        lines += ["", "Not all runs made the same number of steps: some met the wall clock first."]
+    if any(row["cut"] for row in found):
+        lines += ["", "Not all runs made all of their steps: some met the wall clock first."]
     if len({script for row in found for script in row["scripts"]}) > 1:
         lines += ["", "Not all runs are of the same script: it was changed between them."]
     return "\n".join(lines + [f"\nFailed: {name}: {reason}" for name, reason in failed.items()]) + "\n"
 
 
-def draw(found: list[dict], out: Path) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(max(4.0, 1.2 * len(found)), 4), layout="constrained")
+def draw_rows(found: list[dict], figure) -> None:
+    """A column of seeds for each row, and their mean and standard deviation."""
+    axes = figure.subplots()
     for at, row in enumerate(found):
         axes.scatter([at] * len(row["val_bpb"]), list(row["val_bpb"].values()), color="C0", s=14, alpha=0.6)
         if row["mean"] is not None:
@@ -193,6 +222,41 @@ def draw(found: list[dict], out: Path) -> None:
     axes.set_xticks(range(len(found)), [row["label"].replace("+", "\n") for row in found], fontsize=8)
     axes.set(ylabel="val_bpb: seeds, and mean ± standard deviation")
     axes.grid(alpha=0.3, axis="y")
+
+
+def draw_horizons(found: list[dict], figure) -> None:
+    """Scores over training tokens: a panel a score, a line for rows that differ in length only, a band for seeds."""
+    names = ["val_bpb", *sorted({name for row in found for name in row["others"]})]
+    lines = {}
+    for row in found:
+        rest = {name: value for name, value in row["row"].items() if name != "ITERATIONS"}
+        lines.setdefault(label(rest), []).append(row)
+    for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
+        for text, rows in lines.items():
+            scored = sorted((row["tokens"], list(values.values())) for row in rows
+                            if (values := row["val_bpb"] if name == "val_bpb" else row["others"].get(name)))
+            if not scored:
+                continue
+            tokens, seeds = [at for at, _ in scored], [values for _, values in scored]
+            line, = axes.plot(tokens, [statistics.fmean(values) for values in seeds], marker="o", label=text)
+            axes.fill_between(tokens, list(map(min, seeds)), list(map(max, seeds)), color=line.get_color(), alpha=0.25)
+        axes.set(xlabel="training tokens", ylabel=f"{name}, bits per byte: mean and range of seeds")
+        if axes.lines:
+            axes.set_xscale("log")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+
+
+def draw(found: list[dict], out: Path) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    horizons = any("ITERATIONS" in row["row"] for row in found)
+    panels = 1 + len({name for row in found for name in row["others"]})
+    size = (5.5 * panels, 4.2) if horizons else (max(4.0, 1.2 * len(found)), 4)
+    figure = pyplot.figure(figsize=size, layout="constrained")
+    (draw_horizons if horizons else draw_rows)(found, figure)
     figure.savefig(out, dpi=110)
     pyplot.close(figure)
 
@@ -202,20 +266,26 @@ def main() -> None:
     parser.add_argument("grid", nargs="+", metavar="NAME=a,b,c")
     parser.add_argument("--seeds", default="1337", help="separated by commas")
     parser.add_argument("--out", type=Path, required=True, help="folder of the logs and of the table")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side on a CPU; OMP_NUM_THREADS is yours")
     parser.add_argument("--gpus", default="", help="numbers of GPUs, separated by commas: one run on each at a time")
+    parser.add_argument("--report", action="store_true", help="run nothing, only tell of what is finished")
     parser.add_argument("--nproc", type=int, default=1, help="processes a run (torchrun)")
     arguments = parser.parse_args()
     try:
         if not re.fullmatch(r"\d+(,\d+)*", arguments.seeds) or not re.fullmatch(r"(\d+(,\d+)*)?", arguments.gpus):
             raise InputError("--seeds and --gpus take whole numbers separated by commas")
-        if arguments.nproc < 1 or (arguments.nproc > 1 and "," in arguments.gpus):
-            raise InputError("--nproc is at least 1, and with several processes a run --gpus is at most one number")
+        if min(arguments.nproc, arguments.jobs) < 1 or (arguments.nproc > 1 and "," in arguments.gpus):
+            raise InputError("--nproc and --jobs are at least 1, and with several processes a run --gpus is one "
+                             "number")
+        if arguments.gpus and arguments.jobs > 1:
+            raise InputError("--gpus has one run on each GPU, so --jobs does not go with it")
         rows, seeds = parse_grid(arguments.grid), sorted({int(seed) for seed in arguments.seeds.split(",")})
         try:
             arguments.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{arguments.out}: cannot be made: {error.strerror}") from None
-        failed = run_all(rows, seeds, arguments.out, arguments.nproc, [g for g in arguments.gpus.split(",") if g])
+        lanes = arguments.gpus.split(",") if arguments.gpus else [None] * arguments.jobs
+        failed = {} if arguments.report else run_all(rows, seeds, arguments.out, arguments.nproc, lanes)
         found = summary(rows, seeds, arguments.out)
         (arguments.out / "README.md").write_text(table(found, failed), encoding="utf-8")
         results = json.dumps(dict(rows=found, failed=failed), indent=2) + "\n"
