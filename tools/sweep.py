@@ -6,7 +6,8 @@ Every combination is a row, every seed a run. NUM_HEADS=NUM_KV_HEADS=2,4 gives b
 MASKING/LOSS_WEIGHT=bernoulli/elbo,count/flat changes both at once. What is set in the environment holds for all. Runs
 go one after the other, or --jobs of them side by side, or one on each of the GPUs that --gpus names. Logs and artifacts
 are kept under OUT/logs; a run that is finished there is not run again, one that was interrupted goes on from its last
-checkpoint, a run that failed is noted and the others go on, and a second call tries it again. Afterwards OUT/README.md
+checkpoint, a run that failed is noted and the others go on, and a second call tries it again. Afterwards, or at once
+with --report, OUT/README.md
 holds the table (mean and standard deviation over seeds, and differences to the first row that trains on as many tokens,
 paired by seed, with their standard errors), OUT/results.json the same for programs, OUT/plot.png a picture: of scores
 over training tokens if ITERATIONS is in the grid.
@@ -166,7 +167,7 @@ def summary(rows: list[dict], seeds: list[int], out: Path) -> list[dict]:
             planned = hp.iterations * hp.train_batch_tokens
         except InputError:
             hp, planned = None, None
-        first = next((old for old in found if old["planned_tokens"] == planned), None)
+        first = next((old for old in found if planned and old["planned_tokens"] == planned), None)
         others = {name: {seed: facts["others"][name][0] for seed, facts in runs.items()} for name in sorted(names)}
         found.append(dict(
             label=label(row), row=row, planned_tokens=planned, val_bpb=bpb, others=others,
@@ -266,7 +267,7 @@ def main() -> None:
     parser.add_argument("grid", nargs="+", metavar="NAME=a,b,c")
     parser.add_argument("--seeds", default="1337", help="separated by commas")
     parser.add_argument("--out", type=Path, required=True, help="folder of the logs and of the table")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side on a CPU; OMP_NUM_THREADS is yours")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, with OMP_NUM_THREADS each")
     parser.add_argument("--gpus", default="", help="numbers of GPUs, separated by commas: one run on each at a time")
     parser.add_argument("--report", action="store_true", help="run nothing, only tell of what is finished")
     parser.add_argument("--nproc", type=int, default=1, help="processes a run (torchrun)")
