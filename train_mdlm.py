@@ -63,9 +63,9 @@ LLADA = dict(  # PR 1106
     **dict.fromkeys(("matrix_lr", "embed_lr", "head_lr", "tied_embed_lr", "scalar_lr"), 6e-4),
     scores="nelbo,l2r,tstep", tstep_seqs=500, tstep_steps=512)
 MDLM16 = dict(num_layers=11, quant_mode="int7,embed:int8", quant_clip=10.0, quant_feedback=4)  # as many as fit
-GOLF = MDLM16 | dict(
-    num_layers=9, mlp_mult=3, num_kv_heads=2, masking="count", mask_dist="normal", loss_weight="flat", ema_decay=0.0,
-    warmdown_iters=0, warmdown_frac=0.5, adam_batch_tokens=524_288, tied_embed_init_std=0.05)
+GOLF = MDLM16 | dict(num_layers=8, mlp_mult=3, num_kv_heads=2, neighbors=2, masking="count", mask_dist="normal",
+                     loss_weight="flat", ema_decay=0.0, warmdown_iters=0, warmdown_frac=0.5,
+                     adam_batch_tokens=524_288, embed_lr=0.2, tied_embed_init_std=0.05)
 PRESETS: dict[str, dict] = {
     "mdlm": {}, "mdlm16": MDLM16, "golf": GOLF, "llada": LLADA,  # mdlm, PR 1699, is the defaults below
     "eos": LLADA | dict(doc_chunks=True, anchor_bos=True, lr_cycle_steps=6000, tstep_steps=128),  # PR 1241
@@ -96,6 +96,7 @@ class Hyperparameters:
     num_kv_heads: int = knob("model", 4, "key/value heads, each shared by a group of query heads", low=1)
     mlp_mult: int = knob("model", 2, "hidden width of the ReLU² MLP", "× MODEL_DIM", low=1)
     tie_embeddings: bool = knob("model", True, "output head = first V rows of the embedding")
+    neighbors: int = knob("model", 0, "embeddings of the nearest tokens, added to the input", "on each side", high=64)
     rope_base: float = knob("model", 10_000.0, "base of the rotary frequencies", low=1)
     logit_softcap: float = knob("model", 30.0, "logits are cap·tanh(logits/cap); 0 leaves them alone")
     qk_gain_init: float = knob("model", 1.5, "initial gain of the normalised queries")
@@ -131,7 +132,7 @@ class Hyperparameters:
     optimizer: str = knob("optimizer", "muon", "of the block matrices; the rest has AdamW", choices="muon|adamw")
     matrix_lr: float = knob("optimizer", 0.02, "learning rate of the block matrices")
     tied_embed_lr: float = knob("optimizer", 0.05, "Adam learning rate of a tied embedding")
-    embed_lr: float = knob("optimizer", 0.6, "Adam learning rate of an untied embedding")
+    embed_lr: float = knob("optimizer", 0.6, "Adam learning rate of an untied embedding, and of neighbors'")
     head_lr: float = knob("optimizer", 0.008, "Adam learning rate of an untied head")
     scalar_lr: float = knob("optimizer", 0.04, "Adam learning rate of gains, scales, skips and biases")
     weight_decay: float = knob("optimizer", 0.0, "decoupled decay a step, times the learning rate")
@@ -612,6 +613,8 @@ class Model(nn.Module):
         unet, rows = hp.backbone == "unet", hp.vocab_size + (hp.objective == "mdlm") + hp.doc_chunks
         std = hp.tied_embed_init_std if hp.tie_embeddings else 1.0
         self.tok_emb = nn.Embedding.from_pretrained(torch.randn(rows, hp.model_dim).mul_(std), freeze=False)
+        self.near = nn.ModuleDict({str(at): nn.Embedding.from_pretrained(torch.zeros(rows, hp.model_dim), freeze=False)
+                                   for at in range(-hp.neighbors, hp.neighbors * (hp.objective != "ar") + 1) if at})
         self.blocks = nn.ModuleList((UNetBlock if unet else DiTBlock)(hp) for _ in range(hp.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(hp.num_layers // 2, hp.model_dim)) if unet else None
         self.time_embed = None if unet else nn.Sequential(
@@ -627,12 +630,15 @@ class Model(nn.Module):
         """Normalised last hidden state (B, L, D) of tokens z (B, L) int64; (N, D) at the flat positions `at` (N,).
         `masked_fraction` (B,) is what a DiT is told of the noise; without it, the true fraction of the maskable."""
         x, skips, encoder = self.tok_emb(z), [], len(self.blocks) // 2
-        if self.time_embed is None:
-            x = given = norm(x).to(self.compute_dtype)
-        else:
+        x = norm(x) if self.time_embed is None else x
+        for name, embedding in self.near.items():  # of the token so far to the right; beyond the ends, zeros
+            offset = max(-z.shape[1], min(int(name), z.shape[1]))
+            x = x + F.pad(embedding(z), (0, 0, -offset, offset))
+        x = given = x.to(self.compute_dtype)
+        if self.time_embed is not None:
             if masked_fraction is None:
                 masked_fraction = (z == self.hp.mask_id).sum(1) / hideable(self.hp, z).sum(1).clamp(min=1)
-            x, given = x.to(self.compute_dtype), F.silu(self.time_embed(noise_features(masked_fraction)))
+            given = F.silu(self.time_embed(noise_features(masked_fraction)))
         rotary = rotary_table(z.shape[1], self.hp.head_dim, self.hp.rope_base, x)
         for i, block in enumerate(self.blocks):
             if skips and i >= encoder:
@@ -690,17 +696,13 @@ def batch_loss(model: Model, batch: Batch) -> Tensor:
     h = model.hidden(batch.z, batch.masked_fraction, batch.positions)
     return (F.cross_entropy(model.head(h), batch.targets, reduction="none") * batch.weights).sum()
 # == Optimizers and EMA ================================================================================================
-class Kind(NamedTuple):
-    """A kind of parameter: what it is called, how it is trained and how it is stored."""
-    name: str
-    pattern: str  # of the parameter's name
-    optimizer: str  # muon (if OPTIMIZER is) | adamw
-    lr: str  # the hyperparameter that holds the learning rate
-    decays: bool  # whether WEIGHT_DECAY_ON=matrices means it
-    storage: str  # in the artifact; empty: QUANT_MODE
+class Kind(collections.namedtuple("Kind", "name pattern optimizer lr decays storage")):
+    """A kind of parameter: its name, and the pattern of its parameters' names; muon (if OPTIMIZER is) or adamw, the
+    knob that is its learning rate, whether WEIGHT_DECAY_ON=matrices means it; its storage, or "" for QUANT_MODE."""
 KINDS = (
     Kind("matrix", r"(blocks\.\d+\.(attn|mlp)(_mod|\.\w+)|time_embed\.\d)\.weight", "muon", "matrix_lr", True, ""),
     Kind("embed", r"tok_emb\.weight", "adamw", "embed_lr", False, ""),
+    Kind("near", r"near\.-?\d+\.weight", "adamw", "embed_lr", False, ""),
     Kind("head", r"lm_head\.weight", "adamw", "head_lr", True, ""),
     Kind("gain", r"(blocks\.\d+\.)?(attn\.q_gain|attn_scale|mlp_scale|resid_mix|skip_weights)|.*\.bias", "adamw",
          "scalar_lr", False, "fp16"))
@@ -793,11 +795,9 @@ class Optimizer:
 # == Artifact ==========================================================================================================
 # MAGIC · u32 header length · JSON header · of each kind of parameter its codes, then its scales, packed · SHA-256
 ARTIFACT_MAGIC, FORMAT_VERSION = b"MDLMgolf", 2
-class Quantizer(NamedTuple):
-    """A grid for weights: codes of a dtype, at most ±`largest`, times a scale for each row, or without."""
-    dtype: torch.dtype
-    largest: float
-    scale: torch.dtype | None  # fp8_row's is another than that of the integers, so neither can be read as the other
+class Quantizer(collections.namedtuple("Quantizer", "dtype largest scale")):
+    """A grid for weights: codes of a dtype, at most ±`largest`, times a scale of a dtype for each row, or without:
+    None. fp8_row's is another than that of the integers, so neither can be read as the other."""
 QUANTIZERS = {
     "fp8": Quantizer(torch.float8_e4m3fn, 448.0, None), "fp8_row": Quantizer(torch.float8_e4m3fn, 448.0, torch.float32),
     **{f"int{bits}": Quantizer(torch.int8, 2.0 ** (bits - 1) - 1, torch.bfloat16) for bits in range(4, 9)},

@@ -23,7 +23,12 @@ def rotate(x, base):
 def reference_logits(model, z):
     """Logits (L, V) of one sequence, from the state dict, in float64."""
     hp, w = model.hp, {name: value.double().numpy() for name, value in model.state_dict().items()}
-    x = x_emb = rms(w["tok_emb.weight"][z])
+    x = rms(w["tok_emb.weight"][z])
+    for i in range(len(z)):
+        for offset in range(-hp.neighbors, 1 if hp.objective == "ar" else hp.neighbors + 1):
+            if offset and 0 <= i + offset < len(z):
+                x[i] += w[f"near.{offset}.weight"][z[i + offset]]
+    x_emb = x
     encoder, skips = hp.num_layers // 2, []
     for i in range(hp.num_layers):
 
@@ -66,6 +71,8 @@ def reference_logits(model, z):
         dict(tie_embeddings=False),
         dict(logit_softcap=0.0),
         dict(mlp_mult=3, rope_base=50.0),
+        dict(neighbors=2),
+        dict(neighbors=12, objective="ar"),  # further than the window is long
     ],
 )
 def test_forward_equals_the_equations_in_float64(overrides):
@@ -129,8 +136,30 @@ def test_causal_model_does_not_look_ahead_and_mdlm_does():
     z = torch.tensor([[0, 1, 2, 0]])
     changed = torch.tensor([[0, 1, 2, 1]])
     for objective, same in (("ar", True), ("mdlm", False)):
-        model = random_model(tiny_hp(objective=objective))
+        model = random_model(tiny_hp(objective=objective, neighbors=2))
         assert torch.equal(model(z)[:, :3], model(changed)[:, :3]) is same
+
+
+@pytest.mark.parametrize("backbone", ["unet", "dit"])
+def test_neighbours_start_as_nothing_and_reach_as_far_as_they_are_told(backbone):
+    hp = tiny_hp(backbone=backbone, neighbors=2, objective="mdlm")
+    model, without = tm.build_model(hp), tm.build_model(tm.dataclasses.replace(hp, neighbors=0))
+    assert not any(name.startswith("near") for name in without.state_dict())
+    z = torch.tensor([[0, 1, 2, 0, 1, 2, 0]])
+    told = torch.tensor([0.5])
+    assert torch.equal(model(z, told), without(z, told))
+    assert sorted(model.near) == ["-1", "-2", "1", "2"]
+    rows = {tuple(e.weight.shape) for e in model.near.values()}
+    assert rows == {(hp.vocab_size + 1, hp.model_dim)}
+    for block in model.blocks:  # what is left is the input
+        for branch in (block.attn, block.mlp):
+            torch.nn.init.zeros_(branch.proj.weight)
+    for embedding in model.near.values():
+        torch.nn.init.normal_(embedding.weight)
+    other = z.clone()
+    other[0, 3] = 1
+    moved = (model(z, told) != model(other, told)).any(-1)[0]
+    assert moved.tolist() == [False, True, True, True, True, True, False]
 
 
 def test_bfloat16_activations_stay_close():

@@ -74,7 +74,8 @@ def test_lengths_of_runs_are_compared_at_equal_length_and_drawn_over_tokens(tiny
     grid = ["MASKING/LOSS_WEIGHT=bernoulli/elbo,count/flat", "ITERATIONS=2,4", "--jobs", "2", "--out", tmp_path]
     done = tool(sweep, *grid)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = {row["label"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    found = json.loads((tmp_path / "results.json").read_text())
+    rows = {row["label"]: row for row in found["rows"]}
     assert "Not all runs made all of their steps" not in done.stdout
     for steps in ("2", "4"):
         first = rows[f"MASKING=bernoulli+LOSS_WEIGHT=elbo+ITERATIONS={steps}"]
@@ -90,6 +91,19 @@ def test_lengths_of_runs_are_compared_at_equal_length_and_drawn_over_tokens(tiny
         told.returncode == 0 and told.stdout.count("| – | – | 0 |") == 2 and f"{first['mean']:.4f}" not in told.stdout
     )
     assert sorted(tmp_path.glob("logs/*.txt")) == sorted(tmp_path.glob("logs/*ITERATIONS=[24]_seed1337.txt"))
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps(found))
+    alone = ["MATRIX_LR=0.01", "ITERATIONS=2"]
+    beside = tool(sweep, *alone, "--beside", earlier, "--out", tmp_path)
+    assert beside.returncode == 0, beside.stderr
+    *old, new = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert old == found["rows"] and new["first"] == "MASKING=bernoulli+LOSS_WEIGHT=elbo+ITERATIONS=2"
+    first = rows[new["first"]]["val_bpb"]["1337"]
+    assert new["difference"] == pytest.approx(new["val_bpb"]["1337"] - first) and new["difference"] != 0
+    earlier.write_text("[]")
+    for path in (earlier, tmp_path / "nowhere.json"):
+        refused = tool(sweep, *alone, "--beside", path, "--out", tmp_path)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and str(path) in refused.stderr
 
 
 def test_a_grid_of_which_nothing_can_run_is_told_of(tiny_env, tmp_path, tool, monkeypatch):

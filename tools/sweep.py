@@ -10,7 +10,8 @@ checkpoint, a run that failed is noted and the others go on, and a second call t
 with --report, OUT/README.md
 holds the table (mean and standard deviation over seeds, and differences to the first row that trains on as many tokens,
 paired by seed, with their standard errors), OUT/results.json the same for programs, OUT/plot.png a picture: of scores
-over training tokens if ITERATIONS is in the grid.
+over training tokens if ITERATIONS is in the grid. With --beside, the rows of an earlier results.json come first, in the
+table, the picture and the comparisons: they have to be of the same data, model size and scores.
 """
 
 from __future__ import annotations
@@ -155,9 +156,26 @@ def against(values: dict[int, float], first: dict[int, float]) -> dict[str, floa
         difference_stderr=statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None)
 
 
-def summary(rows: list[dict], seeds: list[int], out: Path) -> list[dict]:
+def read_results(path: Path) -> list[dict]:
+    """The rows of an earlier results.json; InputError if that is something else."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        for row in rows:
+            row["val_bpb"] = {int(seed): bpb for seed, bpb in row["val_bpb"].items()}
+            row["others"] = {name: {int(seed): bpb for seed, bpb in values.items()}
+                             for name, values in row["others"].items()}
+            if {"label", "row", "planned_tokens", "others_against", "mean", "tokens", "cut", "scripts"} - row.keys():
+                raise ValueError
+        return rows
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path}: is not a results.json of tools/sweep.py") from None
+
+
+def summary(rows: list[dict], seeds: list[int], out: Path, earlier: list[dict]) -> list[dict]:
     """A dictionary a row: label, val_bpb and other scores by seed, what `against` says of val_bpb, sizes and times."""
-    found = []
+    found = list(earlier)
     for row in rows:
         runs = {seed: facts for seed in seeds if (facts := finished(row, seed, out))}
         bpb = {seed: facts["val_bpb"] for seed, facts in runs.items()}
@@ -269,6 +287,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the logs and of the table")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, with OMP_NUM_THREADS each")
     parser.add_argument("--gpus", default="", help="numbers of GPUs, separated by commas: one run on each at a time")
+    parser.add_argument("--beside", type=Path, help="results.json of an earlier sweep, whose rows come first")
     parser.add_argument("--report", action="store_true", help="run nothing, only tell of what is finished")
     parser.add_argument("--nproc", type=int, default=1, help="processes a run (torchrun)")
     arguments = parser.parse_args()
@@ -281,13 +300,14 @@ def main() -> None:
         if arguments.gpus and arguments.jobs > 1:
             raise InputError("--gpus has one run on each GPU, so --jobs does not go with it")
         rows, seeds = parse_grid(arguments.grid), sorted({int(seed) for seed in arguments.seeds.split(",")})
+        earlier = read_results(arguments.beside) if arguments.beside else []
         try:
             arguments.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{arguments.out}: cannot be made: {error.strerror}") from None
         lanes = arguments.gpus.split(",") if arguments.gpus else [None] * arguments.jobs
         failed = {} if arguments.report else run_all(rows, seeds, arguments.out, arguments.nproc, lanes)
-        found = summary(rows, seeds, arguments.out)
+        found = summary(rows, seeds, arguments.out, earlier)
         (arguments.out / "README.md").write_text(table(found, failed), encoding="utf-8")
         results = json.dumps(dict(rows=found, failed=failed), indent=2) + "\n"
         (arguments.out / "results.json").write_text(results, encoding="utf-8")
