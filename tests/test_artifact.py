@@ -69,9 +69,9 @@ def test_storages_by_kind():
     def said(text):
         return tm.Hyperparameters(quant_mode=text).storages
 
-    assert said("int6") == dict(matrix="int6", embed="int6", head="int6", gain="fp16")
-    assert said("int7, embed:int8") == dict(matrix="int7", embed="int8", head="int7", gain="fp16")
-    assert said("embed:int8,gain:fp32") == dict(matrix="fp8", embed="int8", head="fp8", gain="fp32")
+    assert said("int6") == dict(matrix="int6", embed="int6", near="int6", head="int6", gain="fp16")
+    assert said("int7, embed:int8") == dict(matrix="int7", embed="int8", near="int7", head="int7", gain="fp16")
+    assert said("embed:int8,gain:fp32") == dict(matrix="fp8", embed="int8", near="fp8", head="fp8", gain="fp32")
     for wrong in (
         "int3",
         "embedding:int8",
