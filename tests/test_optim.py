@@ -242,6 +242,8 @@ def test_rates_of_adam_follow_the_square_root_of_the_batch_unless_they_are_given
     hp = tiny_hp(adam_batch_tokens=4 * tiny_hp().train_batch_tokens)
     assert rates(hp) == pytest.approx([0.02, 0.025, 0.3, 0.004, 0.02])
     assert {lr for muon, lr, *_ in tm.Optimizer(tm.build_model(hp), hp).groups if not muon} == {0.025, 0.02}
+    near = tm.dataclasses.replace(hp, neighbors=1)
+    assert {lr for muon, lr, *_ in tm.Optimizer(tm.build_model(near), near).groups if not muon} == {0.025, 0.3, 0.02}
     assert rates(tm.dataclasses.replace(hp, seed=2)) == rates(hp)  # not twice
     assert tiny_hp(adam_batch_tokens=64, scalar_lr=0.04).scalar_lr == 0.04
     golf, demo = (tm.Hyperparameters(preset=name) for name in ("golf", "demo"))

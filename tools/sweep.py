@@ -7,11 +7,10 @@ MASKING/LOSS_WEIGHT=bernoulli/elbo,count/flat changes both at once. What is set 
 go one after the other, or --jobs of them side by side, or one on each of the GPUs that --gpus names. Logs and artifacts
 are kept under OUT/logs; a run that is finished there is not run again, one that was interrupted goes on from its last
 checkpoint, a run that failed is noted and the others go on, and a second call tries it again. Afterwards, or at once
-with --report, OUT/README.md
-holds the table (mean and standard deviation over seeds, and differences to the first row that trains on as many tokens,
-paired by seed, with their standard errors), OUT/results.json the same for programs, OUT/plot.png a picture: of scores
-over training tokens if ITERATIONS is in the grid. With --beside, the rows of an earlier results.json come first, in the
-table, the picture and the comparisons: they have to be of the same data, model size and scores.
+with --report, OUT/README.md holds the table (mean and standard deviation over seeds, and differences to the first row
+that trains on as many tokens, paired by seed, with their standard errors), OUT/results.json the same for programs,
+OUT/plot.png a picture: of scores over training tokens if ITERATIONS is in the grid. With --beside, the rows of an
+earlier results.json come first, in the table, the picture and the comparisons: they have to be scored on the same text.
 """
 
 from __future__ import annotations
