@@ -298,6 +298,8 @@ def reason(error: BaseException) -> str:
         return "stopped by a signal, or after another process; with its RUN_ID a run goes on from its last checkpoint"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
         return "out of memory: lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or the size of the model"
+    if isinstance(error, RuntimeError) and re.search(r"\bC(\+\+)? compiler", str(error)):
+        return "torch.compile finds no C++ compiler: install one, for example g++, or give COMPILE=off"
     if isinstance(error, OSError):
         return f"{error.filename or 'the log or the screen'}: cannot be read or written: {error.strerror}"
     return " ".join(str(error).split())
@@ -754,7 +756,7 @@ class Optimizer:
         ok = norms.isfinite().all()
         self.counts += torch.stack([ok, ~ok])
         now = torch.cat([self.counts.sum()[None], norms])
-        self.first_bad = torch.where(ok | (self.first_bad[0] > 0), self.first_bad, now)
+        self.first_bad.copy_(torch.where(ok | (self.first_bad[0] > 0), self.first_bad, now))
         if hp.grad_clip_norm > 0:
             factor *= (hp.grad_clip_norm / (norms[:-1].norm() + 1e-6)).clamp(max=1.0)
         grads.mul_(factor).masked_fill_(~ok, 0.0)
@@ -970,8 +972,7 @@ def predicted_bytes(hp: Hyperparameters) -> int:
     with torch.device("meta"):
         groups = by_kind(Model(hp))
     for kind, named in groups.items():
-        columns = max(p.shape[-1] for p in named.values())
-        sample = torch.randn(256, columns, generator=seeded("cpu", "predicted bytes"))
+        sample = torch.randn(256, max(p.shape[-1] for p in named.values()), generator=seeded("cpu", "predicted bytes"))
         size = pack_kind({"": sample}, hp.storages[kind.name], hp)[1]["bytes"]
         total += math.ceil(size / sample.numel() * sum(p.numel() for p in named.values()))
     return total
@@ -1256,13 +1257,12 @@ class Trainer:
             raise InputError(f"step:{self.at.step} the weights are not finite; lower the learning rates")
     def warm_up(self, log: Log) -> None:
         """Compiles everything on real batches, then puts everything back."""
-        kept = [(x, x.clone()) for x in (self.optimizer.state, self.optimizer.counts)]
+        kept = [(x, x.clone()) for x in (self.optimizer.state, self.optimizer.counts, self.optimizer.first_bad)]
         for step in range(self.hp.warmup_steps):
             self.step(step, 1.0)
             log.progress("warm-up", (step + 1) / self.hp.warmup_steps)
         for x, before in kept:
             x.copy_(before)
-        self.optimizer.first_bad.zero_()
     def save(self, log: Log) -> None:
         """Writes a checkpoint, on the first process; the one before it stays."""
         self.check(log)
@@ -1443,7 +1443,7 @@ def run(env: Mapping[str, str]) -> None:
         for name in stored_fields()[1:]:
             if name.upper() in env and getattr(hp, name) != getattr(packed, name):
                 raise InputError(f"{hp.shown(name)}, but {hp.eval_only} was made with {packed.shown(name)}")
-        hp = dataclasses.replace(hp, **{name: getattr(packed, name) for name in stored_fields()[1:]})
+        hp = Hyperparameters.from_env({**{name.upper(): getattr(packed, name) for name in stored_fields()}, **env})
     hp = dataclasses.replace(hp, compute_dtype=resolve_dtype(hp, device))  # the artifact carries it
     val, luts = open_validation(hp, device)
     if not hp.eval_only:
@@ -1488,8 +1488,8 @@ def main() -> None:
             raise InputError(f"{sys.argv[1]}: hyperparameters are environment variables; see --help")
         run(os.environ)
     except (InputError, OSError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
+        if isinstance(error, RuntimeError) and reason(error) == " ".join(str(error).split()):
+            raise  # nobody foresaw it
         on_signals(signal.SIG_DFL)
         time.sleep(5 * (os.environ.get("LOCAL_RANK", "0") != "0"))  # what all of them meet, the first one tells before
         print("train_mdlm.py: error:", reason(error), file=sys.stderr, flush=True)

@@ -128,7 +128,7 @@ def test_every_preset_trains_packs_reloads_and_scores(tiny_env, tmp_path, monkey
     assert all(2 < float(bpb) < 9 for _, bpb in scores)
     paid = re.findall(r" boundary_bits:\S+ boundary_bpb:0\.\d{4}$", log, re.MULTILINE)
     assert len(paid) == (3 if anchored else 0)
-    tm.run(tiny_env | TOY | dict(EVAL_ONLY="logs/toy.mdlm", PRESET=preset, RUN_ID="again"))
+    tm.run(tiny_env | TOY | dict(EVAL_ONLY="logs/toy.mdlm", RUN_ID="again"))  # the artifact names its preset
     again = capsys.readouterr().out
     assert re.findall(r"^score:(\w+) bpb:(\S+) ", again, re.MULTILINE) == scores
 

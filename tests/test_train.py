@@ -261,11 +261,30 @@ def test_what_is_wrong_is_said_before_training(tiny_env, tmp_path, change, messa
             "logs/memory: cannot be read or written: No space left",
         ),
         (KeyboardInterrupt(), "stopped by a signal"),
+        (
+            RuntimeError("InvalidCxxCompiler: No working C++ compiler found in (None, 'g++')"),
+            "torch.compile finds no C++",
+        ),
+        (RuntimeError("Failed to find C compiler. Please specify via CC"), "torch.compile finds no C++ compiler"),
+        (RuntimeError("shapes\ndiffer"), "shapes differ"),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_the_reason_of_an_end_is_the_right_one(error, text):
     assert tm.reason(error).startswith(text)
+
+
+@pytest.mark.parametrize("text, foreseen", [("CUDA out of memory", True), ("shapes\ndiffer", False)])
+def test_only_what_somebody_foresaw_ends_without_a_traceback(monkeypatch, capsys, text, foreseen):
+    def broken(env):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(tm, "run", broken)
+    monkeypatch.setattr(tm, "on_signals", lambda handler: None)
+    monkeypatch.setattr("sys.argv", ["train_mdlm.py"])
+    with pytest.raises(SystemExit if foreseen else RuntimeError):
+        tm.main()
+    assert capsys.readouterr().err.count("out of memory: lower") == foreseen
 
 
 def test_a_world_that_does_not_divide_the_batch_is_refused(tiny_env, tmp_path):
