@@ -2,12 +2,13 @@
 
 import json
 import re
+import shlex
 import statistics
 
 import pytest
 
 import sweep
-from conftest import tiny_hp
+from conftest import ROOT, tiny_hp
 
 
 def test_a_grid_is_every_combination():
@@ -104,6 +105,22 @@ def test_lengths_of_runs_are_compared_at_equal_length_and_drawn_over_tokens(tiny
     for path in (earlier, tmp_path / "nowhere.json"):
         refused = tool(sweep, *alone, "--beside", path, "--out", tmp_path)
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and str(path) in refused.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "records/README.md"])
+def test_the_printed_commands_are_understood(tmp_path, tool, monkeypatch, page):
+    """Every one of them, with its variables, up to where the runs would begin."""
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ").replace("`", "\n")
+    commands = re.findall(r"^ *((?:[A-Z]\w+=\S+ +)*)python tools/sweep\.py (.*)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    for i, (variables, arguments) in enumerate(commands):
+        with monkeypatch.context() as scope:
+            for variable in variables.split():
+                scope.setenv(*variable.split("=", 1))
+            done = tool(sweep, *shlex.split(arguments), "--report", "--out", tmp_path / str(i))
+        assert done.returncode == 0, done.stderr
+        rows = json.loads((tmp_path / str(i) / "results.json").read_text(encoding="utf-8"))["rows"]
+        assert len(rows) > 2 and all(row["planned_tokens"] for row in rows)
 
 
 def test_a_grid_of_which_nothing_can_run_is_told_of(tiny_env, tmp_path, tool, monkeypatch):

@@ -261,8 +261,8 @@ def draw_horizons(found: list[dict], figure) -> None:
         axes.set(xlabel="training tokens", ylabel=f"{name}, bits per byte: mean and range of seeds")
         if axes.lines:
             axes.set_xscale("log")
+            axes.legend(fontsize=8)
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8)
 
 
 def draw(found: list[dict], out: Path) -> None:
@@ -289,7 +289,7 @@ def main() -> None:
     parser.add_argument("--beside", type=Path, help="results.json of an earlier sweep, whose rows come first")
     parser.add_argument("--report", action="store_true", help="run nothing, only tell of what is finished")
     parser.add_argument("--nproc", type=int, default=1, help="processes a run (torchrun)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         if not re.fullmatch(r"\d+(,\d+)*", arguments.seeds) or not re.fullmatch(r"(\d+(,\d+)*)?", arguments.gpus):
             raise InputError("--seeds and --gpus take whole numbers separated by commas")
