@@ -5,10 +5,12 @@ one that repeats a published estimator and is marked biased:1. The defaults are 
 challenge, published at 1.4784 bits per byte; llada and eos are PR 1106 and PR 1241, ar is the
 causal baseline, golf our own recipe (docs/recipe.md).
 
-    PRESET=demo torchrun --standalone --nproc_per_node=1 train_mdlm.py  # data/prepare_text.py first
-    torchrun --standalone --nproc_per_node=8 train_mdlm.py              # data/fetch_fineweb.py first
-    EVAL_ONLY=logs/<run>.mdlm torchrun ... train_mdlm.py                # score an artifact again
-    python train_mdlm.py --help                                         # every hyperparameter
+    python data/prepare_text.py --source docs                           data for two CPU cores,
+    PRESET=demo torchrun --standalone --nproc_per_node=1 train_mdlm.py  and a model of it
+    python data/fetch_fineweb.py                                        the challenge's data,
+    torchrun --standalone --nproc_per_node=8 train_mdlm.py              and a model on 8xH100
+    EVAL_ONLY=logs/<run>.mdlm torchrun ... train_mdlm.py                scores an artifact again
+    python train_mdlm.py --help                                         shows every hyperparameter
 
 The life of a token, from its shard to the score:
 
@@ -56,6 +58,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -88,23 +91,24 @@ def ceil_div(a, b):
 
 
 def ranks(keys: Tensor) -> Tensor:
-    """The place of every key of keys (…, L) in its row, 0 for the smallest: (…, L) int64."""
+    """(…, L) int64: the place of every key (…, L) in its row, 0 for the smallest."""
     return keys.argsort(-1).argsort(-1)
 
 
 def golden_sequence(numbers: Tensor, offset: Tensor | float = 0.0) -> Tensor:
-    """Points in [0, 1) for numbers (n,): consecutive ones are spread evenly, however many."""
+    """Points in [0, 1) for numbers (n,): consecutive ones are spread evenly."""
     return (offset + numbers.double() * GOLDEN) % 1
 
 
 # ---- Hyperparameters: knobs, presets, rules, help ----------------------------
 #
-# A knob is a field here and an environment variable; a preset is nothing but values for knobs. Names
-# are the challenge's, so published commands run. Choices are the rows of the table behind them.
+# A knob is a field here and an environment variable; a preset is nothing but values for knobs.
+# Names are the challenge's, so published commands run. Choices are the rows of the table behind
+# them.
 
 
 def knob(group: str, default, meaning: str, low=0, high=1e12, choices=()):
-    """A hyperparameter. Numbers lie in [low, high]; `choices` are names, or a function → names."""
+    """A hyperparameter. `choices` are names, or a function that returns them."""
     about = dict(group=group, meaning=meaning, low=low, high=high, choices=choices)
     return dataclasses.field(default=default, metadata=about)
 
@@ -126,9 +130,9 @@ RESULT_GROUPS = ("model", "noise", "training", "optimizer")  # have to stay when
 # fmt: off
 @dataclasses.dataclass(frozen=True, init=False)
 class Hyperparameters:
-    """The resolved configuration: the defaults, then the preset, then the values that were given.
+    """The defaults, changed by the preset, changed by the values that are given.
 
-    Raises InputError for unknown names, values out of range, and values that do not fit together.
+    InputError for unknown names, values out of range, and values that do not fit together.
     """
 
     preset: str = knob("run", "mdlm", "values to start from", choices=lambda: PRESETS)
@@ -166,9 +170,8 @@ class Hyperparameters:
 
     masking: str = knob("noise", "bernoulli", "how a row is masked: each token by itself, or an "
                         "exact number of tokens", choices=lambda: MASKINGS)
-    time_sampling: str = knob("noise", "stratified", "how mask times are drawn: one in each stratum "
-                              "of a batch, in pairs t and 1 − t, or independently",
-                              choices=lambda: TIME_SAMPLINGS)
+    time_sampling: str = knob("noise", "stratified", "how mask times are drawn: evenly spaced, in "
+                              "pairs t and 1 − t, or independently", choices=lambda: TIME_SAMPLINGS)
     mask_dist: str = knob("noise", "uniform", "how mask probabilities are distributed",
                           choices=lambda: MASK_DISTS)
     mask_mean: float = knob("noise", 0.45, "mean of MASK_DIST=normal", high=1)
@@ -193,8 +196,7 @@ class Hyperparameters:
     compile: str = knob("running", "auto", "compile the loss with torch.compile; auto: on GPUs",
                         choices=("auto", "on", "off"))
     warmup_steps: int = knob("running", 20, "steps that warm the compiler up and are undone")
-    micro_batch_tokens: int = knob("running", 65_536, "tokens of one forward pass of one process at "
-                                   "most", low=1)
+    micro_batch_tokens: int = knob("running", 65_536, "most tokens of one pass of a process", low=1)
     train_log_every: int = knob("running", 200, "steps between log lines, after the first ten; 0: "
                                 "no such lines")
     val_loss_every: int = knob("running", 1000, "steps between validations; 0: only at the end")
@@ -212,8 +214,8 @@ class Hyperparameters:
     embed_lr: float = knob("optimizer", 0.6, "learning rate of an untied one, and of NEIGHBORS")
     head_lr: float = knob("optimizer", 0.008, "learning rate of an untied output head")
     scalar_lr: float = knob("optimizer", 0.04, "learning rate of gains, scales, skips and biases")
-    adam_batch_tokens: int = knob("optimizer", 0, "batch that AdamW's learning rates are meant for; "
-                                  "they change with the square root of the batch; 0: they do not")
+    adam_batch_tokens: int = knob("optimizer", 0, "batch that AdamW's learning rates are for; they "
+                                  "follow the square root of the batch; 0: they do not")
     weight_decay: float = knob("optimizer", 0.0, "decoupled decay a step, times the learning rate")
     weight_decay_on: str = knob("optimizer", "matrices", "what decays: block and head matrices, or "
                                 "all weights", choices=("matrices", "all"))
@@ -265,12 +267,12 @@ class Hyperparameters:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Hyperparameters:
-        """Reads every known variable of `env`; others are ignored (see `near_misses`)."""
+        """Reads every known variable of `env`."""
         names = (spec.name for spec in dataclasses.fields(cls))
         return cls(**{name: env[name.upper()] for name in names if name.upper() in env})
 
     def shown(self, name: str) -> str:
-        """A hyperparameter as one would give it: NUM_LAYERS=8."""
+        """As one would give it: NUM_LAYERS=8."""
         value = getattr(self, name)
         return f"{name.upper()}={int(value) if isinstance(value, bool) else value}"
 
@@ -286,7 +288,7 @@ class Hyperparameters:
 
     @property
     def embedding_rows(self) -> int:
-        """Tokens the model can see: the real ones, MASK unless causal, PAD if there are chunks."""
+        """Tokens the model can see: the real ones, MASK unless causal, PAD for chunks."""
         return self.vocab_size + (not self.causal) + self.doc_chunks
 
     @property
@@ -297,7 +299,7 @@ class Hyperparameters:
 
     @property
     def storages(self) -> dict[str, str]:
-        """Storage by kind of parameter: QUANT_MODE for this kind, else KINDS, else QUANT_MODE."""
+        """By kind of parameter: what QUANT_MODE says of it, else KINDS, else of all."""
         parts = [part.strip().rpartition(":")[::2] for part in self.quant_mode.split(",")]
         asked = dict(parts)
         if len(asked) < len(parts):
@@ -307,18 +309,18 @@ class Hyperparameters:
 
     @property
     def requested_scores(self) -> dict[str, int | None]:
-        """Windows by score, as SCORES has them; None where it gives no number."""
+        """Windows by score, as in SCORES; None where it gives no number."""
         requested = {}
         for item in self.scores.split(","):
             name, colon, windows = (part.strip() for part in item.partition(":"))
             if colon and not windows.isdecimal():
-                raise InputError(f"{self.shown('scores')}: {item} needs a number of windows after :")
+                raise InputError(f"{self.shown('scores')}: {item} has no number of windows")
             if name:
                 requested[name] = int(windows) if colon else None
         return requested
 
     def _broken_rules(self) -> Iterator[str]:
-        """What is wrong between values, a message for each rule that does not hold."""
+        """A message for each rule between values that does not hold."""
         dim, heads, kv_heads = map(self.shown, ("model_dim", "num_heads", "num_kv_heads"))
         if self.model_dim % self.num_heads:
             yield f"{heads} must divide {dim}"
@@ -396,7 +398,7 @@ def choices_of(spec: dataclasses.Field) -> list[str]:
 
 
 def checked_value(spec: dataclasses.Field, value):
-    """`value`, a string or not, as the type of its field; InputError if it is not in its range."""
+    """`value`, as text or not, in the type and range of its field; or InputError."""
     name, kind = spec.name.upper(), type(spec.default)
     try:
         if isinstance(value, str) and kind is bool:
@@ -423,7 +425,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def near_misses(env: Mapping[str, str]) -> list[str]:
-    """A warning for every variable of `env` that is almost the name of a hyperparameter."""
+    """A warning for every variable that is almost the name of a hyperparameter."""
     known = [spec.name.upper() for spec in dataclasses.fields(Hyperparameters)]
     hints = {name: did_you_mean(name, known) for name in sorted(env) if name not in known}
     warning = "warning: environment variable {} is not read{}"
@@ -431,7 +433,7 @@ def near_misses(env: Mapping[str, str]) -> list[str]:
 
 
 def help_text(wanted: Sequence[str] = ()) -> str:
-    """What --help prints: the story of this file and every knob, or only the `wanted` groups."""
+    """The story of this file and every knob, or only the `wanted` groups."""
     for group in wanted:
         if group not in GROUPS:
             raise InputError(f"--help {group}: the groups are {', '.join(GROUPS)}")
@@ -447,10 +449,9 @@ def help_text(wanted: Sequence[str] = ()) -> str:
 
 
 def knob_help(spec: dataclasses.Field, presets: Mapping[str, Hyperparameters]) -> list[str]:
-    """The lines on one knob: its default and meaning, its choices, the presets that change it."""
+    """Default, meaning, choices, and the presets that change it."""
     default = presets["mdlm"]
-    lines = [f"    {default.shown(spec.name):<34} {spec.metadata['meaning']}"]
-    notes = [" | ".join(choices_of(spec))]
+    notes = [spec.metadata["meaning"], " | ".join(choices_of(spec))]
     if spec.name != "preset":
         changed = {
             name: hp.shown(spec.name).partition("=")[2]
@@ -458,7 +459,11 @@ def knob_help(spec: dataclasses.Field, presets: Mapping[str, Hyperparameters]) -
             if getattr(hp, spec.name) != getattr(default, spec.name)
         }
         notes.append("; ".join(f"{name}: {value}" for name, value in changed.items()))
-    return lines + [f"{'':<39}{note}" for note in notes if note]
+    lines = [line for note in notes for line in textwrap.wrap(note, width=62)]
+    head = f"    {default.shown(spec.name)}"
+    if len(head) < 38:
+        head = f"{head:<38}{lines.pop(0)}"
+    return [head] + [f"{'':<38}{line}" for line in lines]
 
 
 # ---- Processes, clock, log, files --------------------------------------------
@@ -476,7 +481,7 @@ def rank() -> int:
 
 
 def run_collective(collective: Callable, *arguments, **options) -> None:
-    """A collective of torch.distributed; InputError if one of the processes is lost."""
+    """InputError if another process is lost."""
     try:
         if world_size() > 1:
             collective(*arguments, **options)
@@ -507,7 +512,7 @@ def on_first_process(work: Callable):
 
 
 def start_processes() -> torch.device:
-    """Joins the group that torchrun describes, if any, and returns this process's device."""
+    """Joins the group that torchrun describes, if any; this process's device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -527,7 +532,7 @@ def on_signals(handler) -> None:
 
 
 def foreseen(error: BaseException) -> str:
-    """One line on an error that is not this program's fault; empty if nobody foresaw it."""
+    """One line on an error that has a known cause, else nothing."""
     text = str(error)
     if isinstance(error, InputError):
         return " ".join(text.split())
@@ -549,7 +554,7 @@ def explain(error: BaseException) -> str:
 
 
 class Clock:
-    """Training time over all lives of a run, in which pauses do not count."""
+    """Training time over all lives of a run, without pauses."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -558,13 +563,13 @@ class Clock:
         self.started = self.now()
 
     def now(self) -> float:
-        """Seconds, once the device has nothing left to do."""
+        """Seconds, when the device is done with its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def read(self) -> tuple[float, bool]:
-        """Mean milliseconds of the processes, and whether any of them was told to stop."""
+        """Milliseconds, and whether any process was told to stop; the same on all."""
         own = [1000 * (time.perf_counter() - self.started), self.stopped]
         ms, stopped = all_reduce(torch.tensor(own, dtype=torch.float64)).tolist()
         return ms / world_size(), stopped > 0
@@ -583,7 +588,7 @@ class Clock:
 
 
 class Log:
-    """The first process's lines, on the screen and in a file; on a terminal with a progress bar."""
+    """The first process's lines, on the screen and in a file, and a progress bar on terminals."""
 
     def __init__(self, path: Path | None = None):
         self.path = path
@@ -600,7 +605,7 @@ class Log:
                 file.write(line + "\n")
 
     def progress(self, name: str, fraction: float, note: str = "") -> None:
-        """Draws the bar again, five times a second at most; `fraction` in [0, 1] is done."""
+        """Draws the bar, at most five times a second; `fraction` in [0, 1] is done."""
         now = time.monotonic()
         if not self.on_terminal or (now - self.bar_drawn < 0.2 and 0.0 < fraction < 1.0):
             return
@@ -618,7 +623,7 @@ class Log:
         print("\r\x1b[K" + line, end="", flush=True)
 
     def budget(self, name: str, value: float, limit: float, unit: str, note: str = "") -> None:
-        """A line on something that the challenge limits, and another if it is over the limit."""
+        """A line on something that the challenge limits, and one more if it is over."""
         self(f"{name}: {round(value, 1)} {unit}{note}")
         if value > limit:
             excess = round(value - limit, 1)
@@ -640,7 +645,7 @@ def unsealed(data: bytes) -> bytes | None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes all of it or nothing: under another name first. InputError if that fails."""
+    """All of it or nothing: under another name first. InputError if that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
@@ -656,8 +661,8 @@ def write_file(path: Path, data: bytes) -> None:
 
 # ---- Data and bytes ----------------------------------------------------------
 #
-# Shards are read a batch at a time, so memory does not grow with them. Published scores got the bytes
-# of bits per byte wrong: here they are counted token by token, with a table that
+# Shards are read a batch at a time, so memory does not grow with them. The bytes of bits per byte,
+# which published scores got wrong, are counted token by token, with a table that
 # data/prepare_text.py has compared with the decoded text.
 
 SHARD_MAGIC = 20240520
@@ -672,7 +677,7 @@ REMEDY = (
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """Memory-maps a shard: 256 int32 (magic, version, number of tokens, zeros), then uint16."""
+    """Memory-maps a shard: 256 int32 (magic, version, tokens, zeros), then uint16."""
     header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
     if header.size < SHARD_HEADER_INTS or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
         raise InputError(f"{path}: not a token shard (bad header); {REMEDY}")
@@ -683,7 +688,7 @@ def open_shard(path: Path) -> np.ndarray:
 
 
 class TokenStream:
-    """The shards of one split end to end, as a ring: after the last token comes the first."""
+    """The shards of a split end to end, as a ring: after the last token comes the first."""
 
     def __init__(self, folder: str | Path, split: str):
         self.files = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
@@ -712,7 +717,7 @@ class TokenStream:
         return np.concatenate(parts)
 
     def windows(self, numbers: Iterable[int], length: int, stride: int = 0) -> Tensor:
-        """(B, 1 + length) int64: token n·stride (or n·length) and the `length` after it, for each n."""
+        """(B, 1 + length) int64: for each n token n·(stride or length), then `length` more."""
         if isinstance(numbers, range) and not stride:  # in training they follow each other
             tokens = self.read(numbers.start * length, 1 + len(numbers) * length)
             return torch.from_numpy(tokens).long().unfold(0, 1 + length, length)
@@ -720,7 +725,7 @@ class TokenStream:
         return torch.from_numpy(np.stack(rows)).long()
 
     def count_windows(self, length: int, stride: int = 0) -> int:
-        """Windows that do not go round the ring; its first token is only ever a predecessor."""
+        """Windows that do not go round the ring."""
         return max(1 + (self.total - 1 - length) // (stride or length), 0)
 
     def order(self, epoch: int) -> Sequence[int]:
@@ -728,7 +733,7 @@ class TokenStream:
         return range(len(self.files))
 
     def check_tokens(self, vocab_size: int, first_tokens: float = math.inf) -> None:
-        """Reads the shards of the first tokens for a checksum; InputError for a token ≥ vocab_size."""
+        """Reads the shards of the first tokens; InputError for a token ≥ vocab_size."""
         tokens_before = 0
         for number in self.order(0):
             shard = open_shard(self.files[number])
@@ -742,10 +747,10 @@ class TokenStream:
 
 
 class DocumentStream(TokenStream):
-    """The same shards as documents, from <s> to <s>, in chunks of at most L tokens, then PAD.
+    """The shards as documents, from <s> to <s>, in chunks of at most L tokens, then PAD.
 
-    Shards, and the chunks of a shard, come in an order that depends on (seed, epoch); at most two
-    shards are in memory.
+    The order of shards, and of chunks in a shard, depends on (seed, epoch). Two shards at most are
+    in memory.
     """
 
     def __init__(self, folder: str | Path, split: str, hp: Hyperparameters):
@@ -761,7 +766,7 @@ class DocumentStream(TokenStream):
         return torch.randperm(len(self.files), generator=generator).tolist()
 
     def _visit(self, visit: int) -> tuple[np.ndarray, np.ndarray, Tensor]:
-        """A shard's tokens, where its chunks begin (and the last one ends), and their order."""
+        """A shard's tokens, the ends of its chunks (and 0), and their order."""
         epoch, place = divmod(visit, len(self.files))
         path = self.files[self.order(epoch)[place]]
         shard = np.array(open_shard(path))  # in memory
@@ -795,7 +800,7 @@ class DocumentStream(TokenStream):
 
 
 class ByteTables(NamedTuple):
-    """What every token adds to the text, by its id (the challenge's tables, and `keeps_space`)."""
+    """What every token adds to the text, by its id."""
 
     base_bytes: Tensor  # (table,) int64, UTF-8 bytes without the leading space
     has_leading_space: Tensor  # (table,) bool
@@ -804,7 +809,7 @@ class ByteTables(NamedTuple):
 
 
 def build_sentencepiece_luts(sp, vocab_size: int, device: torch.device | str = "cpu") -> ByteTables:
-    """Byte tables of a SentencePiece model, also for pieces and texts that begin with spaces."""
+    """Of a SentencePiece model, exact also where spaces begin a piece or a text."""
     pieces = int(sp.vocab_size())
     size = max(pieces, vocab_size + 2)  # MASK and PAD stand for no text
     base = np.zeros(size, np.int64)
@@ -825,7 +830,7 @@ def build_sentencepiece_luts(sp, vocab_size: int, device: torch.device | str = "
 
 
 def token_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
-    """(…, L) int64: UTF-8 bytes that each of tokens (…, L) adds; `prev` (…) is the token before."""
+    """(…, L) int64: UTF-8 bytes of tokens (…, L), after the token `prev` (…)."""
     device = luts.base_bytes.device
     tokens = torch.as_tensor(tokens, dtype=torch.int64, device=device)
     prev = torch.as_tensor(prev, dtype=torch.int64, device=device).expand(tokens.shape[:-1])
@@ -835,7 +840,7 @@ def token_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
 
 
 def count_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
-    """(…) int64: exact UTF-8 bytes that tokens (…, L) add after the token `prev` (…)."""
+    """(…) int64: UTF-8 bytes of the text of tokens (…, L), after the token `prev` (…)."""
     return token_bytes(tokens, prev, luts).sum(-1)
 
 
@@ -857,7 +862,7 @@ def load_tokenizer(path: str, vocab_size: int):
 def check_tokenizer(path: str, sp, stream: TokenStream, luts: ByteTables) -> None:
     """InputError unless the text of the first tokens comes back as nearly the same tokens.
 
-    Random tokens, none of them much more frequent than by chance, are no text and pass.
+    Tokens that are about equally frequent are random, not text, and pass.
     """
 
     def pairs(documents: Iterable[Sequence[int]]) -> collections.Counter:
@@ -895,7 +900,7 @@ class Split(NamedTuple):
 
 
 def open_validation(hp: Hyperparameters, sp, luts: ByteTables) -> Split:
-    """The validation split, checked; InputError if it is not this tokenizer's or too short."""
+    """The validation split, checked."""
     stream = TokenStream(hp.data_path, "val")
     if not stream.count_windows(hp.train_seq_len):
         needed = f"less than a window of {hp.shown('train_seq_len')} and the token before it"
@@ -913,16 +918,14 @@ def open_validation(hp: Hyperparameters, sp, luts: ByteTables) -> Split:
 
 
 def seeded(device: torch.device | str, *key) -> torch.Generator:
-    """A generator that depends on `key` only, for example (seed, "train", step)."""
+    """A generator that depends on `key` only: (seed, "train", step)."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def stratified_times(u: Tensor) -> Tensor:
-    """One time in each of B equal strata, all at the same place in it (Sahoo et al. 2024).
-
-    The strata are dealt out so that any few consecutive rows are spread evenly too.
-    """
+    """One time in each of B equal strata, all at the same place in it (Sahoo et al. 2024),
+    dealt out so that neighbouring rows are spread evenly too."""
     strata = ranks(golden_sequence(torch.arange(len(u), device=u.device)))
     return (strata + u[0]) / len(u)
 
@@ -957,18 +960,18 @@ MASK_DISTS = {
 
 
 def mask_probability(hp: Hyperparameters, u: Tensor) -> Tensor:
-    """(B,) probability that a token of a row is masked, from uniform draws u (B,)."""
+    """(B,) for the tokens of a row, from uniform draws u (B,)."""
     return MASK_DISTS[hp.mask_dist](hp, TIME_SAMPLINGS[hp.time_sampling](u))
 
 
 def maskable(hp: Hyperparameters, x: Tensor) -> Tensor:
-    """(B, L) bool: what may be masked in x (B, L): not PAD and, with ANCHOR_BOS, not <s>."""
+    """(B, L) bool: all of x (B, L) but PAD and, with ANCHOR_BOS, <s>."""
     not_pad = x != hp.pad_id
     return not_pad & (x != BOS_ID) if hp.anchor_bos else not_pad
 
 
 def mask_exactly(k: Tensor, keys: Tensor) -> Tensor:
-    """(B, L) bool: the k (B,) positions of each row with the smallest keys (B, L)."""
+    """(B, L) bool: the k (B,) smallest keys (B, L) of each row."""
     return ranks(keys) < k[:, None]
 
 
@@ -988,7 +991,7 @@ class Masking(NamedTuple):
     """How rows are masked, given a probability (B,) for each.
 
     `mask`: (probability, keys (B, L), allowed (B, L)) → mask (B, L), masked share of allowed (B,).
-    `slack`: (rows, L) → by how many tokens a mask may exceed the sum of its probabilities times L.
+    `slack`: (rows, L) → by how many tokens a mask may exceed the sum of its probabilities · L.
     """
 
     mask: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -1004,12 +1007,12 @@ MASKINGS = {
 
 
 def elbo_weight(hp: Hyperparameters, probability: Tensor, share: Tensor) -> Tensor:
-    """1/t: with uniform probabilities the loss is the any-order bound itself."""
+    """1/t: for uniform probabilities the loss is the any-order bound."""
     return 1 / share
 
 
 def dsigma_weight(hp: Hyperparameters, probability: Tensor, share: Tensor) -> Tensor:
-    """PR 1106's σ′(t): nearly empty rows count most, and the sum is no bound on anything."""
+    """PR 1106's σ′(t): nearly empty rows count most, and the sum bounds nothing."""
     return (hp.mask_max - hp.mask_eps) / (1 - probability)
 
 
@@ -1027,7 +1030,7 @@ LOSS_WEIGHTS = {
 
 
 def draw_noise(hp: Hyperparameters, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Of a global batch: mask probabilities (B,), and keys (B, L) that decide what they mask."""
+    """Mask probabilities (B,) and keys (B, L) of a global batch."""
     draw = functools.partial(torch.rand, generator=generator, device=generator.device)
     probability = mask_probability(hp, draw(hp.batch_rows))
     keys = draw(hp.batch_rows, hp.train_seq_len)
@@ -1037,17 +1040,17 @@ def draw_noise(hp: Hyperparameters, generator: torch.Generator) -> tuple[Tensor,
 def apply_noise(
     hp: Hyperparameters, x0: Tensor, probability: Tensor, keys: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Masks x0 (B, L): mask (B, L) bool, weight (B,) of its tokens, and the masked share (B,)."""
+    """Mask (B, L), weight (B,) of its tokens, and masked share (B,), of x0 (B, L)."""
     mask, share = MASKINGS[hp.masking].mask(probability, keys, maskable(hp, x0))
     weight = LOSS_WEIGHTS[hp.loss_weight](hp, probability, share)
     return mask, weight.clamp(max=hp.weight_clamp), share
 
 
 def scored_capacity(hp: Hyperparameters, rows: int) -> int:
-    """How many positions of a micro-batch of `rows` rows are scored at most: a static shape.
+    """The most positions that are scored in a micro-batch: a static shape.
 
-    Probabilities grow with the time, so those of neighbouring rows add up to most when all draws
-    are 0, ½ or 1. Should a mask have more positions all the same, `Trainer.check` ends the run.
+    Probabilities grow with time, so those of neighbouring rows add up to most when all draws are 0,
+    ½ or 1. Should more be masked all the same, `Trainer.check` ends the run.
     """
     tokens = rows * hp.train_seq_len
     if hp.causal:
@@ -1075,12 +1078,12 @@ Positions = Tensor | None  # flat positions (N,) of a batch that are wanted; Non
 
 
 def norm(x: Tensor) -> Tensor:
-    """RMS normalisation of the last axis, without gain."""
+    """RMS normalisation of the last axis."""
     return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
 
 
 def rotary_table(length: int, head_dim: int, base: float, like: Tensor) -> Rotary:
-    """Of the rotary embedding, in the dtype and on the device of `like`."""
+    """In the dtype and on the device of `like`."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=like.device) / head_dim
     position = torch.arange(length, dtype=torch.float32, device=like.device)
     angle = torch.outer(position, base**-exponent)
@@ -1150,7 +1153,7 @@ class MLP(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    """A block of the challenge's trunk: it can mix the embedding in again, and scales branches."""
+    """A block of the challenge's trunk: it can mix the embedding in again."""
 
     def __init__(self, hp: Hyperparameters):
         super().__init__()
@@ -1163,7 +1166,7 @@ class UNetBlock(nn.Module):
             nn.init.zeros_(starts_at_zero)
 
     def forward(self, x: Tensor, x_emb: Tensor, rotary: Rotary, positions: Positions) -> Tensor:
-        """(B, L, D) → (B, L, D), or (N, D) at the positions; attention still sees all of x."""
+        """(B, L, D) → (B, L, D), or (N, D) at the positions; attention sees all of x."""
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x_emb
         kept = select_positions(x, positions)
@@ -1172,7 +1175,7 @@ class UNetBlock(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """A plain pre-norm block, its norms scaled and shifted by the noise (adaLN without gates)."""
+    """A pre-norm block, its norms scaled and shifted by the noise: adaLN, no gates."""
 
     def __init__(self, hp: Hyperparameters):
         super().__init__()
@@ -1182,7 +1185,7 @@ class DiTBlock(nn.Module):
         self.mlp_mod = nn.Linear(COND_DIM, 2 * hp.model_dim)
 
     def forward(self, x: Tensor, cond: Tensor, rotary: Rotary, positions: Positions) -> Tensor:
-        """As UNetBlock, with the noise condition (B, COND_DIM) in place of the embedding."""
+        """As UNetBlock, with the noise (B, COND_DIM) in place of the embedding."""
         attn_mod = self.attn_mod(cond)[:, None]  # (B, 1, 2D): scale, then shift
         mlp_mod = self.mlp_mod(cond)[:, None]
         if positions is not None:  # selected in float32, so that its gradients add up in float32
@@ -1228,7 +1231,7 @@ class Model(nn.Module):
         return self.to(device)
 
     def embed(self, z: Tensor) -> Tensor:
-        """(B, L, D) of tokens z (B, L): their embeddings, and those of their NEIGHBORS in the row."""
+        """(B, L, D): embeddings of tokens z (B, L) and of their NEIGHBORS in the row."""
         x = self.tok_emb(z)
         if self.normalize_embedding:
             x = norm(x)
@@ -1243,12 +1246,12 @@ class Model(nn.Module):
     ) -> Tensor:
         """Normalised last hidden state (B, L, D) of tokens z (B, L), or (N, D) at the positions.
 
-        `masked_fraction` (B,) is what a DiT is told of the noise, by default the truth.
+        `masked_fraction` (B,) is what a DiT is told of the noise; by default the truth.
         """
         return norm(self.trunk(self.embed(z), z, masked_fraction, positions))
 
     def head(self, h: Tensor) -> Tensor:
-        """Logits (…, V) float32 over the real tokens of hidden states (…, D)."""
+        """Logits (…, V) float32 of hidden states (…, D)."""
         if self.lm_head is None:
             weight = self.tok_emb.weight[: self.hp.vocab_size]
         else:
@@ -1287,7 +1290,7 @@ class UNet(Model):
 
 
 class DiT(Model):
-    """PR 1106's trunk: a plain stack of blocks, each told how much of the row is masked."""
+    """PR 1106's trunk: a plain stack of blocks, told how much of the row is masked."""
 
     def build_trunk(self, hp: Hyperparameters) -> None:
         self.blocks = nn.ModuleList(DiTBlock(hp) for _ in range(hp.num_layers))
@@ -1311,7 +1314,7 @@ BACKBONES: dict[str, type[Model]] = {"unet": UNet, "dit": DiT}
 
 
 def noise_features(masked_fraction: Tensor) -> Tensor:
-    """(B, COND_DIM): sines and cosines of the noise level σ = −ln(1 − masked_fraction) ≤ 6.9."""
+    """(B, COND_DIM): sines and cosines of σ = −ln(1 − masked_fraction) ≤ 6.9."""
     sigma = -(1 - masked_fraction).clamp(min=1e-3).log()
     half = torch.arange(COND_DIM // 2, dtype=torch.float32, device=sigma.device)
     angle = sigma[:, None] * 10_000 ** (-2 * half / COND_DIM)
@@ -1325,14 +1328,14 @@ def resolve_dtype(hp: Hyperparameters, device: torch.device) -> str:
 
 
 def build_model(hp: Hyperparameters) -> Model:
-    """A new float32 model on the CPU; weights depend on hp.seed alone, no global state changes."""
+    """A new float32 model on the CPU; its weights depend on hp.seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hp.seed)
         return BACKBONES[hp.backbone](hp)
 
 
 def outline_model(hp: Hyperparameters) -> Model:
-    """The same names and shapes without memory or values."""
+    """The same names and shapes without memory."""
     with torch.device("meta"):
         return BACKBONES[hp.backbone](hp)
 
@@ -1365,7 +1368,7 @@ def kind_of(name: str) -> Kind:
 
 
 def by_kind(model: Model) -> dict[Kind, dict[str, nn.Parameter]]:
-    """The parameters by kind and name, in the order in which an artifact has them."""
+    """The parameters by kind and name, in the order of an artifact."""
     groups: dict[Kind, dict[str, nn.Parameter]] = {kind: {} for kind in KINDS}
     for name, parameter in sorted(model.named_parameters()):
         groups[kind_of(name)][name] = parameter
@@ -1391,7 +1394,7 @@ class Batch(NamedTuple):
 
 
 def compact(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Flat indices (N,) of N = `capacity` elements of `mask`, True first, and their values (N,)."""
+    """Flat indices (N,) of N = `capacity` elements of `mask`, True first; their values."""
     positions = (~mask.flatten()).byte().argsort(stable=True)[:capacity]
     return positions, mask.flatten()[positions]
 
@@ -1404,7 +1407,7 @@ def training_batch(
     capacity: int,
     device: torch.device,
 ) -> Batch:
-    """Rows `rows` of the global batch of `step`: a function of (seed, step, rows)."""
+    """Rows `rows` of the global batch of `step`."""
     first = step * hp.batch_rows
     window = stream.windows(range(first + rows.start, first + rows.stop), hp.train_seq_len)
     if device.type == "cuda":
@@ -1448,7 +1451,7 @@ def masked_batch(
 
 
 def batch_loss(model: Model, batch: Batch) -> Tensor:
-    """Σ weight · nll in nats; over a global batch, and divided by its tokens, the loss of a step."""
+    """Σ weight · nll in nats; over the tokens of a global batch, the loss of a step."""
     h = model.hidden(batch.z, batch.masked_fraction, batch.positions)
     nll = F.cross_entropy(model.head(h), batch.targets, reduction="none")
     return (nll * batch.weights).sum()
@@ -1457,15 +1460,13 @@ def batch_loss(model: Model, batch: Batch) -> Tensor:
 # ---- Optimizer and average ---------------------------------------------------
 #
 # Weights, gradients and moments are flat buffers of which the parameters are views: a step is a few
-# large operations and one collective, a checkpoint is one tensor. Nothing here waits for the device:
-# it remembers which step was not finite until somebody logs.
+# large operations and one collective, a checkpoint is one tensor. Nothing here waits for the
+# device, which remembers a step that was not finite until somebody logs.
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
-    """Pushes the singular values of matrices (n, rows, cols) into about [0.7, 1.2].
-
-    The quintic Newton-Schulz iteration of Muon (Jordan et al. 2024).
-    """
+    """Pushes the singular values of matrices (n, rows, cols) into about [0.7, 1.2]: the
+    quintic Newton-Schulz iteration of Muon (Jordan et al. 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
@@ -1478,7 +1479,7 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
 
 
 def orthogonalize_shared(matrices: Tensor, steps: int) -> Tensor:
-    """As `orthogonalize`: each process does its share of the n matrices, all get the whole."""
+    """Each process orthogonalizes its share of the n matrices, all get the whole."""
     share = ceil_div(len(matrices), world_size())
     own = slice(rank() * share, (rank() + 1) * share)
     part = orthogonalize(matrices[own], steps)
@@ -1488,7 +1489,7 @@ def orthogonalize_shared(matrices: Tensor, steps: int) -> Tensor:
 
 
 def learning_rate(hp: Hyperparameters, kind: Kind) -> float:
-    """Of a kind of parameter. AdamW's follow the square root of the batch (Malladi et al. 2022)."""
+    """AdamW's follow the square root of the batch (Malladi et al. 2022)."""
     knob_name = "tied_embed_lr" if kind.name == "embed" and hp.tie_embeddings else kind.lr
     rate = getattr(hp, knob_name)
     if kind.optimizer == "adamw" and hp.adam_batch_tokens:
@@ -1497,7 +1498,7 @@ def learning_rate(hp: Hyperparameters, kind: Kind) -> float:
 
 
 class StepSettings(NamedTuple):
-    """What a step needs beside gradients; on the device, so that it can turn into no step at all."""
+    """What a step needs beside gradients, on the device."""
 
     scale: Tensor  # of the learning rates
     momentum: Tensor  # of Muon
@@ -1507,7 +1508,7 @@ class StepSettings(NamedTuple):
 
 
 class ParameterGroup(NamedTuple):
-    """Views of the flat buffers: n equal matrices (n, rows, cols) for Muon, all of a kind for AdamW."""
+    """Views of the flat buffers: for Muon n equal matrices (n, rows, cols), for AdamW a kind."""
 
     name: str
     muon: bool
@@ -1578,7 +1579,7 @@ class Optimizer:
         return kind.optimizer == self.hp.optimizer == "muon"
 
     def _make_group(self, named: list[tuple[str, nn.Parameter]], place: slice) -> ParameterGroup:
-        """Moves parameters and their gradients to their place in the flat buffers."""
+        """Moves parameters and gradients to their place in the flat buffers."""
         hp = self.hp
         first_name, first_parameter = named[0]
         kind = kind_of(first_name)
@@ -1610,7 +1611,7 @@ class Optimizer:
     def step(self, step: int, lr_scale: float) -> Tensor:
         """Adds up loss and gradients of all processes, clips them and moves the weights.
 
-        If they are not finite, nothing moves, and `first_bad` says which. Returns the loss a token.
+        If they are not finite, nothing moves, and `first_bad` says why. Returns the loss a token.
         """
         hp = self.hp
         all_reduce(self.grads)
@@ -1635,7 +1636,7 @@ class Optimizer:
         return norms[-1]
 
     def _note_if_not_finite(self, norms: Tensor) -> Tensor:
-        """Whether all norms of a step are finite, () bool; counts the step either way."""
+        """Counts the step, and tells whether all of its norms are finite, () bool."""
         finite = norms.isfinite().all()
         self.counts += torch.stack([finite, ~finite])
         this_step = torch.cat([self.counts.sum()[None], norms])
@@ -1655,7 +1656,7 @@ class Optimizer:
 
 
 def muon_momentum(hp: Hyperparameters, step: int) -> float:
-    """Grows from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM over MUON_MOMENTUM_WARMUP_STEPS."""
+    """Rises to MUON_MOMENTUM over the first steps."""
     share = 1.0
     if hp.muon_momentum_warmup_steps:
         share = min(step / hp.muon_momentum_warmup_steps, 1.0)
@@ -1670,7 +1671,7 @@ def muon_momentum(hp: Hyperparameters, step: int) -> float:
 
 
 class Quantizer(NamedTuple):
-    """A grid for weights: codes up to ±`largest`, times a scale for each row if there is a dtype."""
+    """Codes up to ±`largest`, times a scale for each row if there is a dtype for it."""
 
     dtype: torch.dtype
     largest: float
@@ -1691,7 +1692,7 @@ QUANTIZERS = {
 
 
 def to_codes(x: Tensor, quantizer: Quantizer) -> Tensor:
-    """The nearest codes; beyond the largest one they saturate, so e4m3 never becomes NaN."""
+    """The nearest codes. They saturate, so e4m3 never becomes NaN."""
     x = x.clamp(-quantizer.largest, quantizer.largest)
     if quantizer.dtype == torch.int8:
         x = x.round()
@@ -1817,7 +1818,7 @@ PACKERS = {
 
 
 def to_planes(tensors: Iterable[Tensor]) -> np.ndarray:
-    """(bytes an element, elements) uint8: what is alike side by side, for the compressor."""
+    """(bytes an element, elements) uint8: what is alike side by side."""
     flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
     elements = flat.view(torch.uint8).view(-1, flat.element_size())
     return np.ascontiguousarray(elements.numpy().T)
@@ -1844,7 +1845,7 @@ def pack_kind(
     hp: Hyperparameters,
     moments: Mapping[str, Tensor] | None = None,
 ) -> tuple[bytes, dict]:
-    """One kind of parameter, packed, and what the header and the log say of it."""
+    """One kind of parameter, packed, and facts for the header and the log."""
     quantizer = QUANTIZERS[storage]
     moments = moments or {}
     coded = [
@@ -1874,8 +1875,8 @@ def pack_kind(
 def unpack_kind(
     packed: bytes, storage: str, packer: str, shapes: Sequence[torch.Size]
 ) -> list[Tensor]:
-    """The weights, float32; ValueError unless they are finite and exactly as many as the shapes
-    say. Unpacks no more than that."""
+    """Float32 weights; ValueError unless they are finite and as many as the shapes say.
+    Unpacks no more than that."""
     quantizer = QUANTIZERS[storage]
     sizes = [shape.numel() for shape in shapes]
     rows = [shape[:-1].numel() for shape in shapes] if quantizer.scale else []
@@ -1915,13 +1916,13 @@ class Artifact(NamedTuple):
 
 
 def stored_fields() -> list[str]:
-    """The hyperparameters that an artifact carries: those that define the predictor."""
+    """The hyperparameters in an artifact: those that define the predictor."""
     specs = dataclasses.fields(Hyperparameters)
     return ["preset"] + [spec.name for spec in specs if spec.metadata["group"] == "model"]
 
 
 def storage_label(header: Mapping) -> str:
-    """The storages and packers of all kinds but gains, for example fp8+lzma."""
+    """Of all kinds but gains, for example fp8+lzma."""
     entries = [entry for name, entry in header["kinds"].items() if name != "gain"]
     storages = sorted({storage for storage, _, _ in entries})
     packers = sorted({packer for _, packer, _ in entries})
@@ -1934,7 +1935,7 @@ def save_artifact(
     path: str | Path,
     moments: Mapping[str, Tensor] | None = None,
 ) -> dict:
-    """Quantizes, packs and writes the model; with `input_moments`, so that rounding errors cancel.
+    """Quantizes, packs and writes the model; `input_moments` let rounding errors cancel.
 
     Returns artifact_bytes, label and kinds. InputError if something is not finite or not written.
     """
@@ -1962,7 +1963,7 @@ def save_artifact(
 
 
 def unpack_artifact(data: bytes, path: str | Path) -> Artifact:
-    """The model that an artifact holds; InputError, which names `path`, if it is not sound."""
+    """The model in an artifact; InputError, which names `path`, if it is not sound."""
     if data.startswith(ARTIFACT_MAGIC) and unsealed(data) is None:
         raise InputError(f"{path}: checksum mismatch, the artifact is damaged or truncated")
     reason = ""
@@ -1983,7 +1984,7 @@ def _require(holds: bool, otherwise: str) -> None:
 
 
 def _unpack_sound(data: bytes) -> Artifact:
-    """As `unpack_artifact`; any exception means that the file is not sound."""
+    """Any exception means that it is not."""
     _require(data.startswith(ARTIFACT_MAGIC), "it begins with something else")
     position = 12 + int.from_bytes(data[8:12], "little")
     header = json.loads(data[12:position])
@@ -2009,18 +2010,18 @@ def _unpack_sound(data: bytes) -> Artifact:
 
 
 def read_artifact(path: str | Path) -> Artifact:
-    """What is in a file. All processes of a group call it, and get what the first one reads."""
+    """All processes get what the first one reads; InputError if it is not sound."""
     return unpack_artifact(on_first_process(Path(path).read_bytes), path)
 
 
 def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
-    """A model with the weights on disk, and its hyperparameters; InputError if it is not sound."""
+    """A model with the weights on disk, and its hyperparameters; or InputError."""
     artifact = read_artifact(path)
     return artifact.model, artifact.hp
 
 
 def predicted_bytes(hp: Hyperparameters) -> int:
-    """Code and artifact if all weights were normal: 256 rows of each kind, scaled to all."""
+    """Code + artifact if all weights were normal, from 256 rows of each kind."""
     total = len(Path(__file__).read_bytes())
     for kind, named in by_kind(outline_model(hp)).items():
         columns = max(parameter.shape[-1] for parameter in named.values())
@@ -2034,19 +2035,16 @@ def predicted_bytes(hp: Hyperparameters) -> int:
 
 # ---- Scoring -----------------------------------------------------------------
 #
-# Bottom up: −ln p of single tokens; masks and orders whose weighted sums are code lengths; the table
-# of estimators; a whole split. A score is Σ bits / Σ bytes over windows that are spread evenly over
-# the split. Each has random numbers of its own, so batches and processes do not matter.
+# Bottom up: −ln p of single tokens; masks and orders whose weighted sums are code lengths; the
+# table of estimators; a whole split. A score is Σ bits / Σ bytes over evenly spaced windows. Each
+# has random numbers of its own, so batches and processes do not matter.
 
 
 @torch.no_grad()
 def token_nll(
     model: Model, z: Tensor, x0: Tensor, scored: Tensor, masked_fraction: Tensor | None = None
 ) -> Tensor:
-    """(B, L) nats: −ln p(x0_i | z) at the positions `scored` (B, L), 0 elsewhere.
-
-    Only those positions go through the last MLP and the output head.
-    """
+    """(B, L) nats: −ln p(x0_i | z) at the positions `scored` (B, L), 0 elsewhere."""
     positions = scored.flatten().nonzero()[:, 0]
     h = model.hidden(z, masked_fraction, positions)
     nll = F.cross_entropy(model.head(h), x0.flatten()[positions], reduction="none")
@@ -2060,14 +2058,13 @@ def masked_nll(
     scored: Tensor | None = None,
     masked_fraction: Tensor | None = None,
 ) -> Tensor:
-    """(B, L) nats of the `scored`, or else of all masked tokens of x0 (B, L) behind `mask` (B, L)."""
+    """(B, L) nats of the `scored`, by default of all masked tokens of x0 (B, L)."""
     z = torch.where(mask, model.hp.mask_id, x0)
     return token_nll(model, z, x0, mask if scored is None else scored, masked_fraction)
 
 
 def causal_nll(model: Model, window: Tensor, scored: Tensor | None = None) -> Tensor:
-    """(B, L) nats: −ln p(x_i | x_<i) of a causal model for window (B, 1 + L), the token before
-    first."""
+    """(B, L) nats: −ln p(x_i | x_<i) for window (B, 1 + L), the token before it first."""
     x0 = window[:, 1:]
     if scored is None:
         scored = torch.ones_like(x0, dtype=torch.bool)
@@ -2078,7 +2075,7 @@ WeightedMasks = Iterator[tuple[Tensor, Tensor | float]]  # (B, L) bool, and (B,)
 
 
 def weighted_nll(model: Model, x0: Tensor, masks: WeightedMasks) -> Tensor:
-    """(B,) float64 nats: Σ weight · nll of the masked tokens; anchors and PAD stay visible."""
+    """(B,) float64 nats: Σ weight · nll of masked tokens; anchors and PAD stay visible."""
     nats = torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
     allowed = maskable(model.hp, x0)
     for mask, weight in masks:
@@ -2090,7 +2087,7 @@ def weighted_nll(model: Model, x0: Tensor, masks: WeightedMasks) -> Tensor:
 def random_keys(
     shape: Sequence[int], generator: torch.Generator | list[torch.Generator] | None
 ) -> Iterator[Tensor]:
-    """Uniform keys (B, L), again and again, from one generator or from one for each row."""
+    """Uniform keys (B, L), endlessly, from one generator or one for each row."""
     while True:
         if isinstance(generator, list):
             yield torch.stack([torch.rand(shape[1], generator=row) for row in generator])
@@ -2106,9 +2103,9 @@ def nelbo_masks(passes: int, times: Tensor, keys: Tensor, allowed: Tensor) -> We
     n counts the `allowed` (B, L) positions: the mean code length over all orders of these tokens,
     and the bound of Sahoo et al. (2024) in continuous time.
 
-    Masks of few tokens vary most, so with several passes k = 1 + ⌊n·t^1.5⌋ is more often small, and
-    the weights allow for that. `times` (B,) are uniform on [0, 1). The passes share that range, some
-    of them backwards, and mask one arc after the other of a random circle, the order of keys (B, L).
+    Masks of few tokens vary most, so with several passes k = 1 + ⌊n·t^1.5⌋ is small more often, and
+    the weights allow for it. `times` (B,) are uniform on [0, 1). Passes share that range, some of
+    them backwards, and mask one arc after the other of a random circle, the order of keys (B, L).
     """
     power = 1.5 if passes > 1 else 1.0
     place = ranks(torch.where(allowed, keys, 2))
@@ -2127,7 +2124,7 @@ def nelbo_masks(passes: int, times: Tensor, keys: Tensor, allowed: Tensor) -> We
 def nelbo(
     model: Model, x0: Tensor, passes: int = 4, generator: torch.Generator | None = None
 ) -> Tensor:
-    """(B,) float64 nats: an unbiased estimate of the any-order bound of each row of x0 (B, L)."""
+    """(B,) float64 nats: an unbiased estimate of the any-order bound of x0 (B, L)."""
     device = generator.device if generator else "cpu"
     offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
     times = golden_sequence(torch.arange(len(x0), device=device), offset)
@@ -2140,10 +2137,7 @@ TSTEP_EPS = 1e-3  # ε of the T-step bound and of the t-grid, as published
 
 
 def tstep_masks(steps: int, keys: Iterator[Tensor]) -> WeightedMasks:
-    """Independent masks with probability 1 − α_i for α_i = 1 − (1 − ε)·i/T, i = 1 … T.
-
-    Their weight is (α_{i−1} − α_i) / (1 − α_i) = 1/i.
-    """
+    """Independent, with probability 1 − α_i = (1 − ε)·i/T and weight 1/i, i = 1 … T."""
     for i in range(1, steps + 1):
         yield next(keys) < (1 - TSTEP_EPS) * i / steps, 1 / i
 
@@ -2154,10 +2148,10 @@ def discrete_elbo(
     steps: int = 128,
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Tensor:
-    """(B,) float64 nats: an unbiased estimate of the T-step bound of x0 (B, L), one mask a step.
+    """(B,) float64 nats: an unbiased estimate of the T-step bound of x0 (B, L).
 
-    The bound (Austin et al. 2021) is ε·L·ln V, for what the last step leaves visible, plus
-    Σ_i Σ_masked nll / i. A list of generators has one for each row.
+    It is ε·L·ln V, for what the last step leaves visible, plus Σ_i Σ_masked nll / i
+    (Austin et al. 2021).
     """
     terminal = TSTEP_EPS * math.log(model.hp.vocab_size) * maskable(model.hp, x0).sum(1)
     masks = tstep_masks(steps, random_keys(x0.shape, generator))
@@ -2168,8 +2162,7 @@ TGRID_POINTS = 256  # unless FINAL_EVAL_T_SAMPLES says otherwise
 
 
 def tgrid_masks(points: int, keys: Iterator[Tensor]) -> WeightedMasks:
-    """PR 1699's grid in t, biased: for t < 0.01 the first token is always masked, and t < 0.001 is
-    left out."""
+    """PR 1699's grid in t. Biased: token 0 is masked for t < 0.01, t < 0.001 is left out."""
     for t in torch.linspace(TSTEP_EPS, 1.0, points).tolist():
         mask = next(keys) < t
         if t < 0.01:
@@ -2178,10 +2171,10 @@ def tgrid_masks(points: int, keys: Iterator[Tensor]) -> WeightedMasks:
 
 
 def ordered_nll(model: Model, x0: Tensor, steps: Tensor) -> Tensor:
-    """(B, L) nats of every token of x0 given the tokens of earlier steps, and none of its own.
+    """(B, L) nats of every token of x0 (B, L) given those of earlier `steps` (B, L).
 
-    steps (B, L) int64; tokens with negative steps, and anchors, are visible and not scored. A row at
-    a step is one model call; calls do not wait for each other, so many run at once.
+    Tokens with negative steps, and anchors, are visible and free. A row at a step is one model
+    call; calls do not wait for each other, so many run at once.
     """
     steps = steps.masked_fill(~maskable(model.hp, x0), -1)
     calls = steps.amax(1) + 1  # of each row
@@ -2197,12 +2190,11 @@ def ordered_nll(model: Model, x0: Tensor, steps: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reveal_surest(model: Model, z: Tensor, group: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """Reveals z (B, L), which is MASK but for anchors, `group` positions a model call.
+    """Reveals z (B, L), MASK but for anchors, `group` positions a call, the surest first.
 
-    Yields positions (B, g) and log-probabilities (B, g, V); the caller then writes the tokens into
-    z. Positions with the largest probability come first, whatever token is there. Differences below
-    2^-13 nats are a tie, which the leftmost wins, so that rounding hardly ever decides. Rows that
-    are done early go on to yield positions that are no longer MASK.
+    Yields positions (B, g) and log-probabilities (B, g, V); the caller writes the tokens into z.
+    The surest has the largest probability of any token; less than 2^-13 nats is a tie, which the
+    leftmost wins. Rows that are done yield positions that are no longer MASK.
     """
     rows, length = z.shape
     row_starts = length * torch.arange(rows, device=z.device)[:, None]
@@ -2241,9 +2233,9 @@ def chain_rule(
 ) -> Tensor:
     """(B, L) nats by position: −ln p(x_i | what was revealed before the group of i).
 
-    An exact code that can be decoded. `order` is l2r, confidence (see `reveal_surest`), random
-    (drawn from `seed`), or positions (L,) or (B, L) as revealed, `group` of them by one model call;
-    `boundary_bits` pays for anchors. A causal model goes l2r, after the token `before` (B,).
+    An exact code that can be decoded. `order` is l2r, confidence, random (drawn from `seed`), or
+    positions (L,) or (B, L) as revealed, `group` of them by one call; `boundary_bits` pays for
+    anchors. A causal model goes l2r, after the token `before` (B,).
     """
     rows, length = x0.shape
     if model.hp.causal:
@@ -2297,7 +2289,7 @@ def score_nelbo(model: Model, windows: Windows) -> Tensor:
 
 
 def score_in_order(model: Model, windows: Windows, place: Tensor) -> Tensor:
-    """The chain rule; place (L,) or (B, L) says which position is revealed when."""
+    """Chain rule; place (L,) or (B, L) says when a position is revealed."""
     context = (~windows.scored).sum(1, keepdim=True)  # is there before anything is revealed
     steps = (place.to(windows.x0.device) - context) // windows.hp.chain_group
     return ordered_nll(model, windows.x0, steps)
@@ -2366,8 +2358,8 @@ def boundary_bits(count: int, length: int) -> float:
 def bits_per_byte(bits: Tensor, nbytes: Tensor) -> tuple[float, float]:
     """Σ bits / Σ bytes over windows (n,), and its standard error with windows as clusters.
 
-    The latter is sqrt(Σ (bits_s − bpb·bytes_s)²) / Σ bytes, and NaN for a single window. Of
-    differences of bits it is the standard error of a paired difference.
+    The latter is sqrt(Σ (bits_s − bpb·bytes_s)²) / Σ bytes; of differences of bits, that of a
+    paired difference.
     """
     bpb = bits.sum() / nbytes.sum()
     stderr = (bits - bpb * nbytes).square().sum().sqrt() / nbytes.sum()
@@ -2405,7 +2397,7 @@ def evenly_spaced(total: int, wanted: int) -> list[int]:
 
 
 class WindowPlan:
-    """Which windows of a split a score sees, how many tokens of each it scores, in what batches."""
+    """Which windows a score sees, what it scores of them, in what batches."""
 
     def __init__(self, estimator: Estimator, hp: Hyperparameters, stream: TokenStream, seqs: int):
         self.hp = hp
@@ -2477,7 +2469,7 @@ def score_windows(
 
 
 def summed_up(name: str, table: Tensor, boundaries: Tensor, tokens: int, ms: float) -> Score:
-    """The score of a table of bits and bytes; InputError if it would be no number."""
+    """InputError if there is nothing to divide by, or bits are not finite."""
     bits, nbytes = table.sum(1).unbind(1)
     bits = bits + boundaries
     if nbytes.sum() == 0:
@@ -2498,7 +2490,7 @@ def bucket_name(bucket: int, length: int) -> str:
 
 
 def final_scores(hp: Hyperparameters) -> dict[str, int]:
-    """Windows (0: all) by score, the headline first, without those of the other objective."""
+    """Windows (0: all) by score, the headline first."""
     known = ESTIMATORS[hp.objective]
     requested = hp.requested_scores
     if hp.final_eval_t_samples:
@@ -2513,7 +2505,7 @@ def final_scores(hp: Hyperparameters) -> dict[str, int]:
 
 
 def score_model(artifact: Artifact, hp: Hyperparameters, val: Split, log: Log) -> None:
-    """Logs the headline and the other final scores of a model that was read from disk."""
+    """Logs the headline and the other final scores."""
     model = artifact.model.on(val.luts.base_bytes.device)
     label = artifact.storage.replace("+", "_")
     scores = final_scores(hp)
@@ -2569,7 +2561,7 @@ class Checkpoint(NamedTuple):
     data: int  # digest of the training shards
 
     def fits(self, optimizer: Optimizer) -> bool:
-        """Whether its tensors are those of this optimizer, and finite."""
+        """Whether its tensors are finite, and of the shapes of this optimizer."""
         pairs = ((self.state, optimizer.state), (self.counts, optimizer.counts))
         return all(
             saved.shape == own.shape and saved.dtype == own.dtype and bool(saved.isfinite().all())
@@ -2577,7 +2569,7 @@ class Checkpoint(NamedTuple):
         )
 
     def changed_settings(self, hp: Hyperparameters) -> list[str]:
-        """What was set differently when it was made, of all that changes the result."""
+        """What was different when it was made, of all that changes the result."""
         return [
             self.hp.shown(spec.name)
             for spec in dataclasses.fields(hp)
@@ -2587,12 +2579,12 @@ class Checkpoint(NamedTuple):
 
 
 def checkpoint_paths(run_id: str) -> list[Path]:
-    """The checkpoints of one run, the newest first."""
+    """Of one run, the newest first."""
     return sorted(Path("logs").glob(f"{run_id}.{'[0-9]' * 8}.ckpt"), reverse=True)
 
 
 def write_checkpoint(checkpoint: Checkpoint) -> Path:
-    """Writes logs/<RUN_ID>.<step>.ckpt; the one before it stays, older ones go."""
+    """logs/<RUN_ID>.<step>.ckpt; the one before it stays, older ones go."""
     run_id = checkpoint.hp.run_id
     path = Path("logs") / f"{run_id}.{checkpoint.progress.step:08d}.ckpt"
     saved = checkpoint._asdict() | dict(version=FORMAT_VERSION)
@@ -2608,7 +2600,7 @@ def write_checkpoint(checkpoint: Checkpoint) -> Path:
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
-    """What is in a checkpoint, the same on all processes; None if it is damaged or foreign."""
+    """The same on all processes; None if it is damaged or foreign."""
     try:
         body = unsealed(on_first_process(path.read_bytes))
         saved = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
@@ -2632,11 +2624,11 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
 # ---- Training ----------------------------------------------------------------
 #
 # The loop reads from top to bottom: save, stop, validate, step. The clock stands still while
-# anything else than training is done. Schedules follow the steps or the clock, whichever ends first.
+# anything but training is done. Schedules follow the steps or the clock, whichever ends first.
 
 
 def run_fraction(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
-    """How much of the run is done, in [0, 1], by steps or by the clock, whichever is further."""
+    """How much of the run is done, in [0, 1]: of its steps or its time, whichever is more."""
     by_steps = step / hp.iterations if hp.iterations else 1.0
     by_clock = 0.0
     if hp.max_wallclock_seconds:
@@ -2645,10 +2637,8 @@ def run_fraction(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
 
 
 def lr_scale(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
-    """Factor of all learning rates: rises over LR_WARMUP_STEPS, decays to MIN_LR_FRAC at the end.
-
-    That is the last iteration, or the end of the wall clock if it comes first.
-    """
+    """Of all learning rates: rises over LR_WARMUP_STEPS, decays to MIN_LR_FRAC at the end, which
+    is the last iteration or the end of the wall clock."""
     left = hp.iterations - step
     if hp.max_wallclock_seconds and step >= 10 and elapsed_ms > 0:  # a mean of fewer says little
         ms_left = 1000 * hp.max_wallclock_seconds - elapsed_ms
@@ -2662,10 +2652,7 @@ def lr_scale(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
 
 
 def micro_batches(hp: Hyperparameters) -> list[range]:
-    """This process's rows of every global batch, in equal parts of at most MICRO_BATCH_TOKENS.
-
-    Raises InputError if they cannot be divided like that.
-    """
+    """This process's rows of a batch, in equal parts of at most MICRO_BATCH_TOKENS."""
     length = hp.shown("train_seq_len")
     rows, rest = divmod(hp.batch_rows, world_size())
     if hp.train_batch_tokens % hp.train_seq_len or rest:
@@ -2710,7 +2697,7 @@ class Trainer:
             yield training_batch(self.hp, self.stream, step, rows, self.capacity, self.device)
 
     def step(self, step: int, scale: float) -> Tensor:
-        """One optimizer step on the global batch of `step`; its loss, () on the device."""
+        """One step on the global batch of `step`; its loss, () on the device."""
         for batch in self.batches(step):
             loss = self.loss(self.model, batch)
             loss.backward()
@@ -2722,7 +2709,7 @@ class Trainer:
         return mean_loss
 
     def update_average(self) -> None:
-        """Adds the weights of this step to their average, once EMA_START_FRAC is reached."""
+        """Once EMA_START_FRAC of the run is done."""
         fraction = run_fraction(self.hp, self.progress.step, self.progress.train_ms)
         if not self.hp.ema_decay or fraction < self.hp.ema_start_frac:
             return
@@ -2731,8 +2718,7 @@ class Trainer:
         self.optimizer.update_average()
 
     def check(self) -> None:
-        """InputError if a masked token was dropped, if more than SKIP_NONFINITE steps were not
-        finite, or if the weights are not."""
+        """InputError for dropped tokens, too many steps that were not finite, bad weights."""
         optimizer, where = self.optimizer, f"step:{self.progress.step}"
         if optimizer.dropped > 0:
             dropped = f"{int(optimizer.dropped)} masked tokens had no place in their batch"
@@ -2753,7 +2739,7 @@ class Trainer:
             raise InputError(f"{where} the weights are not finite; lower the learning rates")
 
     def warm_up(self) -> None:
-        """Compiles everything on real batches, then puts everything back as it was."""
+        """Compiles everything on real batches, then puts everything back."""
         own = self.optimizer
         kept = [(x, x.clone()) for x in (own.state, own.counts, own.dropped, own.first_bad)]
         for step in range(self.hp.warmup_steps):
@@ -2763,7 +2749,7 @@ class Trainer:
             x.copy_(before)
 
     def validate(self, val: Split) -> Score:
-        """The headline score of the averaged weights, with one mask a window."""
+        """The headline of the averaged weights, with one mask a window."""
         self.check()
         once = dataclasses.replace(self.hp, nelbo_passes=1)
         seqs = self.hp.eval_max_seqs
@@ -2777,13 +2763,13 @@ class Trainer:
         return score
 
     def log_step(self, figures: str) -> None:
-        """A line on the step that the run is at."""
+        """A line on the present step."""
         step, ms = self.progress.step, self.progress.train_ms
         times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
         self.log(f"step:{step}/{self.hp.iterations} {figures} {times}")
 
     def save(self) -> None:
-        """Writes a checkpoint, on the first process."""
+        """A checkpoint, written by the first process."""
         self.check()
         started = time.perf_counter()
         checkpoint = Checkpoint(
@@ -2798,9 +2784,9 @@ class Trainer:
         self.log(f"checkpoint:{path} time:{1000 * (time.perf_counter() - started):.0f}ms")
 
     def resume(self) -> None:
-        """Goes on from the newest sound checkpoint of this run, else from the path in RESUME.
+        """Goes on from the newest sound checkpoint of this run, else from RESUME=path.
 
-        Raises InputError if it is a checkpoint of a run with other settings or other data.
+        InputError if it is of a run with other settings or other data.
         """
         hp = self.hp
         own = on_first_process(lambda: checkpoint_paths(hp.run_id))
@@ -2843,9 +2829,9 @@ def due(every: int, step: int) -> bool:
 
 
 def train(trainer: Trainer, val: Split) -> Model:
-    """Trains to the last iteration or the wall-clock cap; the model with its averaged weights.
+    """To the last iteration or the wall-clock cap; the model with its averaged weights.
 
-    Raises InputError after a signal, when the checkpoint is written.
+    InputError after a signal, when the checkpoint is written.
     """
     hp, progress, log = trainer.hp, trainer.progress, trainer.log
     clock = Clock(trainer.device)
@@ -2883,7 +2869,8 @@ def train(trainer: Trainer, val: Split) -> Model:
         progress.step += 1
         progress.train_ms, stopped = clock.read()
         trainer.update_average()
-        if due(hp.train_log_every, progress.step) or progress.step <= 10 and hp.train_log_every:
+        first_ten = progress.step <= 10 and hp.train_log_every
+        if first_ten or due(hp.train_log_every, progress.step):
             trainer.check()
             if loss.isfinite():
                 trainer.log_step(f"train_loss:{loss:.4f}")
@@ -2900,8 +2887,7 @@ def train(trainer: Trainer, val: Split) -> Model:
 
 # ---- Main --------------------------------------------------------------------
 #
-# What the user got wrong is found before training starts where that is possible, and is always one
-# line and exit status 2.
+# What the user got wrong is found before training where that is possible: one line, exit status 2.
 
 
 def hardware(device: torch.device) -> str:
@@ -2927,10 +2913,7 @@ def peak_memory(device: torch.device) -> str:
 def settle(
     asked: Hyperparameters, env: Mapping[str, str], device: torch.device, artifact: Artifact | None
 ) -> Hyperparameters:
-    """What a run is made with: the predictor of the artifact it scores, a RUN_ID and a dtype.
-
-    Raises InputError if the environment and the artifact disagree.
-    """
+    """The predictor of the artifact that is scored, a RUN_ID and a dtype; or InputError."""
     hp = asked
     if artifact:
         for name in stored_fields()[1:]:
@@ -2941,14 +2924,14 @@ def settle(
         stored = {name.upper(): getattr(artifact.hp, name) for name in stored_fields()}
         hp = Hyperparameters.from_env({**stored, **env})
     stamp = on_first_process(lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}_{hp.preset}")
-    dtype = resolve_dtype(hp, device)  # the artifact carries it
+    dtype = resolve_dtype(hp, device)  # the artifact will carry it
     return dataclasses.replace(hp, run_id=hp.run_id or stamp, compute_dtype=dtype)
 
 
 def claim_run(hp: Hyperparameters, log: Log) -> None:
-    """Locks the log of this RUN_ID, and begins it with the source of this file unless it goes on.
+    """Locks the log of this RUN_ID, and begins it with the source of this file.
 
-    Raises InputError if another process has it, or if the run is finished or may not go on.
+    InputError if another process has it, or if the run is finished or may not go on.
     """
     path = log.path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -3002,7 +2985,7 @@ def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) 
 def write_artifact(
     model: Model, moments: Mapping[str, Tensor], hp: Hyperparameters, path: Path, log: Log
 ) -> None:
-    """Packs the model on the first process, and logs code + artifact against the limit."""
+    """Packs the model, and logs code + artifact against the limit."""
     info = on_first_process(lambda: save_artifact(model, hp, path, moments))
     label, kinds, artifact_bytes = info["label"], info["kinds"], info["artifact_bytes"]
     for name, kind in kinds.items():
