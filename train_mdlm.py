@@ -1,16 +1,18 @@
 """Masked diffusion language models for parameter golf: train, pack, score as a code length.
 
 Claim: every score that this file prints is the length of a code that somebody could decode, except
-one that repeats a published estimator and is marked biased:1. The defaults are PR 1699 of the
+those marked biased:1, which repeat a published estimator. The defaults are PR 1699 of the
 challenge, published at 1.4784 bits per byte; llada and eos are PR 1106 and PR 1241, ar is the
 causal baseline, golf our own recipe (docs/recipe.md).
 
-    python data/prepare_text.py --source docs                           data for two CPU cores,
-    PRESET=demo torchrun --standalone --nproc_per_node=1 train_mdlm.py  and a model of it
-    python data/fetch_fineweb.py                                        the challenge's data,
-    torchrun --standalone --nproc_per_node=8 train_mdlm.py              and a model on 8xH100
-    EVAL_ONLY=logs/<run>.mdlm torchrun ... train_mdlm.py                scores an artifact again
-    python train_mdlm.py --help                                         shows every hyperparameter
+    # two CPU cores, the text of the installed packages
+    python data/prepare_text.py --source docs
+    PRESET=demo torchrun --standalone --nproc_per_node=1 train_mdlm.py
+    # 8xH100, the challenge's data
+    python data/fetch_fineweb.py
+    torchrun --standalone --nproc_per_node=8 train_mdlm.py
+    # every hyperparameter
+    python train_mdlm.py --help
 
 The life of a token, from its shard to the score:
 
@@ -19,7 +21,7 @@ The life of a token, from its shard to the score:
     window   `TokenStream.windows` cuts the ring into rows of L tokens, each with the token before
              it; `training_batch` takes the rows of one step.
     mask     `draw_noise` draws how much of each row is masked, and `apply_noise` chooses the tokens
-             for which the model will see MASK. LOSS_WEIGHTS says what a masked token counts.
+             for which the model will see MASK. LOSS_WEIGHTS says how much each of them counts.
     model    `Model.hidden` embeds the row and sends it through one of BACKBONES; `Model.head` gives
              logits over V tokens at the masked positions.
     loss     `batch_loss` sums weight · −ln p(token) over the masked tokens.
@@ -37,7 +39,8 @@ The life of a token, from its shard to the score:
 `run`, near the end, is this story as code. Importing the file has no side effect.
 
 Letters in shapes: B rows (windows), L positions, D width, H heads, V real tokens, N scored
-positions. MASK is token V and PAD is token V + 1: the model sees them and never predicts them.
+positions; R rows and C columns of a matrix. MASK is token V and PAD is token V + 1: the model sees
+them and never predicts them.
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ import lzma
 import math
 import os
 import re
+import resource
 import signal
 import sys
 import textwrap
@@ -100,6 +104,12 @@ def golden_sequence(numbers: Tensor, offset: Tensor | float = 0.0) -> Tensor:
     return (offset + numbers.double() * GOLDEN) % 1
 
 
+def seeded(device: torch.device | str, *key) -> torch.Generator:
+    """A generator that depends on `key` only, for example (seed, "train", step)."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
 # ---- Hyperparameters: knobs, presets, rules, help ----------------------------
 #
 # A knob is a field here and an environment variable; a preset is nothing but values for knobs.
@@ -117,14 +127,14 @@ GROUPS = {
     "run": "what to do",
     "data": "where the text is",
     "model": "what the predictor is; the artifact carries these values",
-    "noise": "what is masked in training, and what a masked token counts",
+    "noise": "what is masked in training, and how much a masked token counts",
     "training": "how long, how much at a time, and how fast",
-    "running": "how the work is done; none of these changes the result",
+    "execution": "how the work is done; the result is the same up to rounding",
     "optimizer": "how gradients move the weights",
     "export": "how the weights become bytes",
     "scoring": "which code lengths are measured, and on how much text",
 }
-RESULT_GROUPS = ("model", "noise", "training", "optimizer")  # have to stay when a run goes on
+RESULT_GROUPS = ("model", "noise", "training", "optimizer")  # the same when a run is resumed
 
 
 # fmt: off
@@ -193,30 +203,31 @@ class Hyperparameters:
                                choices=("linear", "cosine"))
     min_lr_frac: float = knob("training", 0.0, "share of them that is left at the end", high=1)
 
-    compile: str = knob("running", "auto", "compile the loss with torch.compile; auto: on GPUs",
+    compile: str = knob("execution", "auto", "compile the loss with torch.compile; auto: on GPUs",
                         choices=("auto", "on", "off"))
-    warmup_steps: int = knob("running", 20, "steps that warm the compiler up and are undone")
-    micro_batch_tokens: int = knob("running", 65_536, "most tokens of one pass of a process", low=1)
-    train_log_every: int = knob("running", 200, "steps between log lines, after the first ten; 0: "
-                                "no such lines")
-    val_loss_every: int = knob("running", 1000, "steps between validations; 0: only at the end")
-    checkpoint_every: float = knob("running", 300.0, "seconds of training between checkpoints; 0: "
-                                   "only when stopped")
-    resume: str = knob("running", "auto", "auto: from the last checkpoint of RUN_ID, if there is "
+    warmup_steps: int = knob("execution", 20, "steps that warm the compiler up and are undone")
+    micro_batch_tokens: int = knob("execution", 65_536, "most tokens of one pass of a process",
+                                   low=1)
+    train_log_every: int = knob("execution", 200, "steps between log lines, after the first ten; "
+                                "0: no such lines")
+    val_loss_every: int = knob("execution", 1000, "steps between validations; 0: only at the end")
+    checkpoint_every: float = knob("execution", 300.0, "seconds of training between checkpoints; "
+                                   "0: only when stopped")
+    resume: str = knob("execution", "auto", "auto: from the last checkpoint of RUN_ID, if there is "
                        "one; never; or the path of a checkpoint")
-    skip_nonfinite: int = knob("running", 0, "steps with infinite or NaN gradients to skip before "
-                               "giving up")
+    skip_nonfinite: int = knob("execution", 0, "steps with infinite or NaN gradients that are "
+                               "skipped before the run gives up")
 
-    optimizer: str = knob("optimizer", "muon", "of the block matrices; the rest has AdamW",
+    optimizer: str = knob("optimizer", "muon", "for the block matrices; AdamW is for the rest",
                           choices=("muon", "adamw"))
     matrix_lr: float = knob("optimizer", 0.02, "learning rate of the block matrices")
     tied_embed_lr: float = knob("optimizer", 0.05, "learning rate of a tied embedding")
     embed_lr: float = knob("optimizer", 0.6, "learning rate of an untied one, and of NEIGHBORS")
     head_lr: float = knob("optimizer", 0.008, "learning rate of an untied output head")
     scalar_lr: float = knob("optimizer", 0.04, "learning rate of gains, scales, skips and biases")
-    adam_batch_tokens: int = knob("optimizer", 0, "batch that AdamW's learning rates are for; they "
-                                  "follow the square root of the batch; 0: they do not")
-    weight_decay: float = knob("optimizer", 0.0, "decoupled decay a step, times the learning rate")
+    adam_batch_tokens: int = knob("optimizer", 0, "batch size that AdamW's learning rates are for; "
+                                  "they scale with its square root; 0: no scaling")
+    weight_decay: float = knob("optimizer", 0.0, "decoupled, per step, times the learning rate")
     weight_decay_on: str = knob("optimizer", "matrices", "what decays: block and head matrices, or "
                                 "all weights", choices=("matrices", "all"))
     muon_momentum: float = knob("optimizer", 0.95, "Nesterov momentum of Muon", high=1)
@@ -227,21 +238,21 @@ class Hyperparameters:
     beta2: float = knob("optimizer", 0.95, "decay of AdamW's second moment", high=0.999999)
     adam_eps: float = knob("optimizer", 1e-8, "ε of AdamW", low=1e-30)
     grad_clip_norm: float = knob("optimizer", 1.0, "largest norm of the gradient; 0: no limit")
-    ema_decay: float = knob("optimizer", 0.999, "decay a step of averaged weights; 0: none", high=1)
+    ema_decay: float = knob("optimizer", 0.999, "decay of averaged weights; 0: no average", high=1)
     ema_start_frac: float = knob("optimizer", 0.1, "share of the run before averaging", high=1)
 
     quant_mode: str = knob("export", "fp8", "storage of all weights, or by kind of parameter: "
                            "int7,embed:int8,gain:fp16")
-    quant_clip: float = knob("export", 0.0, "largest code in root mean squares of its row; 0: with "
-                             "the least squared error", high=16)
-    quant_feedback: int = knob("export", 0, "training batches whose inputs let rounding errors "
-                               "cancel, with QUANT_CLIP of 10 or more; 0: round to nearest")
+    quant_clip: float = knob("export", 0.0, "largest code, in root mean squares of its row; 0: the "
+                             "one with the least squared error", high=16)
+    quant_feedback: int = knob("export", 0, "training batches for GPTQ rounding, best with "
+                               "QUANT_CLIP of 10 or more; 0: round to nearest")
     pack: str = knob("export", "auto", "compressor of each kind of parameter; auto: the smallest",
                      choices=lambda: ("auto", *PACKERS))
 
     scores: str = knob("scoring", "nelbo,l2r", "final scores, each with a number of windows if "
                        "wanted (0: all): nelbo,l2r:512")
-    nelbo_passes: int = knob("scoring", 4, "masks a window in the final any-order NELBO", low=1)
+    nelbo_passes: int = knob("scoring", 4, "masks per window of the final NELBO", low=1)
     eval_max_seqs: int = knob("scoring", 4096, "windows of a validation in training; 0: all")
     final_eval_max_seqs: int = knob("scoring", 0, "windows of the final val_bpb; 0: all")
     final_eval_t_samples: int = knob("scoring", 0, "points of PR 1699's grid; adds the score tgrid")
@@ -262,8 +273,9 @@ class Hyperparameters:
             values["warmdown_iters"] = 0
         for name, value in (values | overrides).items():
             object.__setattr__(self, name, checked_value(known[name], value))
-        for message in self._broken_rules():
-            raise InputError(message)
+        broken = next(self._broken_rules(), None)
+        if broken:
+            raise InputError(broken)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Hyperparameters:
@@ -313,8 +325,8 @@ class Hyperparameters:
         requested = {}
         for item in self.scores.split(","):
             name, colon, windows = (part.strip() for part in item.partition(":"))
-            if colon and not windows.isdecimal():
-                raise InputError(f"{self.shown('scores')}: {item} has no number of windows")
+            if colon and not re.fullmatch(r"\d{1,12}", windows):
+                raise InputError(f"{self.shown('scores')}: {item} needs a number of windows")
             if name:
                 requested[name] = int(windows) if colon else None
         return requested
@@ -331,8 +343,7 @@ class Hyperparameters:
         if self.mask_eps >= self.mask_max:
             yield f"{self.shown('mask_eps')} must be smaller than {self.shown('mask_max')}"
         if self.causal and (self.backbone != "unet" or self.doc_chunks or self.anchor_bos):
-            masked_only = map(self.shown, ("backbone", "doc_chunks", "anchor_bos"))
-            yield f"OBJECTIVE=ar does not go with {' '.join(masked_only)}"
+            yield "OBJECTIVE=ar needs BACKBONE=unet DOC_CHUNKS=0 ANCHOR_BOS=0"
         scores = list(dict.fromkeys(itertools.chain(*ESTIMATORS.values())))
         for name in self.requested_scores:
             if name not in scores:
@@ -481,12 +492,15 @@ def rank() -> int:
 
 
 def run_collective(collective: Callable, *arguments, **options) -> None:
-    """InputError if another process is lost."""
+    """Runs it if there are several processes; InputError if another one is lost."""
     try:
         if world_size() > 1:
             collective(*arguments, **options)
     except RuntimeError as error:
-        first_line = str(error).splitlines()[0]
+        text = str(error)
+        if text.startswith("CUDA"):  # a failure of this process
+            raise
+        first_line = text.partition("\n")[0]
         raise InputError(f"another process of the group is lost: {first_line}") from None
 
 
@@ -494,6 +508,31 @@ def all_reduce(tensor: Tensor) -> Tensor:
     """Adds `tensor` up over all processes, in place."""
     run_collective(dist.all_reduce, tensor)
     return tensor
+
+
+def foreseen(error: BaseException) -> str:
+    """One line on an error that has a known cause, else nothing."""
+    text = str(error)
+    if isinstance(error, InputError):
+        return " ".join(text.split())
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by a signal; with its RUN_ID a run goes on from its last checkpoint"
+    no_memory = re.search(r"(out of|allocate|not enough) memory", text)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and no_memory):
+        return "out of memory: lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or the size of the model"
+    if isinstance(error, ImportError):
+        return f"{text}: pip install -r requirements.txt"
+    if isinstance(error, RuntimeError) and re.search(r"\bC(\+\+)? compiler", text):
+        return "torch.compile finds no C++ compiler: install g++, or give COMPILE=off"
+    if isinstance(error, OSError):
+        file = error.filename or "the log or the screen"
+        return f"{file}: cannot be read or written: {error.strerror}"
+    return ""
+
+
+def explain(error: BaseException) -> str:
+    """One line on any error."""
+    return foreseen(error) or " ".join(str(error).split())
 
 
 def on_first_process(work: Callable):
@@ -527,34 +566,13 @@ def start_processes() -> torch.device:
 
 
 def on_signals(handler) -> None:
+    """Sets the handler of SIGTERM and SIGINT."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
 
 
-def foreseen(error: BaseException) -> str:
-    """One line on an error that has a known cause, else nothing."""
-    text = str(error)
-    if isinstance(error, InputError):
-        return " ".join(text.split())
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped by a signal; with its RUN_ID a run goes on from its last checkpoint"
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in text):
-        return "out of memory: lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or the size of the model"
-    if isinstance(error, RuntimeError) and re.search(r"\bC(\+\+)? compiler", text):
-        return "torch.compile finds no C++ compiler: install g++, or give COMPILE=off"
-    if isinstance(error, OSError):
-        file = error.filename or "the log or the screen"
-        return f"{file}: cannot be read or written: {error.strerror}"
-    return ""
-
-
-def explain(error: BaseException) -> str:
-    """One line on any error."""
-    return foreseen(error) or " ".join(str(error).split())
-
-
 class Clock:
-    """Training time over all lives of a run, without pauses."""
+    """Training time of a run over all of its restarts; pauses do not count."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -563,13 +581,16 @@ class Clock:
         self.started = self.now()
 
     def now(self) -> float:
-        """Seconds, when the device is done with its work."""
+        """Waits for the device; the time in seconds."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def read(self) -> tuple[float, bool]:
-        """Milliseconds, and whether any process was told to stop; the same on all."""
+        """Training time in ms, and whether any process was told to stop: the same on all.
+
+        Does not wait for the device.
+        """
         own = [1000 * (time.perf_counter() - self.started), self.stopped]
         ms, stopped = all_reduce(torch.tensor(own, dtype=torch.float64)).tolist()
         return ms / world_size(), stopped > 0
@@ -595,6 +616,7 @@ class Log:
         self.on_terminal = rank() == 0 and sys.stdout.isatty()
         self.bar = ("", 0.0, 0.0)  # its name, and the time and fraction at which it began
         self.bar_drawn = 0.0
+        self.lock = None  # the open file of `path`, locked while this process lives
 
     def __call__(self, line: str, screen: bool = True, every_rank: bool = False) -> None:
         if screen and rank() == 0:
@@ -646,9 +668,9 @@ def unsealed(data: bytes) -> bytes | None:
 
 def write_file(path: Path, data: bytes) -> None:
     """All of it or nothing: under another name first. InputError if that fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             file.write(data)
             file.flush()
@@ -717,8 +739,8 @@ class TokenStream:
         return np.concatenate(parts)
 
     def windows(self, numbers: Iterable[int], length: int, stride: int = 0) -> Tensor:
-        """(B, 1 + length) int64: for each n token n·(stride or length), then `length` more."""
-        if isinstance(numbers, range) and not stride:  # in training they follow each other
+        """(B, 1 + length) int64: row n has token n·(stride or length) and the `length` after it."""
+        if isinstance(numbers, range) and not stride:  # consecutive, as in training
             tokens = self.read(numbers.start * length, 1 + len(numbers) * length)
             return torch.from_numpy(tokens).long().unfold(0, 1 + length, length)
         rows = [self.read(number * (stride or length), 1 + length) for number in numbers]
@@ -733,24 +755,25 @@ class TokenStream:
         return range(len(self.files))
 
     def check_tokens(self, vocab_size: int, first_tokens: float = math.inf) -> None:
-        """Reads the shards of the first tokens; InputError for a token ≥ vocab_size."""
+        """Reads the shards of the first tokens into `digest`; InputError for a foreign token."""
         tokens_before = 0
         for number in self.order(0):
+            if tokens_before >= first_tokens:
+                break
             shard = open_shard(self.files[number])
-            if tokens_before < first_tokens:
-                self.digest = zlib.crc32(shard, self.digest)
-                largest = int(shard.max())
-                if largest >= vocab_size:
-                    found = f"holds token {largest}, but VOCAB_SIZE={vocab_size}"
-                    raise InputError(f"{self.files[number]}: {found}; another tokenizer made it")
+            self.digest = zlib.crc32(shard, self.digest)
+            largest = int(shard.max())
+            if largest >= vocab_size:
+                found = f"holds token {largest}, but VOCAB_SIZE={vocab_size}"
+                raise InputError(f"{self.files[number]}: {found}; another tokenizer made it")
             tokens_before += len(shard)
 
 
 class DocumentStream(TokenStream):
     """The shards as documents, from <s> to <s>, in chunks of at most L tokens, then PAD.
 
-    The order of shards, and of chunks in a shard, depends on (seed, epoch). Two shards at most are
-    in memory.
+    The order of shards, and of chunks in a shard, depends on (seed, epoch). A visit is one shard in
+    one epoch. Two shards at most are in memory.
     """
 
     def __init__(self, folder: str | Path, split: str, hp: Hyperparameters):
@@ -758,7 +781,7 @@ class DocumentStream(TokenStream):
         self.length = hp.train_seq_len
         self.pad_id = hp.pad_id
         self.seed = hp.seed
-        self.first_chunks = [0]  # number of the first chunk of every visit of a shard so far
+        self.first_chunks = [0]  # number of the first chunk of every visit so far
         self.visit = functools.lru_cache(maxsize=2)(self._visit)
 
     def order(self, epoch: int) -> Sequence[int]:
@@ -766,14 +789,14 @@ class DocumentStream(TokenStream):
         return torch.randperm(len(self.files), generator=generator).tolist()
 
     def _visit(self, visit: int) -> tuple[np.ndarray, np.ndarray, Tensor]:
-        """A shard's tokens, the ends of its chunks (and 0), and their order."""
+        """A shard's tokens, where its chunks begin (and the last one ends), and their order."""
         epoch, place = divmod(visit, len(self.files))
         path = self.files[self.order(epoch)[place]]
         shard = np.array(open_shard(path))  # in memory
         documents = np.union1d([0], np.flatnonzero(shard == BOS_ID))  # the first may lack its <s>
         chunks = ceil_div(np.diff(documents, append=len(shard)), self.length)  # of each document
-        first_chunks = np.repeat(chunks.cumsum() - chunks, chunks)
-        within_document = np.arange(chunks.sum()) - first_chunks
+        first_of_document = np.repeat(chunks.cumsum() - chunks, chunks)
+        within_document = np.arange(chunks.sum()) - first_of_document
         starts = np.repeat(documents, chunks) + self.length * within_document
         generator = seeded("cpu", self.seed, "chunks", visit)
         order = torch.randperm(len(starts), generator=generator)
@@ -850,7 +873,7 @@ def load_tokenizer(path: str, vocab_size: int):
 
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=path)
-        sp.id_to_piece(list(range(sp.vocab_size())))  # are they all text?
+        sp.id_to_piece(list(range(sp.vocab_size())))  # raises if a piece is no UTF-8
     except (RuntimeError, OSError, ValueError):
         message = f"TOKENIZER_PATH={path}: there is no SentencePiece model; {REMEDY}"
         raise InputError(message) from None
@@ -868,7 +891,8 @@ def check_tokenizer(path: str, sp, stream: TokenStream, luts: ByteTables) -> Non
     def pairs(documents: Iterable[Sequence[int]]) -> collections.Counter:
         return collections.Counter(itertools.chain(*map(itertools.pairwise, documents)))
 
-    tokens = stream.read(0, min(stream.total, 50_000))
+    first = stream.files[stream.order(0)[0]]
+    tokens = np.array(open_shard(first)[:50_000])
     boundary = luts.is_boundary.cpu().numpy()
     parts = np.split(tokens, np.flatnonzero(boundary[tokens]))
     parts = [part[~boundary[part]].tolist() for part in parts]
@@ -876,7 +900,7 @@ def check_tokenizer(path: str, sp, stream: TokenStream, luts: ByteTables) -> Non
     again = pairs(sp.encode(sp.decode(parts)))
     is_text = np.bincount(tokens).max() > 10 + 4 * len(tokens) / len(boundary)
     if is_text and (stored & again).total() < 0.99 * stored.total():
-        made = f"is not the tokenizer that made {stream.files[0]}"
+        made = f"is not the tokenizer that made {first}"
         raise InputError(f"{path}: {made}; it splits the text differently")
 
 
@@ -915,12 +939,6 @@ def open_validation(hp: Hyperparameters, sp, luts: ByteTables) -> Split:
 # The bound that is reported is exact whatever the model was trained on, so training noise is a free
 # choice, made in four tables. Its random numbers are those of a global batch, drawn from one
 # generator for each (seed, step): all processes, restarts and micro-batches see the same masks.
-
-
-def seeded(device: torch.device | str, *key) -> torch.Generator:
-    """A generator that depends on `key` only: (seed, "train", step)."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def stratified_times(u: Tensor) -> Tensor:
@@ -991,7 +1009,7 @@ class Masking(NamedTuple):
     """How rows are masked, given a probability (B,) for each.
 
     `mask`: (probability, keys (B, L), allowed (B, L)) → mask (B, L), masked share of allowed (B,).
-    `slack`: (rows, L) → by how many tokens a mask may exceed the sum of its probabilities · L.
+    `slack`: (rows, L) → how many more tokens than L · Σ probability a mask may have.
     """
 
     mask: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -1007,12 +1025,12 @@ MASKINGS = {
 
 
 def elbo_weight(hp: Hyperparameters, probability: Tensor, share: Tensor) -> Tensor:
-    """1/t: for uniform probabilities the loss is the any-order bound."""
+    """For uniform probabilities the loss is then the any-order bound."""
     return 1 / share
 
 
 def dsigma_weight(hp: Hyperparameters, probability: Tensor, share: Tensor) -> Tensor:
-    """PR 1106's σ′(t): nearly empty rows count most, and the sum bounds nothing."""
+    """PR 1106's σ′(t): the fewer tokens are visible, the more a masked one counts. No bound."""
     return (hp.mask_max - hp.mask_eps) / (1 - probability)
 
 
@@ -1237,7 +1255,7 @@ class Model(nn.Module):
             x = norm(x)
         length = z.shape[1]
         for name, table in self.near.items():
-            offset = max(-length, min(int(name), length))
+            offset = max(-length, min(int(name), length))  # a row may be shorter
             x = x + F.pad(table(z), (0, 0, -offset, offset))
         return x.to(self.compute_dtype)
 
@@ -1274,7 +1292,9 @@ class UNet(Model):
         self.blocks = nn.ModuleList(UNetBlock(hp) for _ in range(hp.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(hp.num_layers // 2, hp.model_dim))
 
-    def trunk(self, x: Tensor, z: Tensor, masked_fraction, positions: Positions) -> Tensor:
+    def trunk(
+        self, x: Tensor, z: Tensor, masked_fraction: Tensor | None, positions: Positions
+    ) -> Tensor:
         x_emb = x
         rotary = rotary_table(z.shape[1], self.hp.head_dim, self.hp.rope_base, x)
         half = len(self.blocks) // 2
@@ -1282,11 +1302,19 @@ class UNet(Model):
         for i, block in enumerate(self.blocks):
             if i >= half and skips:
                 x = x + self.skip_weights[i - half].to(x.dtype) * skips.pop()
-            is_last = i == len(self.blocks) - 1
+            is_last = block is self.blocks[-1]
             x = block(x, x_emb, rotary, positions if is_last else None)
             if i < half:
                 skips.append(x)
         return x
+
+
+def noise_features(masked_fraction: Tensor) -> Tensor:
+    """(B, COND_DIM): sines and cosines of σ = −ln(1 − masked_fraction) ≤ 6.9."""
+    sigma = -(1 - masked_fraction).clamp(min=1e-3).log()
+    half = torch.arange(COND_DIM // 2, dtype=torch.float32, device=sigma.device)
+    angle = sigma[:, None] * 10_000 ** (-2 * half / COND_DIM)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
 class DiT(Model):
@@ -1298,7 +1326,9 @@ class DiT(Model):
             nn.Linear(COND_DIM, 4 * COND_DIM), nn.SiLU(), nn.Linear(4 * COND_DIM, COND_DIM)
         )
 
-    def trunk(self, x: Tensor, z: Tensor, masked_fraction, positions: Positions) -> Tensor:
+    def trunk(
+        self, x: Tensor, z: Tensor, masked_fraction: Tensor | None, positions: Positions
+    ) -> Tensor:
         if masked_fraction is None:
             masked = (z == self.hp.mask_id).sum(1)
             masked_fraction = masked / maskable(self.hp, z).sum(1).clamp(min=1)
@@ -1311,14 +1341,6 @@ class DiT(Model):
 
 
 BACKBONES: dict[str, type[Model]] = {"unet": UNet, "dit": DiT}
-
-
-def noise_features(masked_fraction: Tensor) -> Tensor:
-    """(B, COND_DIM): sines and cosines of σ = −ln(1 − masked_fraction) ≤ 6.9."""
-    sigma = -(1 - masked_fraction).clamp(min=1e-3).log()
-    half = torch.arange(COND_DIM // 2, dtype=torch.float32, device=sigma.device)
-    angle = sigma[:, None] * 10_000 ** (-2 * half / COND_DIM)
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
 def resolve_dtype(hp: Hyperparameters, device: torch.device) -> str:
@@ -1347,7 +1369,7 @@ class Kind(NamedTuple):
     pattern: str  # of the names of its parameters
     optimizer: str  # muon (where OPTIMIZER is muon) or adamw
     lr: str  # the knob that is its learning rate
-    decays: bool  # whether WEIGHT_DECAY_ON=matrices means it
+    decays: bool  # even with WEIGHT_DECAY_ON=matrices
     storage: str  # one of QUANTIZERS, or "" for what QUANT_MODE says
 
 
@@ -1451,7 +1473,7 @@ def masked_batch(
 
 
 def batch_loss(model: Model, batch: Batch) -> Tensor:
-    """Σ weight · nll in nats; over the tokens of a global batch, the loss of a step."""
+    """Σ weight · nll in nats; a step divides it by the tokens of the global batch."""
     h = model.hidden(batch.z, batch.masked_fraction, batch.positions)
     nll = F.cross_entropy(model.head(h), batch.targets, reduction="none")
     return (nll * batch.weights).sum()
@@ -1461,7 +1483,7 @@ def batch_loss(model: Model, batch: Batch) -> Tensor:
 #
 # Weights, gradients and moments are flat buffers of which the parameters are views: a step is a few
 # large operations and one collective, a checkpoint is one tensor. Nothing here waits for the
-# device, which remembers a step that was not finite until somebody logs.
+# device: a step that was not finite is noted there until `Trainer.check` looks.
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
@@ -1498,7 +1520,7 @@ def learning_rate(hp: Hyperparameters, kind: Kind) -> float:
 
 
 class StepSettings(NamedTuple):
-    """What a step needs beside gradients, on the device."""
+    """Scalars of a step, on the device; 0, 1, 1, 1 let a step that is not finite move nothing."""
 
     scale: Tensor  # of the learning rates
     momentum: Tensor  # of Muon
@@ -1508,7 +1530,8 @@ class StepSettings(NamedTuple):
 
 
 class ParameterGroup(NamedTuple):
-    """Views of the flat buffers: for Muon n equal matrices (n, rows, cols), for AdamW a kind."""
+    """Views of the flat buffers. For Muon n matrices of one shape (n, R, C), for AdamW all of a
+    kind, flat."""
 
     name: str
     muon: bool
@@ -1553,13 +1576,12 @@ class Optimizer:
             shape = tuple(parameter.shape) if self._by_muon(kind) else ()
             return KINDS.index(kind), shape
 
-        by_group = sorted(model.named_parameters(), key=group_key)
-        grouped = [list(group) for _, group in itertools.groupby(by_group, key=group_key)]
+        parameters = sorted(model.named_parameters(), key=group_key)
+        grouped = [list(group) for _, group in itertools.groupby(parameters, key=group_key)]
         sizes = [sum(parameter.numel() for _, parameter in group) for group in grouped]
         aligned = [64 * ceil_div(size, 64) for size in sizes]  # for the widest loads
-        begins = [0, *itertools.accumulate(aligned)]
-        total = begins.pop()
-        device = by_group[0][1].device
+        *begins, total = itertools.accumulate(aligned, initial=0)
+        device = parameters[0][1].device
 
         self.state = torch.zeros(4, total, device=device)  # weights, two moments, average
         self.weights = self.state[0]
@@ -1645,7 +1667,7 @@ class Optimizer:
         return finite
 
     def update_average(self) -> None:
-        """After n updates d^(n−1)·w_1 + (1 − d)·Σ_{i=2..n} d^(n−i)·w_i, for d = EMA_DECAY."""
+        """Begins with the weights; then d · average + (1 − d) · weights for d = EMA_DECAY."""
         self.average.lerp_(self.weights, 1 - self.hp.ema_decay if self.averages else 1.0)
         self.averages += 1
 
@@ -1700,33 +1722,28 @@ def to_codes(x: Tensor, quantizer: Quantizer) -> Tensor:
 
 
 def row_scales(rows: Tensor, quantizer: Quantizer, clip: float) -> Tensor:
-    """Scales (R, 1) of rows (R, C): the largest code means `clip` root mean squares of the row, or,
-    for 0, the share of its largest weight with the least squared error, of 40 that are tried."""
+    """Scales (R, 1) of rows (R, C): the largest code stands for clip · RMS of the row; for clip 0,
+    the one of 40 ever smaller scales with the least squared error."""
+    reach = rows.abs().amax(1, keepdim=True)
     if clip:
         reach = clip * rows.square().mean(1, keepdim=True).sqrt()
-        candidates = 1
-    else:
-        reach = rows.abs().amax(1, keepdim=True)
-        candidates = 40
-    best = least = None
-    for n in range(candidates):
+    best = torch.zeros_like(reach)
+    least = torch.full_like(reach, math.inf)
+    for n in range(1 if clip else 40):
         scale = (0.96**n * reach / quantizer.largest).clamp(1e-30, 1e30)
         scale = scale.to(quantizer.scale).float()
         rounded = to_codes(rows / scale, quantizer).float() * scale
         error = (rounded - rows).square().sum(1, keepdim=True)
-        if n == 0:
-            best, least = scale, error
-        else:
-            best = scale.where(error < least, best)
-            least = error.minimum(least)
+        best = scale.where(error < least, best)
+        least = error.minimum(least)
     return best
 
 
 def feed_back(rows: Tensor, scales: Tensor, quantizer: Quantizer, moments: Tensor) -> Tensor:
-    """Codes (R, C) of rows (R, C), column after column, those with the largest inputs first.
+    """Codes (R, C) of rows (R, C), rounded column by column, those with the largest inputs first
+    (GPTQ, Frantar et al. 2022).
 
-    What one loses by rounding, the next ones make up for, as far as inputs x with second moments
-    Σ x xᵀ (C, C) let them (GPTQ, Frantar et al. 2022).
+    Later columns make up for the error of each, given `moments` Σ x xᵀ (C, C) of the inputs x.
     """
     order = moments.diagonal().argsort(descending=True)
     damping = 0.01 * moments.diagonal().mean() + 1e-30
@@ -1792,11 +1809,12 @@ def inflate(packed: bytes, limit: int) -> bytes:
 
 
 def unlzma(packed: bytes, limit: int) -> bytes:
-    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 24).decompress(packed, limit)
+    memory = 1 << 24  # bytes; what preset 6 needs is less
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=memory).decompress(packed, limit)
 
 
 def unzstd(packed: bytes, limit: int) -> bytes:
-    window = max(2 * limit, 1024)
+    window = max(2 * limit, 1024)  # bytes; the file cannot ask for more
     decompressor = zstandard.ZstdDecompressor(max_window_size=window)
     return decompressor.stream_reader(packed).read(limit)
 
@@ -1818,7 +1836,7 @@ PACKERS = {
 
 
 def to_planes(tensors: Iterable[Tensor]) -> np.ndarray:
-    """(bytes an element, elements) uint8: what is alike side by side."""
+    """(bytes per element, elements) uint8: all first bytes, then all second bytes, …"""
     flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
     elements = flat.view(torch.uint8).view(-1, flat.element_size())
     return np.ascontiguousarray(elements.numpy().T)
@@ -1894,14 +1912,12 @@ def unpack_kind(
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-# ==================================================================================================
-# Artifact
+# ---- Artifact ----------------------------------------------------------------
 #
 #     MAGIC · u32 length of the header · JSON header · every kind of parameter, packed · SHA-256
 #
 # Names and shapes follow from the hyperparameters in the header. Nothing in a file is executed, and
 # memory is taken only for weights that it has bytes for.
-# ==================================================================================================
 
 ARTIFACT_MAGIC = b"MDLMgolf"
 FORMAT_VERSION = 2
@@ -2103,22 +2119,30 @@ def nelbo_masks(passes: int, times: Tensor, keys: Tensor, allowed: Tensor) -> We
     n counts the `allowed` (B, L) positions: the mean code length over all orders of these tokens,
     and the bound of Sahoo et al. (2024) in continuous time.
 
-    Masks of few tokens vary most, so with several passes k = 1 + ⌊n·t^1.5⌋ is small more often, and
-    the weights allow for it. `times` (B,) are uniform on [0, 1). Passes share that range, some of
-    them backwards, and mask one arc after the other of a random circle, the order of keys (B, L).
+    Small masks vary most, so with several passes k = 1 + ⌊n·t^1.5⌋ favours small k, and dividing by
+    P(k) corrects for it. Pass i takes t from the i-th of `passes` strata, as `times` (B,) in [0, 1)
+    say; in half of the strata t runs backwards, so that its errors cancel. All passes share one
+    random order of the positions, the ranks of keys (B, L): each masks the next k, cyclically.
     """
     power = 1.5 if passes > 1 else 1.0
     place = ranks(torch.where(allowed, keys, 2))
     n = allowed.sum(1).clamp(min=1)
-    arc_start = 0
-    for number in range(passes):
-        t = 1 - times if number.bit_count() % 2 else times
-        t = (number + t) / passes
+    masked_before = 0
+    for i in range(passes):
+        backwards = i.bit_count() % 2  # 0 1 1 0 1 0 0 1 …
+        t = (i + (1 - times if backwards else times)) / passes
         k = (1 + (n * t**power).long()).minimum(n)
-        probability = (k.double() / n) ** (1 / power) - ((k - 1).double() / n) ** (1 / power)
-        on_arc = (place - arc_start) % n[:, None] < k[:, None]
-        yield allowed & on_arc, 1 / (k * probability * passes)
-        arc_start = arc_start + k[:, None]
+        # P(k), the length of the interval of t that gives k
+        p_k = (k.double() / n) ** (1 / power) - ((k - 1).double() / n) ** (1 / power)
+        next_k = (place - masked_before) % n[:, None] < k[:, None]
+        yield allowed & next_k, 1 / (k * p_k * passes)
+        masked_before = masked_before + k[:, None]
+
+
+def any_order_nll(model: Model, x0: Tensor, passes: int, times: Tensor, keys: Tensor) -> Tensor:
+    """(B,) float64 nats: the NELBO of x0 (B, L), with the masks of `nelbo_masks`."""
+    allowed = maskable(model.hp, x0).to(keys.device)
+    return weighted_nll(model, x0, nelbo_masks(passes, times, keys, allowed))
 
 
 def nelbo(
@@ -2128,9 +2152,7 @@ def nelbo(
     device = generator.device if generator else "cpu"
     offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
     times = golden_sequence(torch.arange(len(x0), device=device), offset)
-    keys = next(random_keys(x0.shape, generator))
-    allowed = maskable(model.hp, x0).to(device)
-    return weighted_nll(model, x0, nelbo_masks(passes, times, keys, allowed))
+    return any_order_nll(model, x0, passes, times, next(random_keys(x0.shape, generator)))
 
 
 TSTEP_EPS = 1e-3  # ε of the T-step bound and of the t-grid, as published
@@ -2173,14 +2195,15 @@ def tgrid_masks(points: int, keys: Iterator[Tensor]) -> WeightedMasks:
 def ordered_nll(model: Model, x0: Tensor, steps: Tensor) -> Tensor:
     """(B, L) nats of every token of x0 (B, L) given those of earlier `steps` (B, L).
 
-    Tokens with negative steps, and anchors, are visible and free. A row at a step is one model
-    call; calls do not wait for each other, so many run at once.
+    Tokens with negative steps, and anchors, are visible and free. Each (row, step) is one masked
+    input; they are independent, so many share a forward pass.
     """
     steps = steps.masked_fill(~maskable(model.hp, x0), -1)
     calls = steps.amax(1) + 1  # of each row
     row = torch.repeat_interleave(calls)  # (total calls,)
     step = torch.arange(len(row), device=x0.device) - (calls.cumsum(0) - calls)[row]
-    at_once = max((65_536 if x0.is_cuda else 2_048) // x0.shape[1], 1)
+    pass_tokens = 65_536 if x0.is_cuda else 2_048
+    at_once = max(pass_tokens // x0.shape[1], 1)
     nats = torch.zeros(x0.shape, device=x0.device)
     for rows, now in zip(row.split(at_once), step[:, None].split(at_once), strict=True):
         nll = masked_nll(model, x0[rows], steps[rows] >= now, steps[rows] == now)
@@ -2263,8 +2286,8 @@ class Windows(NamedTuple):
 
     hp: Hyperparameters  # of the score
     tokens: Tensor  # (B, 1 + L) int64, the token before the window first
-    scored: Tensor  # (B, L) bool; the others, to their left, are visible and free
-    places: range  # their numbers among the windows of the score, for their random numbers
+    scored: Tensor  # (B, L) bool; False: left context, visible and free
+    places: range  # which windows of the score these are; seeds their random numbers
 
     @property
     def x0(self) -> Tensor:
@@ -2278,19 +2301,17 @@ class Windows(NamedTuple):
 
 
 def score_nelbo(model: Model, windows: Windows) -> Tensor:
-    hp, x0 = windows.hp, windows.x0
+    hp = windows.hp
     generator = seeded("cpu", hp.seed, "nelbo offset")
     offset = torch.rand((), generator=generator, dtype=torch.float64)
     times = golden_sequence(torch.tensor(windows.places), offset)
     keys = next(windows.keys("nelbo"))
-    return weighted_nll(
-        model, x0, nelbo_masks(hp.nelbo_passes, times, keys, maskable(hp, x0).cpu())
-    )
+    return any_order_nll(model, windows.x0, hp.nelbo_passes, times, keys)
 
 
 def score_in_order(model: Model, windows: Windows, place: Tensor) -> Tensor:
     """Chain rule; place (L,) or (B, L) says when a position is revealed."""
-    context = (~windows.scored).sum(1, keepdim=True)  # is there before anything is revealed
+    context = (~windows.scored).sum(1, keepdim=True)  # (B, 1) tokens visible from the start
     steps = (place.to(windows.x0.device) - context) // windows.hp.chain_group
     return ordered_nll(model, windows.x0, steps)
 
@@ -2326,7 +2347,7 @@ class Estimator(NamedTuple):
     nats: Callable[[Model, Windows], Tensor]  # (B,), or (B, L) by position
     windows: int = 0  # where SCORES gives no number; 0: all
     rows: int | None = None  # windows of one call at most; None: as many as VAL_BATCH_SIZE has
-    same_rows: bool = False  # always `rows` of them, because rounding could change the order
+    same_rows: bool = False  # `rows` whatever VAL_BATCH_SIZE is: rounding could change the order
     sliding: bool = False  # windows overlap, and score their last STRIDE tokens
     prefixes: bool = False  # log a line for each range of positions
     biased: bool = False  # not a code length, and its line says so
@@ -2358,8 +2379,8 @@ def boundary_bits(count: int, length: int) -> float:
 def bits_per_byte(bits: Tensor, nbytes: Tensor) -> tuple[float, float]:
     """Σ bits / Σ bytes over windows (n,), and its standard error with windows as clusters.
 
-    The latter is sqrt(Σ (bits_s − bpb·bytes_s)²) / Σ bytes; of differences of bits, that of a
-    paired difference.
+    The latter is sqrt(Σ (bits_s − bpb·bytes_s)²) / Σ bytes. For bits that are differences between
+    two models it is that of the paired difference.
     """
     bpb = bits.sum() / nbytes.sum()
     stderr = (bits - bpb * nbytes).square().sum().sqrt() / nbytes.sum()
@@ -2376,7 +2397,7 @@ class Score(NamedTuple):
     tokens: int
     bytes: int
     ms: float
-    boundary_bits: float  # the part of it that is for the places of anchors
+    boundary_bits: float  # for the places of anchors, part of bpb
 
     def line(self) -> str:
         speed = 1000 * self.tokens / self.ms
@@ -2405,9 +2426,9 @@ class WindowPlan:
         self.stride = min(hp.stride, self.length) if estimator.sliding else self.length
         total = stream.count_windows(self.length, self.stride)
         self.numbers = evenly_spaced(total, seqs)
-        # The very first window of a split has no left context that another one scored.
+        # The tokens of the first window have not been scored by one to its left.
         whole_split = len(self.numbers) == total
-        self.scored = [
+        self.scored_tokens = [
             self.length if number == 0 and whole_split else self.stride for number in self.numbers
         ]
         rows = min(hp.val_batch_size // self.length, len(self.numbers)) // world_size()
@@ -2425,9 +2446,9 @@ class WindowPlan:
     def read(self, batch: slice, split: Split) -> Windows:
         device = split.luts.base_bytes.device
         tokens = split.stream.windows(self.numbers[batch], self.length, self.stride).to(device)
-        scored = torch.tensor(self.scored[batch], device=device)[:, None]
-        is_scored = torch.arange(self.length, device=device) >= self.length - scored
-        return Windows(self.hp, tokens, is_scored, range(len(self.numbers))[batch])
+        scored_tokens = torch.tensor(self.scored_tokens[batch], device=device)[:, None]
+        scored = torch.arange(self.length, device=device) >= self.length - scored_tokens
+        return Windows(self.hp, tokens, scored, range(len(self.numbers))[batch])
 
 
 def score_windows(
@@ -2441,7 +2462,7 @@ def score_windows(
     """The score `name` of `seqs` evenly spaced windows (0: all), shared among the processes.
 
     Also its table (windows, buckets, 2) of bits, without `boundary_bits`, and bytes. Bucket b has
-    the positions 2^(b−1) … 2^b − 1; nats that are not by position are all in bucket 0.
+    the positions 2^(b−1) … 2^b − 1; scores without positions have all nats in bucket 0.
     """
     started = time.perf_counter()
     estimator = ESTIMATORS[hp.objective][name]
@@ -2459,16 +2480,16 @@ def score_windows(
         table[batch].index_add_(1, bucket, columns.cpu())
         if hp.anchor_bos:
             anchors = (windows.scored & ~maskable(hp, windows.x0)).sum(1).tolist()
-            paid = map(boundary_bits, anchors, plan.scored[batch])
+            paid = map(boundary_bits, anchors, plan.scored_tokens[batch])
             boundaries[batch] = torch.tensor([*paid], dtype=torch.float64)
         note(min(batch.stop / len(plan.numbers), 1.0))
     all_reduce(table)
     all_reduce(boundaries)
     ms = 1000 * (time.perf_counter() - started)
-    return summed_up(name, table, boundaries, sum(plan.scored), ms), table
+    return make_score(name, table, boundaries, sum(plan.scored_tokens), ms), table
 
 
-def summed_up(name: str, table: Tensor, boundaries: Tensor, tokens: int, ms: float) -> Score:
+def make_score(name: str, table: Tensor, boundaries: Tensor, tokens: int, ms: float) -> Score:
     """InputError if there is nothing to divide by, or bits are not finite."""
     bits, nbytes = table.sum(1).unbind(1)
     bits = bits + boundaries
@@ -2600,9 +2621,10 @@ def write_checkpoint(checkpoint: Checkpoint) -> Path:
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
-    """The same on all processes; None if it is damaged or foreign."""
+    """The same on all processes; None if it is damaged or foreign. InputError if not readable."""
+    data = on_first_process(path.read_bytes)
     try:
-        body = unsealed(on_first_process(path.read_bytes))
+        body = unsealed(data)
         saved = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
         version = saved.pop("version")
         saved["hp"] = Hyperparameters(**saved["hp"])
@@ -2611,6 +2633,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         whole = (progress.step, progress.validated, checkpoint.averages, checkpoint.data)
         sound = (
             version == FORMAT_VERSION
+            and type(checkpoint.state) is type(checkpoint.counts) is Tensor
             and all(type(number) is int and number >= 0 for number in whole)
             and 0 <= progress.train_ms < math.inf
             and progress.best_bpb > 0
@@ -2656,10 +2679,8 @@ def micro_batches(hp: Hyperparameters) -> list[range]:
     length = hp.shown("train_seq_len")
     rows, rest = divmod(hp.batch_rows, world_size())
     if hp.train_batch_tokens % hp.train_seq_len or rest:
-        raise InputError(
-            f"{hp.shown('train_batch_tokens')} is no multiple of {hp.train_seq_len * world_size()}:"
-            f" {length} times the {world_size()} processes that share its sequences"
-        )
+        batch, share = hp.shown("train_batch_tokens"), hp.train_seq_len * world_size()
+        raise InputError(f"{batch} is no multiple of {share}: {length} x {world_size()} processes")
     most = min(rows, hp.micro_batch_tokens // hp.train_seq_len)
     fitting = [size for size in range(1, most + 1) if rows % size == 0]
     if not fitting:
@@ -2708,8 +2729,8 @@ class Trainer:
             self.step_done.record()
         return mean_loss
 
-    def update_average(self) -> None:
-        """Once EMA_START_FRAC of the run is done."""
+    def average_if_due(self) -> None:
+        """Averages the weights, once EMA_START_FRAC of the run is done."""
         fraction = run_fraction(self.hp, self.progress.step, self.progress.train_ms)
         if not self.hp.ema_decay or fraction < self.hp.ema_start_frac:
             return
@@ -2740,8 +2761,8 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compiles everything on real batches, then puts everything back."""
-        own = self.optimizer
-        kept = [(x, x.clone()) for x in (own.state, own.counts, own.dropped, own.first_bad)]
+        opt = self.optimizer
+        kept = [(x, x.clone()) for x in (opt.state, opt.counts, opt.dropped, opt.first_bad)]
         for step in range(self.hp.warmup_steps):
             self.step(step, 1.0)
             self.log.progress("warm-up", (step + 1) / self.hp.warmup_steps)
@@ -2795,9 +2816,13 @@ class Trainer:
             remedy = "remove that, or give another RUN_ID"
             raise InputError(f"{hp.shown('resume')}, but this run is at {own[0]}: {remedy}")
         for path in own + given:
-            checkpoint = read_checkpoint(path)
+            try:
+                checkpoint = read_checkpoint(path)
+            except InputError as error:
+                raise InputError(f"{hp.shown('resume')}: {error}") from None
             changed = checkpoint.changed_settings(hp) if checkpoint else []
-            if checkpoint is None or not (changed or checkpoint.fits(self.optimizer)):
+            sound = checkpoint and (changed or checkpoint.fits(self.optimizer))
+            if not sound:
                 self.log(f"skipped:{path}: damaged, or not of this version of train_mdlm.py")
                 if path not in given:
                     on_first_process(functools.partial(path.replace, f"{path}.damaged"))
@@ -2847,8 +2872,8 @@ def train(trainer: Trainer, val: Split) -> Model:
         finished = fraction >= 1
         where = f"step:{progress.step}/{hp.iterations}"
         waited = progress.train_ms - saved_ms >= 1000 * hp.checkpoint_every
-        save = stopped or (hp.checkpoint_every and (finished or waited))
-        if save and progress.step > first_step:
+        checkpoint_due = hp.checkpoint_every and (finished or waited)
+        if (checkpoint_due or stopped) and progress.step > first_step:
             with clock.paused("checkpoints"):
                 trainer.save()
             saved_ms = progress.train_ms
@@ -2868,9 +2893,9 @@ def train(trainer: Trainer, val: Split) -> Model:
         loss = trainer.step(progress.step, lr_scale(hp, progress.step, progress.train_ms))
         progress.step += 1
         progress.train_ms, stopped = clock.read()
-        trainer.update_average()
-        first_ten = progress.step <= 10 and hp.train_log_every
-        if first_ten or due(hp.train_log_every, progress.step):
+        trainer.average_if_due()
+        every = hp.train_log_every
+        if due(every, progress.step) or (every and progress.step <= 10):
             trainer.check()
             if loss.isfinite():
                 trainer.log_step(f"train_loss:{loss:.4f}")
@@ -2905,24 +2930,25 @@ def peak_memory(device: torch.device) -> str:
         allocated = torch.cuda.max_memory_allocated() >> 20
         reserved = torch.cuda.max_memory_reserved() >> 20
         return f"{allocated} MiB reserved: {reserved} MiB"
-    import resource  # not on every system
-
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB"
 
 
-def settle(
+def resolve_hyperparameters(
     asked: Hyperparameters, env: Mapping[str, str], device: torch.device, artifact: Artifact | None
 ) -> Hyperparameters:
-    """The predictor of the artifact that is scored, a RUN_ID and a dtype; or InputError."""
+    """`asked`, with the predictor of the artifact that is scored, a RUN_ID and a dtype.
+
+    InputError if `env` asks for another predictor than the artifact's.
+    """
     hp = asked
     if artifact:
-        for name in stored_fields()[1:]:
-            if name.upper() in env and getattr(asked, name) != getattr(artifact.hp, name):
-                made_with = artifact.hp.shown(name)
-                message = f"{asked.shown(name)}, but {asked.eval_only} was made with {made_with}"
-                raise InputError(message)
-        stored = {name.upper(): getattr(artifact.hp, name) for name in stored_fields()}
-        hp = Hyperparameters.from_env({**stored, **env})
+        stored = {name: getattr(artifact.hp, name) for name in stored_fields() if name != "preset"}
+        for name, value in stored.items():
+            if name.upper() in env and getattr(asked, name) not in ("auto", value):
+                made_with = f"{asked.eval_only} was made with {artifact.hp.shown(name)}"
+                raise InputError(f"{asked.shown(name)}, but {made_with}")
+        fixed = {name.upper(): value for name, value in stored.items()}
+        hp = Hyperparameters.from_env({"PRESET": artifact.hp.preset, **env, **fixed})
     stamp = on_first_process(lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}_{hp.preset}")
     dtype = resolve_dtype(hp, device)  # the artifact will carry it
     return dataclasses.replace(hp, run_id=hp.run_id or stamp, compute_dtype=dtype)
@@ -2935,7 +2961,7 @@ def claim_run(hp: Hyperparameters, log: Log) -> None:
     """
     path = log.path
     path.parent.mkdir(parents=True, exist_ok=True)
-    log.lock = path.open("a+", encoding="utf-8", errors="replace")  # as long as this process lives
+    log.lock = path.open("a+", encoding="utf-8", errors="replace")
     try:
         fcntl.flock(log.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -2949,8 +2975,7 @@ def claim_run(hp: Hyperparameters, log: Log) -> None:
     finished = re.search("^finished:", text, re.MULTILINE)
     may_not_go_on = hp.resume == "never" or hp.eval_only
     if finished or (may_not_go_on and (text or checkpoint_paths(hp.run_id))):
-        used = f"{hp.shown('run_id')} was used before"
-        raise InputError(f"{path} is there already: {used}; choose another")
+        raise InputError(f"{hp.shown('run_id')} was used before: see {path}; choose another")
     half_written = path.parent.glob(f"{hp.run_id}.{'[0-9]' * 8}.ckpt.part")
     for leftover in [*half_written, *checkpoint_paths(hp.run_id)[2:]]:
         leftover.unlink()  # of a process that was killed while it wrote
@@ -3030,7 +3055,7 @@ def run(env: Mapping[str, str]) -> None:
     asked = Hyperparameters.from_env(env)
     device = start_processes()
     artifact = read_artifact(asked.eval_only) if asked.eval_only else None
-    hp = settle(asked, env, device, artifact)
+    hp = resolve_hyperparameters(asked, env, device, artifact)
     tokenizer = load_tokenizer(hp.tokenizer_path, hp.vocab_size)
     luts = build_sentencepiece_luts(tokenizer, hp.vocab_size, device)
     val = open_validation(hp, tokenizer, luts)
@@ -3057,6 +3082,7 @@ def run(env: Mapping[str, str]) -> None:
 
 def main() -> None:
     arguments = sys.argv[1:]
+    sys.stdout.reconfigure(errors="backslashreplace")  # for screens without Unicode
     on_signals(signal.default_int_handler)  # raises a KeyboardInterrupt
     try:
         if arguments and arguments[0] in ("-h", "--help"):
@@ -3065,7 +3091,14 @@ def main() -> None:
         if arguments:
             raise InputError(f"{arguments[0]}: hyperparameters are environment variables; --help")
         run(os.environ)
-    except (InputError, OSError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
+    except (
+        InputError,
+        OSError,
+        ImportError,
+        KeyboardInterrupt,
+        MemoryError,
+        RuntimeError,
+    ) as error:
         if not foreseen(error):
             raise
         on_signals(signal.SIG_DFL)

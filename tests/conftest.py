@@ -1,4 +1,4 @@
-"""Shared by all tests: the script as a module, a tiny model with random weights, and small real shards."""
+"""Shared by all tests: the script as a module, a tiny model with random weights, small shards."""
 
 import os
 import random
@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several workers: a core each, or they wait for each other all the time
-    os.environ["OMP_NUM_THREADS"] = "1"
+# The models are tiny: several threads, or workers with several each, would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -18,13 +18,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tools")]
 
 import train_mdlm as tm  # noqa: E402
 
-WORDS = """the of and to in a is that for it as was with be by on not he his but at are this have from or had an they
-which one you were her all she there would their we him been has when who will more no if out so said what up its about
-into than them can only other new some could time these two may then do first any my now such like our over man me even
-most made after also did many before must through years where much your way well down should because each just those
-people mr how too little state good very make world still own see men work long get here between both life being under
-never day same another know while last might us great old year off come since against go came right used take
-three""".split()
+WORDS = """
+the of and to in a is that for it as was with be by on not he his but at are this have from or
+had an they which one you were her all she there would their we him been has when who will more
+no if out so said what up its about into than them can only other new some could time these two
+may then do first any my now such like our over man me even most made after also did many before
+must through years where much your way well down should because each just those people mr how
+too little state good very make world still own see men work long get here between both life
+being under never day same another know while last might us great old year off come since
+against go came right used take three
+""".split()
 
 
 def text_of(seed: int, words: int) -> str:
@@ -37,14 +40,14 @@ def text_of(seed: int, words: int) -> str:
 
 
 def prepare_tiny(files, out):
-    """Runs data/prepare_text.py on text files: 384 pieces, the first 10 documents to validate, several shards."""
+    """Runs data/prepare_text.py: 384 pieces, the first 10 documents to validate, several shards."""
     options = "--name tiny --vocab-size 384 --val-docs 10 --shard-tokens 20000".split()
     run_python("data/prepare_text.py", "--source", *files, "--out", out, *options, cwd=out)
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
-    """A tokenizer of 384 pieces and shards of some 60 documents, made by data/prepare_text.py; the folder of both."""
+    """The folder of a tokenizer of 384 pieces and of shards with some 60 documents."""
     root = tmp_path_factory.mktemp("data")
     files = []
     for i in range(60):
@@ -82,7 +85,8 @@ def tiny_env(dataset):
 
 def clean_env(**extra) -> dict:
     """The environment without anything that configures the script."""
-    known = {f.name.upper() for f in tm.dataclasses.fields(tm.Hyperparameters)} | {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    known = {spec.name.upper() for spec in tm.dataclasses.fields(tm.Hyperparameters)}
+    known |= {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
     return {name: value for name, value in os.environ.items() if name not in known} | extra
 
 
@@ -103,7 +107,7 @@ def run_python(*arguments, cwd, check=True, **extra) -> subprocess.CompletedProc
 
 @pytest.fixture
 def tool(monkeypatch, capsys):
-    """Calls a tool's main() in this process, as its command line would: exit status, stdout and stderr."""
+    """Calls main() of a tool in this process; its exit status, stdout and stderr."""
 
     def call(module, *arguments) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
@@ -114,6 +118,26 @@ def tool(monkeypatch, capsys):
         except SystemExit as stop:
             status = stop.code
         printed = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=printed.out, stderr=printed.err)
+
+    return call
+
+
+@pytest.fixture
+def script(monkeypatch, capfd):
+    """Calls main() of train_mdlm.py in this process, with variables as keywords; as `tool` does."""
+
+    def call(*arguments, **env) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["train_mdlm.py", *arguments])
+        monkeypatch.setattr(os, "environ", clean_env(**env))
+        monkeypatch.setattr(tm, "on_signals", lambda handler: None)
+        capfd.readouterr()
+        status = 0
+        try:
+            tm.main()
+        except SystemExit as stop:
+            status = stop.code
+        printed = capfd.readouterr()
         return SimpleNamespace(returncode=status, stdout=printed.out, stderr=printed.err)
 
     return call
@@ -133,15 +157,27 @@ def torchrun(*options, cwd, **extra) -> subprocess.Popen:
 
 def tiny_hp(**overrides) -> tm.Hyperparameters:
     """Small enough to enumerate every sequence and every mask."""
-    values = dict(vocab_size=3, train_seq_len=4, num_layers=3, model_dim=8, num_heads=2, num_kv_heads=1)
-    values |= dict(train_batch_tokens=values["train_seq_len"] * 4) | overrides
-    return tm.Hyperparameters(**values)
+    shape = dict(vocab_size=3, train_seq_len=4, train_batch_tokens=16)
+    widths = dict(num_layers=3, model_dim=8, num_heads=2, num_kv_heads=1)
+    return tm.Hyperparameters(**(shape | widths | overrides))
 
 
 def random_model(hp: tm.Hyperparameters, seed: int = 0, scale: float = 0.5) -> tm.Model:
     """A model none of whose parameters is at its initial value."""
-    model, g = tm.build_model(hp), torch.Generator().manual_seed(seed)
+    model = tm.build_model(hp)
+    g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(scale * torch.randn(parameter.shape, generator=g))
     return model
+
+
+def byte_tables(hp: tm.Hyperparameters) -> tm.ByteTables:
+    """Of the tokenizer of `hp`."""
+    tokenizer = tm.load_tokenizer(hp.tokenizer_path, hp.vocab_size)
+    return tm.build_sentencepiece_luts(tokenizer, hp.vocab_size)
+
+
+def val_split(hp: tm.Hyperparameters) -> tm.Split:
+    """The validation split of `hp`, unchecked."""
+    return tm.Split(tm.TokenStream(hp.data_path, "val"), byte_tables(hp))

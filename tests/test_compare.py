@@ -1,26 +1,29 @@
-"""tools/compare.py and tools/bench.py: their figures follow from the definitions."""
+"""tools/compare.py, tools/bench.py and tools/common.py: figures follow from the definitions."""
 
+import dataclasses
 import math
 import re
 
+import bench
+import common
+import compare
 import pytest
 import torch
-
-import bench
-import compare
-import train_mdlm as tm
 from conftest import random_model, run_python
+
+import train_mdlm as tm
 
 
 @pytest.fixture(scope="module")
 def artifacts(tiny_env, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
-    for name, overrides in {
+    changes = {
         "mdlm": {},
         "ar": dict(objective="ar"),
         "short": dict(train_seq_len=16, train_batch_tokens=64),
-    }.items():
-        hp = tm.dataclasses.replace(tm.Hyperparameters.from_env(tiny_env), **overrides)
+    }
+    for name, overrides in changes.items():
+        hp = dataclasses.replace(tm.Hyperparameters.from_env(tiny_env), **overrides)
         tm.save_artifact(random_model(hp, scale=0.2), hp, folder / f"{name}.mdlm")
     return folder
 
@@ -30,54 +33,122 @@ def where(env):
 
 
 def test_paired_difference_by_position(artifacts, tiny_env):
-    done = run_python("tools/compare.py", "mdlm.mdlm", "ar.mdlm", *where(tiny_env), "--seqs", "9", cwd=artifacts)
-    found = re.findall(r"^\| (\S+) \| (\d+) \| (\S+) ± (\S+) \| (\S+) ± (\S+) \| (\S+) ± (\S+) \|", done.stdout, re.M)
-    assert [row[0] for row in found] == ["0", "1", "2-3", "4-7", "8-15", "16-31", "all"]
+    names = ["mdlm.mdlm", "ar.mdlm"]
+    options = [*where(tiny_env), "--seqs", "9"]
+    done = run_python("tools/compare.py", *names, *options, cwd=artifacts)
+    row_pattern = r"^\| (\S+) \| (\d+) \| (\S+) ± \S+ \| (\S+) ± \S+ \| (\S+) ± (\S+) \|"
+    found = re.findall(row_pattern, done.stdout, re.MULTILINE)
+    buckets = {
+        "0": slice(0, 1),
+        "1": slice(1, 2),
+        "2-3": slice(2, 4),
+        "4-7": slice(4, 8),
+        "8-15": slice(8, 16),
+        "16-31": slice(16, 32),
+        "all": slice(0, 32),
+    }
+    assert [row[0] for row in found] == list(buckets)
     assert (artifacts / "compare.png").read_bytes().startswith(b"\x89PNG")
-    hp = tm.Hyperparameters.from_env(tiny_env)
-    val = tm.TokenStream(hp.data_path, "val")
-    luts = tm.build_sentencepiece_luts(tm.load_tokenizer(hp.tokenizer_path, 384), 384)
-    window = val.windows(tm.spaced(val.count_windows(32), 9), 32)
+    val = tm.TokenStream(tiny_env["DATA_PATH"], "val")
+    luts = tm.build_sentencepiece_luts(tm.load_tokenizer(tiny_env["TOKENIZER_PATH"], 384), 384)
+    window = val.windows(tm.evenly_spaced(val.count_windows(32), 9), 32)
     size = tm.token_bytes(window[:, 1:], window[:, 0], luts).double()
-    a = tm.chain_rule(tm.load_artifact(artifacts / "mdlm.mdlm")[0], window[:, 1:]).double() / math.log(2)
-    b = tm.causal_nll(tm.load_artifact(artifacts / "ar.mdlm")[0], window).double() / math.log(2)
-    for row, at in zip(
-        found, [slice(0, 1), slice(1, 2), slice(2, 4), slice(4, 8), slice(8, 16), slice(16, 32), slice(0, 32)]
-    ):
-        nbytes, first, second = size[:, at].sum(1), a[:, at].sum(1), b[:, at].sum(1)
+    masked, _ = tm.load_artifact(artifacts / "mdlm.mdlm")
+    causal, _ = tm.load_artifact(artifacts / "ar.mdlm")
+    masked_bits = tm.chain_rule(masked, window[:, 1:]).double() / math.log(2)
+    causal_bits = tm.causal_nll(causal, window).double() / math.log(2)
+    for positions, tokens, *figures in found:
+        at = buckets[positions]
+        nbytes = size[:, at].sum(1)
+        first = masked_bits[:, at].sum(1)
+        second = causal_bits[:, at].sum(1)
         difference = (first - second).sum() / nbytes.sum()
         stderr = ((first - second - difference * nbytes) ** 2).sum().sqrt() / nbytes.sum()
-        assert int(row[1]) == 9 * (at.stop - at.start)
         expected = [first.sum() / nbytes.sum(), second.sum() / nbytes.sum(), difference, stderr]
-        assert [float(row[i]) for i in (2, 4, 6, 7)] == pytest.approx([x.item() for x in expected], abs=6e-4)
+        assert int(tokens) == 9 * (at.stop - at.start)
+        assert list(map(float, figures)) == pytest.approx([x.item() for x in expected], abs=6e-4)
 
 
 def test_artifacts_that_cannot_be_compared(artifacts, tiny_env, tool):
-    for names, message in [
-        (("mdlm.mdlm", "short.mdlm"), "TRAIN_SEQ_LEN=16"),
-        (("mdlm.mdlm", "absent.mdlm"), "absent.mdlm: cannot be read"),
+    for name, message in [
+        ("short.mdlm", "TRAIN_SEQ_LEN=16"),
+        ("absent.mdlm", "absent.mdlm: cannot be read"),
     ]:
-        done = tool(compare, *(artifacts / name for name in names), *where(tiny_env))
-        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+        done = tool(compare, artifacts / "mdlm.mdlm", artifacts / name, *where(tiny_env))
+        assert done.returncode == 2
+        assert done.stderr.startswith("compare.py: error: ") and message in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def test_equal_artifacts_do_not_differ(artifacts, tiny_env):
-    path = artifacts / "mdlm.mdlm"
-    scores, length = compare.measure([path, path], tiny_env["DATA_PATH"], tiny_env["TOKENIZER_PATH"], 3)
-    for row in compare.rows(scores[0][1], scores[1][1], length):
-        assert row[6:] == (0.0, 0.0) and row[2] == row[4]
-    assert torch.equal(scores[0][1], scores[1][1])
+    paths = [artifacts / "mdlm.mdlm"] * 2
+    scores, length = compare.measure(paths, tiny_env["DATA_PATH"], tiny_env["TOKENIZER_PATH"], 3)
+    (_, first), (_, second) = scores
+    assert torch.equal(first, second)
+    for row in compare.compare_positions(first, second, length):
+        assert row.difference == (0.0, 0.0) and row.first == row.second
 
 
 def test_bench_puts_the_estimators_side_by_side(artifacts, tiny_env, tool):
     arguments = ["--seqs", "4", "--budget", "64", *where(tiny_env)]
     done = tool(bench, "scores", artifacts / "mdlm.mdlm", *arguments)
-    rows = re.findall(r"^\| (\D.*?) \| (\d+) \| (\S+) \| (\S+) ± (\S+) \| .* \| (\d+) \|$", done.stdout, re.M)
+    row_pattern = r"^\| (\D.*?) \| (\d+) \| \S+ \| (\S+) ± (\S+) \| .* \| (\d+) \|$"
+    rows = re.findall(row_pattern, done.stdout, re.MULTILINE)
     calls = {name: int(calls) for name, calls, *_ in rows}
-    assert calls["NELBO, 4 passes"] == 4 and calls["T-step, T = 128"] == 128 and calls["t-grid, 256 points"] == 256
-    for name, _, _, off, error, repetitions in rows:
+    assert calls["NELBO, 4 passes"] == 4
+    assert calls["T-step, T = 128"] == 128
+    assert calls["t-grid, 256 points"] == 256
+    often = 0
+    for name, _, off, error, repetitions in rows:
         if name.startswith("NELBO") and int(repetitions) >= 16:
+            often += 1
             assert abs(float(off)) < 5 * float(error)
-    assert sum(int(row[5]) >= 16 for row in rows if row[0].startswith("NELBO")) == 3
+    assert often == 3
     done = tool(bench, "scores", artifacts / "ar.mdlm", *where(tiny_env))
     assert done.returncode == 2 and "nothing to compare" in done.stderr
+
+
+# ---- common.py
+
+
+def test_paths_are_those_of_the_option_or_the_environment_or_the_preset(monkeypatch):
+    hp = tm.Hyperparameters(data_path="preset's", tokenizer_path="preset's.model")
+    for name in ("DATA_PATH", "TOKENIZER_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert common.with_paths(hp) == hp
+    monkeypatch.setenv("DATA_PATH", "environment's")
+    found = common.with_paths(hp, tokenizer="option's.model")
+    assert (found.data_path, found.tokenizer_path) == ("environment's", "option's.model")
+    assert common.with_paths(hp, data="option's").data_path == "option's"
+
+
+def test_errors_of_a_tool_are_one_line(tmp_path, capsys):
+    def read_nothing():
+        (tmp_path / "absent").read_text()
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    def needs_something():
+        common.require("a_package_that_is_not_there.part")
+
+    for main, message in [
+        (read_nothing, "absent: cannot be read or written: No such file or directory"),
+        (interrupted, "stopped by Ctrl-C"),
+        (needs_something, "the package a_package_that_is_not_there is missing: pip install"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            common.run_tool(main)()
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("test_compare.py: error: ")
+        assert message in error and error.count("\n") == 1
+
+
+def test_pictures_are_written_whole_or_not_at_all(tmp_path):
+    figure = common.new_figure(2, 1)
+    figure.subplots().plot([1, 2])
+    common.save_figure(figure, tmp_path / "new/curve.svg")
+    assert "<svg" in (tmp_path / "new/curve.svg").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="curve.docx: the picture cannot be written"):
+        common.save_figure(figure, tmp_path / "curve.docx")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]

@@ -1,16 +1,17 @@
 """Shards, byte counts and data/prepare_text.py."""
 
 import gzip
+import itertools
 import json
 import lzma
 
 import numpy as np
+import prepare_text
 import pytest
 import torch
-
-import prepare_text
-import train_mdlm as tm
 from conftest import prepare_tiny, run_python, text_of
+
+import train_mdlm as tm
 
 AWKWARD = [
     "plain text",
@@ -57,9 +58,11 @@ def test_bytes_of_awkward_text_are_exact(tokenizer):
             assert decoded == text
         used_byte_fallback |= any(sp.is_byte(i) for i in ids)
         assert int(tm.count_bytes(ids, sp.bos_id(), luts)) == len(decoded.encode()), repr(text)
-        for cut in range(1, len(ids)):  # a window that begins inside the text: its first token has a real predecessor
-            parts = tm.count_bytes(ids[:cut], 1, luts) + tm.count_bytes(ids[cut:], ids[cut - 1], luts)
-            assert int(parts) == len(decoded.encode())
+        # A window may begin inside the text: its first token has a real predecessor.
+        for cut in range(1, len(ids)):
+            left = int(tm.count_bytes(ids[:cut], 1, luts))
+            right = int(tm.count_bytes(ids[cut:], ids[cut - 1], luts))
+            assert left + right == len(decoded.encode())
     assert used_byte_fallback
 
 
@@ -72,12 +75,18 @@ def test_bytes_of_rows_and_documents_in_one_stream(tokenizer):
     assert int(tm.count_bytes(stream[1:], stream[0], luts)) == true  # <s> carries no bytes
     rows = torch.tensor(stream[1 : 1 + 2 * (len(stream) // 2 - 1)]).view(2, -1)
     both = tm.count_bytes(rows, torch.tensor([stream[0], int(rows[0, -1])]), luts)
-    assert both.shape == (2,) and int(both.sum()) == int(tm.count_bytes(rows.flatten(), stream[0], luts))
+    assert both.shape == (2,)
+    assert int(both.sum()) == int(tm.count_bytes(rows.flatten(), stream[0], luts))
 
 
 def test_published_tokenizer_rule_for_a_space_after_a_boundary():
     """Where decoding drops the first space, the challenge's table drops it too."""
-    luts = tm.ByteTables(torch.tensor([0, 3]), torch.tensor([False, True]), torch.tensor([True, False]), False)
+    luts = tm.ByteTables(
+        base_bytes=torch.tensor([0, 3]),
+        has_leading_space=torch.tensor([False, True]),
+        is_boundary=torch.tensor([True, False]),
+        keeps_space=False,
+    )
     assert tm.count_bytes([1], 0, luts) == 3 and tm.count_bytes([1], 1, luts) == 4
     assert tm.count_bytes([1], 0, luts._replace(keeps_space=True)) == 4
 
@@ -104,7 +113,7 @@ def test_stream_is_a_ring_over_shards(tmp_path):
     assert stream.total == 10 and stream.read(5, 4).tolist() == [5, 6, 7, 8]
     assert stream.read(8, 15).tolist() == [8, 9, *range(10), 0, 1, 2]
     assert stream.read(3, 20_000).tolist() == [i % 10 for i in range(3, 20_003)]  # many times round
-    assert stream.count_windows(3) == 3 and stream.count_windows(9) == 1 and stream.count_windows(10) == 0
+    assert [stream.count_windows(length) for length in (3, 9, 10)] == [3, 1, 0]
     assert stream.windows([0, 2], 3).tolist() == [[0, 1, 2, 3], [6, 7, 8, 9]]
     assert stream.windows([3], 3).tolist() == [[9, 0, 1, 2]]
 
@@ -153,7 +162,7 @@ def test_prepared_data_is_deterministic_and_split_by_document(dataset, tmp_path)
         stream = tm.TokenStream(dataset / "datasets/tiny_sp384", split)
         tokens = stream.read(0, stream.total).tolist()
         starts = [i for i, token in enumerate(tokens) if token == 1] + [len(tokens)]
-        texts = [sp.decode(tokens[a + 1 : b]) for a, b in zip(starts, starts[1:])]
+        texts = [sp.decode(tokens[a + 1 : b]) for a, b in itertools.pairwise(starts)]
         assert texts == [path.read_text(encoding="utf-8") for path in chosen]
 
 
@@ -162,23 +171,14 @@ def test_prepare_reads_json_lines_packed_or_not_with_a_given_tokenizer(dataset, 
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "c.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
+    tokenizer = dataset / "tokenizers/tiny_384_bpe.model"
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.xz"):
-        done = run_python(
-            "data/prepare_text.py",
-            "--source",
-            tmp_path / name,
-            "--name",
-            name[0],
-            "--out",
-            tmp_path,
-            "--tokenizer",
-            dataset / "tokenizers/tiny_384_bpe.model",
-            "--val-fraction",
-            "0.25",
-            cwd=tmp_path,
-        )
+        options = ["--name", name[0], "--out", tmp_path, "--val-fraction", "0.25"]
+        line = ["data/prepare_text.py", "--source", tmp_path / name, "--tokenizer", tokenizer]
+        done = run_python(*line, *options, cwd=tmp_path)
         assert "VOCAB_SIZE=384" in done.stdout and "verified" in done.stdout
-    read = [(tmp_path / f"datasets/{name}_sp384/fineweb_train_000000.bin").read_bytes() for name in "abc"]
+    folders = [tmp_path / f"datasets/{name}_sp384" for name in "abc"]
+    read = [(folder / "fineweb_train_000000.bin").read_bytes() for folder in folders]
     assert read[0] == read[1] == read[2]
     streams = [tm.TokenStream(tmp_path / "datasets/a_sp384", split) for split in ("train", "val")]
     docs = [int((stream.read(0, stream.total) == 1).sum()) for stream in streams]
@@ -193,7 +193,7 @@ def test_prepare_reads_json_lines_packed_or_not_with_a_given_tokenizer(dataset, 
         (["--source", "latin.txt"], "cannot be read as UTF-8"),
         (["--source", "good.txt", "--tokenizer", "good.txt"], "not a SentencePiece model"),
         (["--source", "good.txt", "--vocab-size", "60000"], "cannot be trained"),
-        (["--source", "good.txt", "--vocab-size", "384", "--val-docs", "1"], "the train split is empty"),
+        (["--source", "good.txt", "--val-docs", "1"], "the train split is empty"),
         (["--source", "good.txt", "--val-fraction", "0"], "between 0 and 1"),
     ],
 )
@@ -201,8 +201,21 @@ def test_prepare_explains_bad_input(tmp_path, arguments, message):
     (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"body": "two"}\n')
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "good.txt").write_text(text_of(0, 2000), encoding="utf-8")
-    done = run_python("data/prepare_text.py", *arguments, "--out", tmp_path / "out", cwd=tmp_path, check=False)
+    line = ["data/prepare_text.py", *arguments, "--out", tmp_path / "out"]
+    done = run_python(*line, cwd=tmp_path, check=False)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def encode_all(docs, sp, writer):
+    """Encodes documents, which have to come back unchanged, into one split."""
+    return prepare_text.encode(
+        docs,
+        sp,
+        vocab_size=384,
+        exact=True,
+        choose=lambda number, text: writer,
+        note=lambda number: None,
+    )
 
 
 def test_a_tokenizer_with_a_wrong_byte_table_is_refused(dataset, tmp_path, monkeypatch):
@@ -217,23 +230,24 @@ def test_a_tokenizer_with_a_wrong_byte_table_is_refused(dataset, tmp_path, monke
     monkeypatch.setattr(prepare_text, "build_sentencepiece_luts", wrong)
     writer = prepare_text.ShardWriter(tmp_path, "train", 1000)
     with pytest.raises(ValueError, match="so it is refused"):
-        prepare_text.encode([text_of(0, 50)], sp, 384, True, lambda number, text: writer, lambda number: None)
+        encode_all([text_of(0, 50)], sp, writer)
 
 
 def test_documents_that_cannot_come_back_are_left_out(dataset, tmp_path):
     sp = tm.load_tokenizer(str(dataset / "tokenizers/tiny_384_bpe.model"), 384)
     writer = prepare_text.ShardWriter(tmp_path, "train", 1000)
-    left_out = prepare_text.encode(
-        ["fine", "a literal \u2581 sign", ""], sp, 384, True, lambda number, text: writer, lambda number: None
-    )
+    left_out = encode_all(["fine", "a literal \u2581 sign", ""], sp, writer)
     assert left_out == 2 and writer.docs == 1
 
 
 def test_documentation_source_reads_docstrings_in_an_order_of_their_own(tmp_path):
-    (tmp_path / "m.py").write_text('"""' + "Module text. " * 20 + '"""\ndef f():\n    """' + "About f. " * 30 + '"""\n')
+    module_doc = '"""' + "Module text. " * 20 + '"""'
+    function_doc = '"""' + "About f. " * 30 + '"""'
+    (tmp_path / "m.py").write_text(f"{module_doc}\ndef f():\n    {function_doc}\n")
     text = prepare_text.module_text(tmp_path / "m.py")
     assert text.startswith("Module text.") and "\n\nAbout f." in text
     (tmp_path / "broken.py").write_text("def (")
     assert prepare_text.module_text(tmp_path / "broken.py") == ""
     files = prepare_text.package_files(["sentencepiece"])
-    assert any("sentencepiece" in path.parts for path in files) and not any("tests" in path.parts for path in files)
+    assert any("sentencepiece" in path.parts for path in files)
+    assert not any("tests" in path.parts for path in files)

@@ -1,4 +1,4 @@
-"""Documents as chunks: against an independent reading of the shards, in bounded memory, and as training batches."""
+"""Documents as chunks: against an independent reading of the shards, and in bounded memory."""
 
 import itertools
 import json
@@ -8,86 +8,95 @@ import sys
 from collections import Counter
 
 import numpy as np
-import pytest
-import torch
-
 import prepare_text
-import train_mdlm as tm
+import pytest
+import reference
+import torch
 from conftest import ROOT, clean_env
 
+import train_mdlm as tm
+
 L, V, BOS, PAD = 16, 50, 1, 51
+CPU = torch.device("cpu")
 
 
 def hp_of(**overrides):
-    values = dict(preset="eos", vocab_size=V, train_seq_len=L, train_batch_tokens=L * 12, num_layers=2, model_dim=16)
-    return tm.Hyperparameters(**(values | dict(num_heads=2, num_kv_heads=2, max_wallclock_seconds=0.0) | overrides))
+    values = dict(preset="eos", vocab_size=V, train_seq_len=L, train_batch_tokens=L * 12)
+    values |= dict(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=2)
+    return tm.Hyperparameters(**(values | dict(max_wallclock_seconds=0.0) | overrides))
+
+
+def write_shards(folder, contents):
+    for number, content in enumerate(contents):
+        prepare_text.write_shard(folder / f"fineweb_train_{number:06d}.bin", np.array(content))
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Five shards of random documents, of 1 to 60 tokens; the second one begins inside a document, one has no <s>."""
+    """Five shards of random documents, of 1 to 60 tokens, and their tokens; the second one begins
+    inside a document, one has no <s>."""
     folder, random = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
-    tokens = []
+    contents = []
     for number, size in enumerate((700, 333, 5, 64, 900)):
         content = random.integers(2, V, size)
         if number != 2:
             content[random.random(size) < 0.05] = BOS
             content[0] = BOS if number != 1 else 7
-        prepare_text.write_shard(folder / f"fineweb_train_{number:06d}.bin", content)
-        tokens.append(content.tolist())
-    return folder, tokens
-
-
-def chunks_of(tokens):
-    """What a reader of the format would do: split before every <s>, then cut from the left."""
-    documents, found = [], []
-    for token in tokens:
-        if token == BOS or not documents:
-            documents.append([])
-        documents[-1].append(token)
-    for document in documents:
-        found += [tuple(document[at : at + L]) for at in range(0, len(document), L)]
-    return found
+        contents.append(content.tolist())
+    write_shards(folder, contents)
+    return folder, contents
 
 
 def test_every_chunk_once_an_epoch_in_shard_after_shard(shards):
     folder, tokens = shards
     stream = tm.DocumentStream(folder, "train", hp_of())
-    by_shard = [chunks_of(part) for part in tokens]
-    total, orders = sum(map(len, by_shard)), []
+    by_shard = [reference.chunks_of(part, L) for part in tokens]
+    total, visits, orders = sum(map(len, by_shard)), [], []
     for epoch in range(3):
         rows = stream.windows(range(epoch * total, (epoch + 1) * total), L)
         assert rows.shape == (total, 1 + L) and (rows[:, 0] == PAD).all()
-        read = [tuple(row[row != PAD].tolist()) for row in rows[:, 1:]]
-        assert all((row[: len(chunk)] != PAD).all() for row, chunk in zip(rows[:, 1:], read, strict=True))
-        at, visited = 0, []
-        while at < total:  # every shard is read to its end before the next one
-            match = [i for i, part in enumerate(by_shard) if Counter(read[at : at + len(part)]) == Counter(part)]
-            assert len(match) == 1 and match[0] not in visited
-            visited += match
-            at += len(by_shard[match[0]])
-        orders.append((visited, read))
-    assert orders[0][0] != orders[1][0] or orders[0][0] != orders[2][0]  # other shards first
-    assert len({tuple(read) for _, read in orders}) == 3
-    assert orders[0][1] != list(itertools.chain(*(by_shard[i] for i in orders[0][0])))  # shuffled within a shard
+        rows = rows[:, 1:]
+        read = [tuple(row[row != PAD].tolist()) for row in rows]
+        for row, chunk in zip(rows, read, strict=True):
+            assert (row[: len(chunk)] != PAD).all()
+        place, visited = 0, []
+        while place < total:  # every shard is read to its end before the next one
+            matches = [
+                number
+                for number, part in enumerate(by_shard)
+                if Counter(read[place : place + len(part)]) == Counter(part)
+            ]
+            assert len(matches) == 1 and matches[0] not in visited
+            visited += matches
+            place += len(by_shard[matches[0]])
+        visits.append(visited)
+        orders.append(read)
+    assert visits[0] != visits[1] or visits[0] != visits[2]  # other shards first
+    assert len(set(map(tuple, orders))) == 3
+    in_order = itertools.chain(*(by_shard[number] for number in visits[0]))
+    assert orders[0] != list(in_order)  # shuffled within a shard
     other = tm.DocumentStream(folder, "train", hp_of(seed=7)).windows(range(total), L)
     assert not torch.equal(other, stream.windows(range(total), L))
 
 
 def test_a_batch_depends_on_seed_and_step_only(shards):
-    """Read before, read afresh, in halves and in single rows: the same batch, across shards and epochs."""
-    hp, cpu, capacity = hp_of(), torch.device("cpu"), 12 * L
+    """Read before, read afresh, in halves and in single rows: the same batch, across shards and
+    epochs."""
+    hp = hp_of()
     worn = tm.DocumentStream(shards[0], "train", hp)
     for step in (0, 3, 9, 40, 2):
         fresh = tm.DocumentStream(shards[0], "train", hp)
-        whole = tm.training_batch(hp, worn, step, range(12), capacity, cpu)
+        whole = tm.training_batch(hp, worn, step, range(12), 12 * L, CPU)
         for size in (6, 1):
             parts = [
-                tm.training_batch(hp, fresh, step, range(at, at + size), size * L, cpu) for at in range(0, 12, size)
+                tm.training_batch(hp, fresh, step, range(first, first + size), size * L, CPU)
+                for first in range(0, 12, size)
             ]
             assert torch.equal(torch.cat([part.z for part in parts]), whole.z)
-            assert torch.equal(torch.cat([part.masked_fraction for part in parts]), whole.masked_fraction)
-            assert sum(part.weights.sum() for part in parts) == pytest.approx(whole.weights.sum().item(), rel=1e-5)
+            shares = torch.cat([part.masked_fraction for part in parts])
+            assert torch.equal(shares, whole.masked_fraction)
+            weights = sum(part.weights.sum() for part in parts)
+            assert weights == pytest.approx(whole.weights.sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("masking", ["bernoulli", "count"])
@@ -95,19 +104,20 @@ def test_pad_and_anchors_are_neither_masked_nor_scored(shards, masking):
     hp = hp_of(masking=masking, loss_weight="flat")
     stream, masked = tm.DocumentStream(shards[0], "train", hp), Counter()
     for step in range(60):
-        numbers = range(step * 12, step * 12 + 12)
-        x0 = stream.windows(numbers, L)[:, 1:]
-        batch = tm.training_batch(hp, stream, step, range(12), 12 * L, torch.device("cpu"))
+        x0 = stream.windows(range(step * 12, step * 12 + 12), L)[:, 1:]
+        batch = tm.training_batch(hp, stream, step, range(12), 12 * L, CPU)
         mask = batch.z == hp.mask_id
         assert torch.equal(torch.where(mask, 0, batch.z), torch.where(mask, 0, x0))
         scored = batch.weights > 0
-        assert mask.sum() == scored.sum() and batch.tokens == (x0 != PAD).sum()
+        assert mask.sum() == scored.sum() and batch.dropped == 0
+        assert batch.tokens == (x0 != PAD).sum()
         assert (batch.weights[scored] == 1).all()
         masked.update(x0[mask].tolist())
         assert torch.equal(batch.targets[scored], x0[mask])
     assert not {BOS, PAD} & masked.keys() and len(masked) > 40
-    loose = tm.apply_noise(hp_of(anchor_bos=False), x0, torch.ones(12), torch.rand(12, L))[0]
-    assert torch.equal(loose, x0 != PAD)
+    everything = torch.ones(12), torch.rand(12, L)
+    mask, _, _ = tm.apply_noise(hp_of(anchor_bos=False), x0, *everything)
+    assert torch.equal(mask, x0 != PAD)
 
 
 def test_the_loss_of_a_uniform_model_is_the_uniform_code_of_the_free_tokens(shards):
@@ -116,31 +126,39 @@ def test_the_loss_of_a_uniform_model_is_the_uniform_code_of_the_free_tokens(shar
     torch.nn.init.zeros_(model.lm_head.weight)
     stream = tm.DocumentStream(shards[0], "train", hp)
     x0 = stream.windows(range(12), L)[:, 1:]
-    batch = tm.training_batch(hp, stream, 0, range(12), 12 * L, torch.device("cpu"))
+    batch = tm.training_batch(hp, stream, 0, range(12), 12 * L, CPU)
     free = ((x0 != PAD) & (x0 != BOS)).sum()
-    assert tm.batch_loss(model, batch).item() == pytest.approx(free.item() * math.log(V), rel=1e-5)
+    expected = free.item() * math.log(V)
+    assert tm.batch_loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_tokens_beyond_the_vocabulary_are_found_where_a_run_gets_first(tmp_path):
-    for number in range(4):
-        prepare_text.write_shard(
-            tmp_path / f"fineweb_train_{number:06d}.bin", np.array([1, 60 if number == 2 else 3, 4])
-        )
-    seeds = {tm.DocumentStream(tmp_path, "train", hp_of(seed=s)).order(0)[0]: s for s in range(40)}
-    tm.DocumentStream(tmp_path, "train", hp_of(seed=seeds[1])).check_tokens(V, first_tokens=3)
-    with pytest.raises(ValueError, match="000002.bin: holds token 60"):
-        tm.DocumentStream(tmp_path, "train", hp_of(seed=seeds[2])).check_tokens(V, first_tokens=3)
+    write_shards(tmp_path, [[1, 60 if number == 2 else 3, 4] for number in range(4)])
+
+    def stream(seed):
+        return tm.DocumentStream(tmp_path, "train", hp_of(seed=seed))
+
+    seeds = {stream(seed).order(0)[0]: seed for seed in range(40)}  # by the shard that comes first
+    stream(seeds[1]).check_tokens(V, first_tokens=3)
+    with pytest.raises(tm.InputError, match="000002.bin: holds token 60"):
+        stream(seeds[2]).check_tokens(V, first_tokens=3)
 
 
 PROBE = """
 import json, resource, sys
 import train_mdlm as tm
+
 hp = tm.Hyperparameters(preset="eos", train_seq_len=512, train_batch_tokens=512 * 64)
+
 def resident():  # of this process at its largest, and all that it has mapped now, in kB
     lines = open("/proc/self/status").read().split("\\n")
-    return [int(line.split()[1]) for name in ("VmHWM", "VmSize") for line in lines if line.startswith(name)]
-documents = sys.argv[2] == "documents"
-stream = tm.DocumentStream(sys.argv[1], "train", hp) if documents else tm.TokenStream(sys.argv[1], "train")
+    return [int(line.split()[1]) for name in ("VmHWM", "VmSize") for line in lines
+            if line.startswith(name)]
+
+if sys.argv[2] == "documents":
+    stream = tm.DocumentStream(sys.argv[1], "train", hp)
+else:
+    stream = tm.TokenStream(sys.argv[1], "train")
 stream.windows(range(64), 512)  # what the first batch needs of any stream
 peak, size = resident()
 resource.setrlimit(resource.RLIMIT_AS, (1024 * (size + 40_000),) * 2)
@@ -156,10 +174,10 @@ print(json.dumps(dict(grown=resident()[0] - peak, tokens=tokens, files=len(strea
 
 @pytest.mark.parametrize("kind", ["documents", "ring"])
 def test_a_hundred_shards_take_the_memory_of_one(tmp_path, kind):
-    """100 shards of 1 MB are read once under a limit of 40 MB more address space than the first batch took."""
+    """100 shards of 1 MB are read once with 40 MB more address space than the first batch took."""
     content = np.random.default_rng(0).integers(2, 1024, 500_000)
     content[::700] = BOS
-    prepare_text.write_shard(tmp_path / "fineweb_train_000000.bin", content)
+    write_shards(tmp_path, [content])
     first = tmp_path / "fineweb_train_000000.bin"
     for number in range(1, 100):
         (tmp_path / f"fineweb_train_{number:06d}.bin").write_bytes(first.read_bytes())

@@ -1,17 +1,17 @@
-"""Damaged and hostile files: each is used, or refused with one line; nothing is executed, nothing written elsewhere."""
+"""Damaged and hostile files: each is used, or refused with one line, and nothing is executed."""
 
 import json
 import random
 from pathlib import Path
 
+import fetch_fineweb
 import numpy as np
+import prepare_text
 import pytest
 import torch
-
-import fetch_fineweb
-import prepare_text
-import train_mdlm as tm
 from conftest import prepare_tiny, tiny_hp
+
+import train_mdlm as tm
 
 
 def mutate(data: bytes, g: random.Random) -> bytes:
@@ -40,16 +40,26 @@ def outcome(action) -> str:
         return str(error)
 
 
+def validation(data_path, tokenizer_path):
+    """Opens a validation split with a tokenizer of 384 pieces; its `outcome`."""
+    paths = dict(data_path=str(data_path), tokenizer_path=str(tokenizer_path))
+    hp = tm.Hyperparameters(vocab_size=384, train_seq_len=32, **paths)
+
+    def open_all():
+        tokenizer = tm.load_tokenizer(hp.tokenizer_path, hp.vocab_size)
+        tm.open_validation(hp, tokenizer, tm.build_sentencepiece_luts(tokenizer, hp.vocab_size))
+
+    return outcome(open_all)
+
+
 def test_tokenizers(tiny_env, tmp_path):
     """Those that are used make, of the validation split, what it holds."""
-    path, raw, g = tmp_path / "t.model", Path(tiny_env["TOKENIZER_PATH"]).read_bytes(), random.Random(0)
+    raw, g = Path(tiny_env["TOKENIZER_PATH"]).read_bytes(), random.Random(0)
+    path = tmp_path / "t.model"
     found = []
     for _ in range(150):
         path.write_bytes(mutate(raw, g))
-        hp = tm.Hyperparameters(
-            vocab_size=384, train_seq_len=32, data_path=tiny_env["DATA_PATH"], tokenizer_path=str(path)
-        )
-        found.append(outcome(lambda hp=hp: tm.open_validation(hp, torch.device("cpu"))))
+        found.append(validation(tiny_env["DATA_PATH"], path))
     assert 100 < sum("there is no SentencePiece model" in text for text in found) < 150
 
 
@@ -57,94 +67,86 @@ def test_the_tokenizer_of_another_text(tiny_env, tmp_path):
     """Of the same size, so only what it makes of the text tells."""
     files = [tmp_path / f"{n:02d}.txt" for n in range(12)]
     for n, path in enumerate(files):
-        path.write_text("\n".join(f"{k * k} {k:x} QUARTZ fjord {k}" for k in range(n * 300, n * 300 + 300)))
+        lines = (f"{k * k} {k:x} QUARTZ fjord {k}" for k in range(n * 300, n * 300 + 300))
+        path.write_text("\n".join(lines))
     prepare_tiny(files, tmp_path)
     other = next(tmp_path.rglob("*.model"))
-    hp = tm.Hyperparameters(
-        vocab_size=384, train_seq_len=32, data_path=tiny_env["DATA_PATH"], tokenizer_path=str(other)
-    )
-    assert "is not the tokenizer that made" in outcome(lambda: tm.open_validation(hp, torch.device("cpu")))
-    # tokens that are as frequent as by chance are no text: a benchmark's, which no tokenizer made
-    rng = np.random.default_rng(0)
-    prepare_text.write_shard(tmp_path / "fineweb_val_000000.bin", rng.integers(3, 384, 20_000))
-    hp = tm.Hyperparameters(vocab_size=384, train_seq_len=32, data_path=str(tmp_path), tokenizer_path=str(other))
-    assert outcome(lambda: tm.open_validation(hp, torch.device("cpu"))) == "used"
+    assert "is not the tokenizer that made" in validation(tiny_env["DATA_PATH"], other)
+    # Tokens that are as frequent as by chance are no text: a benchmark's, which no tokenizer made.
+    tokens = np.random.default_rng(0).integers(3, 384, 20_000)
+    prepare_text.write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
+    assert validation(tmp_path, other) == "used"
 
 
 def test_shards(tmp_path):
     path, g, found = tmp_path / "fineweb_val_000000.bin", random.Random(0), []
     prepare_text.write_shard(path, np.arange(300) % 50)
     raw = path.read_bytes()
+
+    def read():
+        stream = tm.TokenStream(tmp_path, "val")
+        stream.check_tokens(50)
+        assert stream.windows(range(stream.count_windows(8)), 8).max() < 50
+
     for n in range(400):
-        head = mutate(raw[:16], g) if n % 2 else raw[:16]
-        path.write_bytes(head + (raw[16:] if n % 2 else mutate(raw[16:], g)))
-
-        def read():
-            stream = tm.TokenStream(tmp_path, "val")
-            stream.check_tokens(50)
-            assert stream.windows(range(stream.count_windows(8)), 8).max() < 50
-
+        head, rest = raw[:16], raw[16:]
+        path.write_bytes(mutate(head, g) + rest if n % 2 else head + mutate(rest, g))
         found.append(outcome(read))
     assert len(set(found)) > 3 and 300 < sum(text != "used" for text in found) < 400
     assert all("fineweb_val_000000.bin" in text for text in found if text != "used")
 
 
+STATS = {"files_train": 2, "files_val": 1, "tokens_val": 9}
+MANIFEST = {
+    "datasets": [{"name": "fineweb10B_sp1024", "tokenizer_name": "t", "stats": STATS}],
+    "tokenizers": [{"name": "t", "model_path": "tokenizers/t.model"}],
+}
+ODD = [None, -1, 0, 10**30, 1.5, True, [], {}, "", "9" * 400, "x\0y"]
+ODD += ["..", "../../x", "/etc/x", "a\\..\\b", "a/../../b"]
+
+
+def poison(value, g: random.Random):
+    """`value`, a part of a manifest, with something odd somewhere in it."""
+    if isinstance(value, dict):
+        key = g.choice([*value, *value, "name"])
+        return value | {key: g.choice(ODD) if g.random() < 0.5 else poison(value.get(key), g)}
+    if isinstance(value, list) and value and g.random() < 0.8:
+        return [poison(value[0], g)]
+    return g.choice(ODD)
+
+
 def test_manifests(tmp_path):
-    """As JSON with anything anywhere, and as bytes; whatever is asked for stays below the data folder."""
-    stats = {"files_train": 2, "files_val": 1, "tokens_val": 9}
-    manifest = {
-        "datasets": [{"name": "fineweb10B_sp1024", "tokenizer_name": "t", "stats": stats}],
-        "tokenizers": [{"name": "t", "model_path": "tokenizers/t.model"}],
-    }
-    odd = [
-        None,
-        -1,
-        0,
-        10**30,
-        1.5,
-        "",
-        "..",
-        "../../x",
-        "/etc/x",
-        "a\\..\\b",
-        "a/../../b",
-        "x\0y",
-        [],
-        {},
-        True,
-        "9" * 400,
-    ]
+    """As JSON with anything anywhere, and as bytes; nothing outside the data folder is fetched."""
+    manifest, shard = tmp_path / "manifest.json", tmp_path / "shard.bin"
+    prepare_text.write_shard(shard, np.arange(9))
     g, asked = random.Random(0), []
 
     class Fetcher(fetch_fineweb.Fetcher):
         def fetch(self, relative, verify, refresh=False):
             target = self.local(relative)
             if relative == "manifest.json":
-                verify(tmp_path / "manifest.json")
-                return tmp_path / "manifest.json"
+                verify(manifest)
+                return manifest
             assert target.resolve().is_relative_to((tmp_path / "out").resolve())
             asked.append(relative)
             assert len(asked) < 100_000
-            prepare_text.write_shard(tmp_path / "shard.bin", np.arange(9))
-            verify(tmp_path / "shard.bin")
-            return tmp_path / "shard.bin"
-
-    def poison(value):
-        if isinstance(value, dict):
-            key = g.choice([*value, *value, "name"])
-            return value | {key: g.choice(odd) if g.random() < 0.5 else poison(value.get(key))}
-        if isinstance(value, list) and value and g.random() < 0.8:
-            return [poison(value[0])]
-        return g.choice(odd)
+            verify(shard)
+            return shard
 
     used = 0
     for n in range(600):
-        raw = json.dumps(poison(manifest) if n % 3 else manifest).encode()
-        (tmp_path / "manifest.json").write_bytes(raw if n % 3 else mutate(raw, g))
+        raw = json.dumps(poison(MANIFEST, g) if n % 3 else MANIFEST).encode()
+        manifest.write_bytes(raw if n % 3 else mutate(raw, g))
         asked.clear()
         fetcher = Fetcher("repo", "root", tmp_path / "out", lambda line: None)
         used += outcome(lambda f=fetcher: fetch_fineweb.fetch_variant(f, "sp1024", 1)) == "used"
     assert 20 < used < 500
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "nul", '{"datasets": 3}'])
+def test_a_text_that_is_no_manifest(tmp_path, text):
+    (tmp_path / "m.json").write_text(text)
+    assert "not a manifest" in outcome(lambda: fetch_fineweb.read_manifest(tmp_path / "m.json"))
 
 
 def test_checkpoints(tiny_env, tmp_path, monkeypatch):
@@ -153,25 +155,24 @@ def test_checkpoints(tiny_env, tmp_path, monkeypatch):
     hp = tiny_hp(run_id="f", vocab_size=384, train_seq_len=32, train_batch_tokens=512)
     stream = tm.TokenStream(tiny_env["DATA_PATH"], "train")
     lines = []
-    trainer = tm.Trainer(hp, stream, torch.device("cpu"))
-    trainer.at.step = 3
+
+    def new_trainer():
+        return tm.Trainer(hp, stream, torch.device("cpu"), lines.append)
+
+    trainer = new_trainer()
+    trainer.progress.step = 3
     trainer.optimizer.counts[0] = 3
-    trainer.save(lines.append)
+    trainer.save()
     path = next(Path("logs").glob("f.*.ckpt"))
     raw, g = path.read_bytes(), random.Random(0)
     for _ in range(100):
         path.write_bytes(mutate(raw, g))
-        before = len(lines)
-        other = tm.Trainer(hp, stream, torch.device("cpu"))
-        other.resume(lines.append)
-        assert other.at.step == 0 and lines[before].startswith(f"skipped:{path}: damaged")
-        assert not path.exists() and Path(f"{path}.damaged").exists()  # it does not count as one of the last two
+        lines.clear()
+        other = new_trainer()
+        other.resume()
+        assert other.progress.step == 0 and lines[0].startswith(f"skipped:{path}: damaged")
+        # Under another name, so that it does not count as one of the last two.
+        assert not path.exists() and Path(f"{path}.damaged").exists()
     path.write_bytes(raw)
-    other.resume(lines.append)
-    assert other.at.step == 3 and lines[-1].startswith(f"resumed:{path} step:3/")
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "nul", '{"datasets": 3}'])
-def test_a_text_that_is_no_manifest(tmp_path, text):
-    (tmp_path / "m.json").write_text(text)
-    assert "not a manifest" in outcome(lambda: fetch_fineweb.read_manifest(tmp_path / "m.json"))
+    other.resume()
+    assert other.progress.step == 3 and lines[-1].startswith(f"resumed:{path} step:3/")

@@ -1,13 +1,13 @@
-"""Configuration: presets, the environment, messages for people."""
+"""Configuration: presets, the environment, what SCORES says, help and messages for people."""
 
 import dataclasses
 import subprocess
 import sys
 
 import pytest
+from conftest import ROOT, clean_env, run_python
 
 import train_mdlm as tm
-from conftest import ROOT, clean_env, run_python
 
 PUBLISHED_COMMAND = dict(
     NUM_LAYERS="8",
@@ -24,8 +24,9 @@ PUBLISHED_COMMAND = dict(
 
 
 def test_published_command_of_pr_1699_is_the_default_system_run_longer():
-    published, default = tm.Hyperparameters.from_env(PUBLISHED_COMMAND), tm.Hyperparameters()
-    differing = {f.name for f in dataclasses.fields(default) if getattr(published, f.name) != getattr(default, f.name)}
+    published = vars(tm.Hyperparameters.from_env(PUBLISHED_COMMAND))
+    default = vars(tm.Hyperparameters())
+    differing = {name for name in default if published[name] != default[name]}
     assert differing == {"iterations", "max_wallclock_seconds", "final_eval_t_samples"}
 
 
@@ -38,64 +39,97 @@ def test_preset_then_overrides():
         hp.num_layers = 5
 
 
+def test_what_follows_from_the_objective():
+    for objective, causal, rows, offsets, headline in (
+        ("mdlm", False, 1025, [-2, -1, 1, 2], "nelbo"),
+        ("ar", True, 1024, [-2, -1], "ar"),
+    ):
+        hp = tm.Hyperparameters(objective=objective, neighbors=2)
+        assert hp.causal is causal and hp.embedding_rows == rows
+        assert hp.neighbor_offsets == offsets and hp.headline == headline
+    assert tm.Hyperparameters(doc_chunks=True).embedding_rows == 1026
+
+
+# ---- Wrong values
+
+
 @pytest.mark.parametrize(
-    "env, message",
+    "given, message",
     [
-        ({"NUM_KV_HEADS": "3"}, "NUM_KV_HEADS=3 must divide NUM_HEADS=8"),
-        ({"NUM_HEADS": "7"}, "NUM_HEADS=7 must divide MODEL_DIM=576"),
-        ({"NUM_HEADS": "64", "NUM_KV_HEADS": "64"}, "must be even"),
-        ({"NUM_LAYERS": "8.5"}, "NUM_LAYERS=8.5 is not a whole number"),
-        ({"NUM_LAYERS": "0"}, "NUM_LAYERS=0 is not between 1 and 200"),
-        ({"NUM_LAYERS": ""}, "NUM_LAYERS= is not a whole number"),
-        ({"BETA2": "1"}, "BETA2=1.0 is not between"),
-        ({"SEED": str(2**70)}, "is not between 0 and"),
-        ({"EMA_DECAY": "nan"}, "EMA_DECAY=nan is not a number"),
-        ({"EMA_DECAY": "1.5"}, "EMA_DECAY=1.5 is not between 0 and 1"),
-        ({"TIE_EMBEDDINGS": "yes"}, "TIE_EMBEDDINGS=yes is not 0 or 1"),
-        ({"PRESET": "mdml"}, "PRESET=mdml is not one of mdlm, mdlm16, golf, llada, eos, ar, demo"),
-        ({"PACK": "gzip"}, "PACK=gzip is not one of auto, zlib, huffman, lzma, zstd"),
-        ({"MASK_EPS": "0.5", "MASK_MAX": "0.5"}, "MASK_EPS=0.5 must be smaller than MASK_MAX=0.5"),
+        ("NUM_KV_HEADS=3", "NUM_KV_HEADS=3 must divide NUM_HEADS=8"),
+        ("NUM_HEADS=7", "NUM_HEADS=7 must divide MODEL_DIM=576"),
+        ("NUM_HEADS=64 NUM_KV_HEADS=64", "must be even"),
+        ("NUM_LAYERS=8.5", "NUM_LAYERS=8.5 is not a whole number"),
+        ("NUM_LAYERS=0", "NUM_LAYERS=0 is not between 1 and 200"),
+        ("NUM_LAYERS=", "NUM_LAYERS= is not a whole number"),
+        ("BETA2=1", "BETA2=1.0 is not between"),
+        (f"SEED={2**70}", "is not between 0 and"),
+        ("EMA_DECAY=nan", "EMA_DECAY=nan is not a number"),
+        ("EMA_DECAY=1.5", "EMA_DECAY=1.5 is not between 0 and 1"),
+        ("TIE_EMBEDDINGS=yes", "TIE_EMBEDDINGS=yes is not 0 or 1"),
+        ("PRESET=mdml", "PRESET=mdml is not one of mdlm, mdlm16, golf, llada, eos, ar, demo"),
+        ("PACK=gzip", "PACK=gzip is not one of auto, zlib, huffman, lzma, zstd"),
+        ("MASK_EPS=0.5 MASK_MAX=0.5", "MASK_EPS=0.5 must be smaller than MASK_MAX=0.5"),
         (
-            {"OBJECTIVE": "ar", "ANCHOR_BOS": "1"},
-            "OBJECTIVE=ar does not go with BACKBONE=unet DOC_CHUNKS=0 ANCHOR_BOS=1",
+            "OBJECTIVE=ar ANCHOR_BOS=1",
+            "OBJECTIVE=ar needs BACKBONE=unet DOC_CHUNKS=0 ANCHOR_BOS=0",
         ),
-        ({"PRESET": "llada", "OBJECTIVE": "ar"}, "OBJECTIVE=ar does not go with BACKBONE=dit"),
-        ({"RUN_ID": "../x"}, "RUN_ID=../x: letters"),
+        ("PRESET=llada OBJECTIVE=ar", "OBJECTIVE=ar needs BACKBONE=unet"),
+        ("RUN_ID=../x", "RUN_ID=../x: letters"),
     ],
 )
-def test_wrong_values_are_one_clear_line(env, message):
-    with pytest.raises(ValueError) as caught:
+def test_wrong_values_are_one_clear_line(given, message):
+    env = dict(item.split("=", 1) for item in given.split())
+    with pytest.raises(tm.InputError) as caught:
         tm.Hyperparameters.from_env(env)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_wrong_python_values():
-    with pytest.raises(ValueError, match=r"num_layer \(did you mean num_layers\?\)"):
+    with pytest.raises(tm.InputError, match=r"num_layer \(did you mean num_layers\?\)"):
         tm.Hyperparameters(num_layer=2)
-    with pytest.raises(ValueError, match="NUM_LAYERS=2.0"):
+    with pytest.raises(tm.InputError, match="NUM_LAYERS=2.0"):
         tm.Hyperparameters(num_layers=2.0)
-    with pytest.raises(ValueError, match="NUM_LAYERS=True"):
+    with pytest.raises(tm.InputError, match="NUM_LAYERS=True"):
         tm.Hyperparameters(num_layers=True)
 
 
 def test_near_misses_name_what_was_probably_meant():
-    warnings = tm.near_misses({"NUM_LAYER": "3", "ITERATION": "5", "NUM_LAYERS": "3", "HOME": "/", "LANG": "C"})
-    assert warnings == [
+    env = {"NUM_LAYER": "3", "ITERATION": "5", "NUM_LAYERS": "3", "HOME": "/", "LANG": "C"}
+    assert tm.near_misses(env) == [
         "warning: environment variable ITERATION is not read (did you mean ITERATIONS?)",
         "warning: environment variable NUM_LAYER is not read (did you mean NUM_LAYERS?)",
     ]
 
 
-def test_help_lists_every_hyperparameter_with_its_presets():
-    text = run_python("train_mdlm.py", "--help", cwd=ROOT).stdout
-    for spec in dataclasses.fields(tm.Hyperparameters):
-        assert f"    {spec.name.upper()}=" in text and spec.metadata["meaning"] in text
-    assert "ar: 0.04" in text and "demo: 4" in text
+def test_a_near_miss_is_told_of_before_the_error_that_it_explains(
+    tiny_env, tmp_path, monkeypatch, script
+):
+    monkeypatch.chdir(tmp_path)
+    env = {name.replace("DATA_PATH", "DATA_PTH"): value for name, value in tiny_env.items()}
+    done = script(**env)
+    warning, error = done.stderr.splitlines()
+    assert warning == "warning: environment variable DATA_PTH is not read (did you mean DATA_PATH?)"
+    assert error.startswith("train_mdlm.py: error: no val shards in DATA_PATH=./data/datasets/")
+    assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
+
+
+def test_a_near_miss_is_in_the_log_too(tiny_env, tmp_path, monkeypatch, script):
+    monkeypatch.chdir(tmp_path)
+    done = script(RUN_ID="near", MATRIX_LRS="0.1", **tiny_env | dict(ITERATIONS="1"))
+    warning = "warning: environment variable MATRIX_LRS is not read (did you mean MATRIX_LR?)\n"
+    assert done.returncode == 0 and done.stderr == warning and warning not in done.stdout
+    assert (tmp_path / "logs/near.txt").read_text(encoding="utf-8").count(warning) == 1
 
 
 @pytest.mark.parametrize(
     "arguments, env",
-    [([], {"NUM_KV_HEADS": "3"}), (["--lr", "1"], {}), ([], {"EVAL_ONLY": "x"}), ([], {"DATA_PATH": "nowhere"})],
+    [
+        ([], {"NUM_KV_HEADS": "3"}),
+        (["--lr", "1"], {}),
+        ([], {"EVAL_ONLY": "x"}),
+        ([], {"DATA_PATH": "nowhere"}),
+    ],
 )
 def test_user_errors_exit_with_2_and_no_traceback(arguments, env, tmp_path):
     done = run_python("train_mdlm.py", *arguments, cwd=tmp_path, check=False, **env)
@@ -105,11 +139,127 @@ def test_user_errors_exit_with_2_and_no_traceback(arguments, env, tmp_path):
 
 
 def test_import_has_no_side_effect(tmp_path):
+    env = dict(PYTHONPATH=str(ROOT), PYTHONDONTWRITEBYTECODE="1")
     done = subprocess.run(
         [sys.executable, "-c", "import train_mdlm; print(train_mdlm.Hyperparameters().preset)"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        env=clean_env(PYTHONPATH=str(ROOT), PRESET="nonsense", NUM_LAYERS="-1", PYTHONDONTWRITEBYTECODE="1"),
+        env=clean_env(**env, PRESET="nonsense", NUM_LAYERS="-1"),
     )
     assert done.stdout == "mdlm\n" and done.stderr == "" and not list(tmp_path.iterdir())
+
+
+# ---- Help
+
+
+def collapsed(text):
+    return " ".join(text.split())
+
+
+def test_help_lists_every_hyperparameter_with_its_presets(script):
+    done = script("--help")
+    text = done.stdout
+    assert done.returncode == 0 and not done.stderr and text.startswith(tm.__doc__.strip())
+    assert script("-h").stdout == text and max(map(len, text.splitlines())) <= 120
+    knobs = text.removeprefix(tm.__doc__.strip())
+    for spec in dataclasses.fields(tm.Hyperparameters):
+        assert knobs.count(f"\n    {spec.name.upper()}=") == 1
+        assert collapsed(spec.metadata["meaning"]) in collapsed(knobs)
+        assert " | ".join(tm.choices_of(spec)) in collapsed(knobs)
+    assert "ar: 0.04" in knobs and "demo: 4" in knobs
+
+
+@pytest.mark.parametrize("group", tm.GROUPS)
+def test_help_on_a_group_is_a_screen_about_this_group_only(script, group):
+    done = script("--help", group)
+    title, *lines = done.stdout.splitlines()
+    assert done.returncode == 0 and not done.stderr
+    assert title == f"{group}: {tm.GROUPS[group]}"
+    assert len(lines) < 48 and max(map(len, lines)) <= 120
+    knobs = [line[4:].partition("=")[0] for line in lines if line[4] != " "]
+    specs = dataclasses.fields(tm.Hyperparameters)
+    assert knobs == [spec.name.upper() for spec in specs if spec.metadata["group"] == group]
+
+
+def test_every_knob_is_in_a_group():
+    specs = dataclasses.fields(tm.Hyperparameters)
+    assert list(dict.fromkeys(spec.metadata["group"] for spec in specs)) == list(tm.GROUPS)
+    assert set(tm.RESULT_GROUPS) < tm.GROUPS.keys()
+
+
+def test_help_on_an_unknown_group_is_one_line(script):
+    done = script("--help", "nonsense")
+    assert done.returncode == 2 and not done.stdout and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("train_mdlm.py: error: --help nonsense: ")
+    assert all(group in done.stderr for group in tm.GROUPS)
+
+
+# ---- What SCORES says
+
+
+def scores(text, **overrides):
+    return tm.final_scores(tm.Hyperparameters(scores=text, **overrides))
+
+
+@pytest.mark.parametrize(
+    "text, requested",
+    [
+        ("", {}),
+        ("nelbo,l2r", {"nelbo": None, "l2r": None}),
+        ("l2r:8", {"l2r": 8}),
+        ("l2r:0", {"l2r": 0}),
+        (" l2r : 8 , tstep:500,", {"l2r": 8, "tstep": 500}),
+        ("l2r:4,l2r:8", {"l2r": 8}),
+        ("ar:3", {"ar": 3}),  # of the other objective: known, and left out when it comes to it
+    ],
+)
+def test_scores_are_names_with_numbers_of_windows(text, requested):
+    assert tm.Hyperparameters(scores=text).requested_scores == requested
+
+
+@pytest.mark.parametrize("text", ["l2r:", "l2r:x", "l2r:-1", "l2r:1.5", "l2r:8:8", "nelbo,l2r: "])
+def test_a_number_of_windows_is_a_number(text):
+    with pytest.raises(tm.InputError, match="number of windows") as caught:
+        tm.Hyperparameters(scores=text)
+    assert str(caught.value).startswith(f"SCORES={text}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["r2l", "nelbo,r2l:8", "L2R", "nelbo l2r", "l2r;nelbo"])
+def test_an_unknown_score_is_refused(text):
+    with pytest.raises(tm.InputError, match=" is not one of nelbo, l2r, .*, ar") as caught:
+        tm.Hyperparameters(scores=text)
+    assert str(caught.value).startswith(f"SCORES={text}: ")
+
+
+def test_the_headline_comes_first_with_the_windows_of_its_knob():
+    assert scores("") == {"nelbo": 0}
+    assert scores("l2r:8,nelbo") == {"nelbo": 0, "l2r": 8}
+    assert list(scores("l2r:8,nelbo")) == ["nelbo", "l2r"]
+    assert scores("nelbo", final_eval_max_seqs=40) == {"nelbo": 40}
+    assert scores("nelbo:16", final_eval_max_seqs=40) == {"nelbo": 16}
+    assert scores("nelbo:0", final_eval_max_seqs=40) == {"nelbo": 0}
+
+
+def test_other_scores_have_a_default_number_of_windows():
+    found = scores("nelbo,l2r,sliding,confidence,random,tstep,tgrid", final_eval_max_seqs=40)
+    windows = dict(l2r=512, sliding=4096, confidence=256, random=256, tstep=1024, tgrid=256)
+    assert found == {"nelbo": 40} | windows
+    assert {name: row.windows for name, row in tm.ESTIMATORS["mdlm"].items()} == (
+        {"nelbo": 0} | windows
+    )
+
+
+def test_the_published_knob_adds_the_published_grid():
+    """FINAL_EVAL_T_SAMPLES, with as many windows as the headline; SCORES may say another number."""
+    grid = dict(final_eval_t_samples=256)
+    assert scores("l2r:8", **grid) == {"nelbo": 0, "l2r": 8, "tgrid": 0}
+    assert scores("", final_eval_max_seqs=40, **grid) == {"nelbo": 40, "tgrid": 40}
+    assert scores("tgrid:7", final_eval_max_seqs=40, **grid) == {"nelbo": 40, "tgrid": 7}
+    assert "tgrid" not in scores("", objective="ar", **grid)
+
+
+def test_scores_of_the_other_objective_are_left_out():
+    assert scores("nelbo,l2r:3,sliding:5", objective="ar") == {"ar": 0, "sliding": 5}
+    assert scores("ar:3,l2r:4") == {"nelbo": 0, "l2r": 4}
+    assert scores("ar:3", objective="ar", final_eval_max_seqs=40) == {"ar": 3}

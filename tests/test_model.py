@@ -1,63 +1,21 @@
 """The forward pass against the equations written out in float64, and the published shapes."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+import reference
 import torch
-
-import train_mdlm as tm
 from conftest import random_model, tiny_hp
 
-
-def rms(x):
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + tm.NORM_EPS)
+import train_mdlm as tm
 
 
-def rotate(x, base):
-    """x (L, head_dim): pairs (i, i + half) turned by position · base^(−2i/head_dim)."""
-    length, dim = x.shape
-    angle = np.arange(length)[:, None] * base ** (-np.arange(0, dim, 2) / dim)
-    turned = (x[:, : dim // 2] + 1j * x[:, dim // 2 :]) * np.exp(-1j * angle)
-    return np.concatenate([turned.real, turned.imag], axis=1)
+def parameters_of(model):
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
-def reference_logits(model, z):
-    """Logits (L, V) of one sequence, from the state dict, in float64."""
-    hp, w = model.hp, {name: value.double().numpy() for name, value in model.state_dict().items()}
-    x = rms(w["tok_emb.weight"][z])
-    for i in range(len(z)):
-        for offset in range(-hp.neighbors, 1 if hp.objective == "ar" else hp.neighbors + 1):
-            if offset and 0 <= i + offset < len(z):
-                x[i] += w[f"near.{offset}.weight"][z[i + offset]]
-    x_emb = x
-    encoder, skips = hp.num_layers // 2, []
-    for i in range(hp.num_layers):
-
-        def p(name, i=i):
-            return w[f"blocks.{i}.{name}"]
-
-        if i >= encoder and skips:
-            x = x + w["skip_weights"][i - encoder] * skips.pop()
-        x = p("resid_mix")[0] * x + p("resid_mix")[1] * x_emb
-        h, heads = rms(x), []
-        for head in range(hp.num_heads):
-            kv, d = head * hp.num_kv_heads // hp.num_heads, hp.head_dim
-            q = (
-                rotate(rms(h @ p("attn.c_q.weight")[head * d : (head + 1) * d].T), hp.rope_base)
-                * p("attn.q_gain")[head]
-            )
-            k = rotate(rms(h @ p("attn.c_k.weight")[kv * d : (kv + 1) * d].T), hp.rope_base)
-            scores = q @ k.T / np.sqrt(d)
-            if hp.objective == "ar":
-                scores = np.where(np.tri(len(z), dtype=bool), scores, -np.inf)
-            weights = np.exp(scores - scores.max(-1, keepdims=True))
-            heads.append(weights / weights.sum(-1, keepdims=True) @ (h @ p("attn.c_v.weight")[kv * d : (kv + 1) * d].T))
-        x = x + p("attn_scale") * (np.concatenate(heads, 1) @ p("attn.proj.weight").T)
-        x = x + p("mlp_scale") * (np.maximum(rms(x) @ p("mlp.fc.weight").T, 0) ** 2 @ p("mlp.proj.weight").T)
-        if i < encoder:
-            skips.append(x)
-    head = w["tok_emb.weight"][: hp.vocab_size] if hp.tie_embeddings else w["lm_head.weight"]
-    logits = rms(x) @ head.T
-    return hp.logit_softcap * np.tanh(logits / hp.logit_softcap) if hp.logit_softcap else logits
+# ---- U-Net
 
 
 @pytest.mark.parametrize(
@@ -76,31 +34,21 @@ def reference_logits(model, z):
     ],
 )
 def test_forward_equals_the_equations_in_float64(overrides):
-    hp = tm.Hyperparameters(
-        **(
-            dict(
-                vocab_size=11,
-                train_seq_len=9,
-                train_batch_tokens=9,
-                num_layers=3,
-                model_dim=24,
-                num_heads=4,
-                num_kv_heads=2,
-            )
-            | overrides
-        )
-    )
+    shape = dict(vocab_size=11, train_seq_len=9, train_batch_tokens=9)
+    shape |= dict(num_layers=3, model_dim=24, num_heads=4, num_kv_heads=2)
+    hp = tm.Hyperparameters(**(shape | overrides))
     model = random_model(hp, scale=0.3)
-    z = torch.randint(0, 11 + (hp.objective == "mdlm"), (2, 9), generator=torch.Generator().manual_seed(1))
+    tokens = hp.vocab_size + (hp.objective == "mdlm")
+    z = torch.randint(0, tokens, (2, 9), generator=torch.Generator().manual_seed(1))
     logits = model(z, torch.tensor([0.5, 0.5]))
     assert logits.shape == (2, 9, 11) and logits.dtype == torch.float32
-    for row, ids in zip(logits.detach().numpy(), z.numpy()):
-        np.testing.assert_allclose(row, reference_logits(model, ids), atol=1e-4)
+    for row, ids in zip(logits.detach().numpy(), z.numpy(), strict=True):
+        np.testing.assert_allclose(row, reference.unet_logits(model, ids), atol=1e-4)
 
 
 def test_published_shapes_and_names():
     model = tm.build_model(tm.Hyperparameters())
-    assert sum(p.numel() for p in model.parameters()) == 19_190_656  # PR 1699
+    assert parameters_of(model) == 19_190_656  # PR 1699
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     block = {
         "attn.c_q.weight": (576, 576),
@@ -118,8 +66,9 @@ def test_published_shapes_and_names():
     assert shapes == expected | {"tok_emb.weight": (1025, 576), "skip_weights": (4, 576)}
     assert set(model.state_dict()) == set(shapes)
     baseline = tm.build_model(tm.Hyperparameters(preset="ar"))
-    assert sum(p.numel() for p in baseline.parameters()) == 17_059_912  # the challenge's 9 layers of 512
-    assert baseline.tok_emb.weight.shape == (1024, 512) and baseline.skip_weights.shape == (4, 512)
+    assert parameters_of(baseline) == 17_059_912  # the challenge's 9 layers of 512
+    assert baseline.tok_emb.weight.shape == (1024, 512)
+    assert baseline.skip_weights.shape == (4, 512)
 
 
 def test_initial_weights_depend_on_the_seed_only():
@@ -127,9 +76,8 @@ def test_initial_weights_depend_on_the_seed_only():
     before = torch.random.get_rng_state()
     a, b, c = (tm.build_model(tiny_hp(seed=seed)).state_dict() for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert all(torch.equal(a[name], b[name]) for name in a) and not torch.equal(
-        a["tok_emb.weight"], c["tok_emb.weight"]
-    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["tok_emb.weight"], c["tok_emb.weight"])
 
 
 def test_causal_model_does_not_look_ahead_and_mdlm_does():
@@ -143,19 +91,19 @@ def test_causal_model_does_not_look_ahead_and_mdlm_does():
 @pytest.mark.parametrize("backbone", ["unet", "dit"])
 def test_neighbours_start_as_nothing_and_reach_as_far_as_they_are_told(backbone):
     hp = tiny_hp(backbone=backbone, neighbors=2, objective="mdlm")
-    model, without = tm.build_model(hp), tm.build_model(tm.dataclasses.replace(hp, neighbors=0))
+    model, without = map(tm.build_model, (hp, dataclasses.replace(hp, neighbors=0)))
     assert not any(name.startswith("near") for name in without.state_dict())
     z = torch.tensor([[0, 1, 2, 0, 1, 2, 0]])
     told = torch.tensor([0.5])
     assert torch.equal(model(z, told), without(z, told))
     assert sorted(model.near) == ["-1", "-2", "1", "2"]
-    rows = {tuple(e.weight.shape) for e in model.near.values()}
-    assert rows == {(hp.vocab_size + 1, hp.model_dim)}
+    shapes = {tuple(table.weight.shape) for table in model.near.values()}
+    assert shapes == {(hp.vocab_size + 1, hp.model_dim)}
     for block in model.blocks:  # what is left is the input
         for branch in (block.attn, block.mlp):
             torch.nn.init.zeros_(branch.proj.weight)
-    for embedding in model.near.values():
-        torch.nn.init.normal_(embedding.weight)
+    for table in model.near.values():
+        torch.nn.init.normal_(table.weight)
     other = z.clone()
     other[0, 3] = 1
     moved = (model(z, told) != model(other, told)).any(-1)[0]
@@ -163,86 +111,72 @@ def test_neighbours_start_as_nothing_and_reach_as_far_as_they_are_told(backbone)
 
 
 def test_bfloat16_activations_stay_close():
-    model = random_model(
-        tm.Hyperparameters(vocab_size=50, train_seq_len=16, train_batch_tokens=16, num_layers=2, model_dim=64),
-        scale=0.02,
-    )
+    shape = dict(vocab_size=50, train_seq_len=16, train_batch_tokens=16)
+    model = random_model(tm.Hyperparameters(num_layers=2, model_dim=64, **shape), scale=0.02)
     z = torch.randint(0, 51, (2, 16), generator=torch.Generator().manual_seed(0))
     exact = model(z)
     model.compute_dtype = torch.bfloat16
     assert (model(z) - exact).abs().max() < 0.1
 
 
-def reference_dit(model, z, masked_fraction):
-    """PR 1106's stack for one sequence, in float64: logits (L, V)."""
-    hp, w = model.hp, {name: value.double().numpy() for name, value in model.state_dict().items()}
+def test_an_outline_has_the_shapes_of_the_model_and_no_weights():
+    for preset in tm.PRESETS:
+        hp = tm.Hyperparameters(preset=preset, num_layers=2)
+        outline, model = tm.outline_model(hp), tm.build_model(hp)
+        shapes = [
+            {name: parameter.shape for name, parameter in either.named_parameters()}
+            for either in (outline, model)
+        ]
+        assert shapes[0] == shapes[1]
+        assert {parameter.device.type for parameter in outline.parameters()} == {"meta"}
 
-    def silu(x):
-        return x / (1 + np.exp(-x))
 
-    sigma = -np.log(1 - masked_fraction)
-    angle = sigma * np.exp(-np.log(10_000) * np.arange(64) / 64)
-    c = np.concatenate([np.sin(angle), np.cos(angle)])
-    c = silu(w["time_embed.0.weight"] @ c + w["time_embed.0.bias"])
-    c = silu(w["time_embed.2.weight"] @ c + w["time_embed.2.bias"])
-    x = w["tok_emb.weight"][z]
-    for i in range(hp.num_layers):
-
-        def p(name, i=i):
-            return w[f"blocks.{i}.{name}"]
-
-        def modulated(x, name, p=p):
-            scale, shift = np.split(p(f"{name}.weight") @ c + p(f"{name}.bias"), 2)
-            return rms(x) * (1 + scale) + shift
-
-        h, d, heads = modulated(x, "attn_mod"), hp.head_dim, []
-        for head in range(hp.num_heads):
-            q, k, v = (h @ p(f"attn.c_{part}.weight")[head * d : (head + 1) * d].T for part in "qkv")
-            scores = rms(rotate(q, hp.rope_base)) @ rms(rotate(k, hp.rope_base)).T / np.sqrt(d)
-            weights = np.exp(scores - scores.max(-1, keepdims=True))
-            heads.append(weights / weights.sum(-1, keepdims=True) @ v)
-        x = x + np.concatenate(heads, 1) @ p("attn.proj.weight").T
-        x = x + np.maximum(modulated(x, "mlp_mod") @ p("mlp.fc.weight").T, 0) ** 2 @ p("mlp.proj.weight").T
-    return rms(x) @ w["lm_head.weight"].T
+# ---- DiT
 
 
 def dit_hp(**overrides):
     """PRESET=llada, or eos, at a size for which float64 loops take no time."""
-    values = dict(preset="llada", vocab_size=23, train_seq_len=12, num_layers=3, model_dim=24, num_heads=2)
-    return tm.Hyperparameters(**(values | dict(num_kv_heads=2, train_batch_tokens=48) | overrides))
+    values = dict(preset="llada", vocab_size=23, train_seq_len=12, train_batch_tokens=48)
+    values |= dict(num_layers=3, model_dim=24, num_heads=2, num_kv_heads=2)
+    return tm.Hyperparameters(**(values | overrides))
 
 
 def test_the_dit_is_the_published_stack():
     model = random_model(dit_hp(), scale=0.2)
     z = torch.randint(0, 24, (4, 12), generator=torch.Generator().manual_seed(1))
     told = torch.tensor([0.05, 0.4, 0.8, 0.99])
-    expected = np.stack([reference_dit(model, row.numpy(), t.item()) for row, t in zip(z, told)])
-    assert np.abs(model(z, told).detach().numpy() - expected).max() < 1e-4 * np.abs(expected).max()
+    pairs = zip(z, told, strict=True)
+    expected = np.stack([reference.dit_logits(model, row.numpy(), t.item()) for row, t in pairs])
+    largest = np.abs(expected).max()
+    assert np.abs(model(z, told).detach().numpy() - expected).max() < 1e-4 * largest
     assert not torch.allclose(model(z, told), model(z, told.flip(0)), atol=1e-3)  # it listens
-    at = torch.tensor([3, 17, 40, 41])
-    picked = model.head(model.hidden(z, told, at))
-    assert torch.allclose(picked, model(z, told).flatten(0, 1)[at], atol=1e-5)
+    positions = torch.tensor([3, 17, 40, 41])
+    picked = model.head(model.hidden(z, told, positions))
+    assert torch.allclose(picked, model(z, told).flatten(0, 1)[positions], atol=1e-5)
     with torch.autocast("cpu", enabled=False):
         model.compute_dtype = torch.bfloat16
-        assert (model(z, told).float() - torch.from_numpy(expected)).abs().mean() < 0.05 * np.abs(expected).max()
+        rounded = model(z, told).float()
+        assert (rounded - torch.from_numpy(expected)).abs().mean() < 0.05 * largest
 
 
 def test_the_dit_finds_the_noise_level_itself():
-    """Without being told: the masked share of what may be masked, so neither PAD nor, with ANCHOR_BOS, <s>."""
+    """Without being told: the masked share of what may be masked, so neither of PAD nor, with
+    ANCHOR_BOS, of <s>."""
     z = torch.tensor([[23, 23, 5, 1, 1, 7, 8, 9, 23, 2, 24, 24], [4] * 12, [23] * 12])
     for preset, share in (("llada", 3 / 10), ("eos", 3 / 8)):
-        hp = dit_hp(preset=preset, doc_chunks=True)
-        model = random_model(hp)
-        assert torch.allclose(model(z), model(z, torch.tensor([share, 0.0, 1.0])), atol=1e-6)
+        model = random_model(dit_hp(preset=preset, doc_chunks=True))
+        told = torch.tensor([share, 0.0, 1.0])
+        assert torch.allclose(model(z), model(z, told), atol=1e-6)
     assert torch.isfinite(model(torch.full((1, 12), 24))).all()  # nothing but PAD
 
 
 def test_the_dit_has_the_designs_names_and_the_unet_nothing_of_it():
     names = {name for name, _ in tm.build_model(dit_hp()).named_parameters()}
-    block = {"attn.c_q.weight", "attn.c_k.weight", "attn.c_v.weight", "attn.proj.weight", "mlp.fc.weight"}
-    block |= {"mlp.proj.weight"} | {f"{kind}_mod.{part}" for kind in ("attn", "mlp") for part in ("weight", "bias")}
-    expected = {f"blocks.{i}.{name}" for i in range(3) for name in block} | {"tok_emb.weight", "lm_head.weight"}
-    assert names == expected | {f"time_embed.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")}
+    matrices = "attn.c_q attn.c_k attn.c_v attn.proj mlp.fc mlp.proj attn_mod mlp_mod".split()
+    block = {f"{matrix}.weight" for matrix in matrices} | {"attn_mod.bias", "mlp_mod.bias"}
+    expected = {f"blocks.{i}.{name}" for i in range(3) for name in block}
+    expected |= {f"time_embed.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")}
+    assert names == expected | {"tok_emb.weight", "lm_head.weight"}
     unet = {name for name, _ in tm.build_model(tiny_hp()).named_parameters()}
     assert not any("mod" in name or "time" in name for name in unet)
     for preset, rows in (("llada", 24), ("eos", 25)):
@@ -250,9 +184,10 @@ def test_the_dit_has_the_designs_names_and_the_unet_nothing_of_it():
 
 
 def test_published_parameter_counts_of_the_dit():
-    """About 33 M: 11 blocks of 10·D² and two modulations, embedding and head, the noise embedding."""
+    """About 33 M: 11 blocks of 10·D² and two modulations, embedding, head, and noise embedding."""
     d, c = 512, 128
-    shared = 11 * (10 * d * d + 2 * (c * 2 * d + 2 * d)) + 1024 * d + c * 4 * c + 4 * c + 4 * c * c + c
+    block = 10 * d * d + 2 * (c * 2 * d + 2 * d)
+    noise = c * 4 * c + 4 * c + 4 * c * c + c
     for preset, rows in (("llada", 1025), ("eos", 1026)):
         model = tm.build_model(tm.Hyperparameters(preset=preset))
-        assert sum(p.numel() for p in model.parameters()) == shared + rows * d
+        assert parameters_of(model) == 11 * block + 1024 * d + noise + rows * d

@@ -1,34 +1,54 @@
-"""Muon against an SVD, the flat optimizer against PyTorch's, EMA and schedules against closed forms."""
+"""Muon against an SVD, the optimizer against PyTorch's, average and schedules in closed form."""
 
 import copy
+import dataclasses
+import itertools
 import math
 
 import pytest
 import torch
+from conftest import random_model, tiny_hp
 
 import train_mdlm as tm
-from conftest import random_model, tiny_hp
+
+
+def newton_schulz(singular_values):
+    """What five iterations of the quintic make of them."""
+    s = singular_values
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return s
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 6, 24), (2, 24, 6)])
 def test_orthogonalize_against_svd(shape):
+    """Newton-Schulz keeps the singular vectors."""
     stack = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    out = tm.orthogonalize(stack, 5)
-    for g, x in zip(stack, out):
+    for g, x in zip(stack, tm.orthogonalize(stack, 5), strict=True):
         u, s, vt = torch.linalg.svd(g.double(), full_matrices=False)
-        # Newton-Schulz keeps the singular vectors and maps each singular value through the quintic five times
-        s = s / g.double().norm()
-        for _ in range(5):
-            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        s = newton_schulz(s / g.double().norm())
         assert torch.allclose(x.double(), u @ torch.diag(s) @ vt, atol=1e-4)
         assert s.min() > 0.3 and s.max() < 1.3
 
 
 def test_batched_equals_one_by_one():
     stack = torch.randn(5, 12, 7, generator=torch.Generator().manual_seed(1))
-    assert torch.allclose(
-        tm.orthogonalize(stack, 5), torch.cat([tm.orthogonalize(m[None], 5) for m in stack]), atol=1e-5
-    )
+    one_by_one = torch.cat([tm.orthogonalize(matrix[None], 5) for matrix in stack])
+    assert torch.allclose(tm.orthogonalize(stack, 5), one_by_one, atol=1e-5)
+    assert torch.equal(tm.orthogonalize_shared(stack, 5), tm.orthogonalize(stack, 5))
+
+
+# ---- Steps
+
+
+TOKENS = torch.randint(0, 4, (4, 4), generator=torch.Generator().manual_seed(0))
+
+
+def clipped_gradients(*models):
+    """Gives all of them the same gradients; those of the last one are clipped by PyTorch."""
+    for model in models:
+        (model(TOKENS).logsumexp(-1).sum() * 30).backward()
+    torch.nn.utils.clip_grad_norm_(models[-1].parameters(), 1.0)
 
 
 def test_three_steps_equal_separate_optimizers():
@@ -39,22 +59,17 @@ def test_three_steps_equal_separate_optimizers():
     optimizer = tm.Optimizer(model, hp)
     rates = {"embed": hp.embed_lr, "head": hp.head_lr, "gain": hp.scalar_lr}
     named = dict(other.named_parameters())
-    adam = torch.optim.Adam(
-        [
-            dict(params=[p], lr=0.5 * rates[tm.kind_of(n).name])
-            for n, p in named.items()
-            if tm.kind_of(n).optimizer == "adamw"
-        ],
-        betas=(0.9, 0.95),
-        eps=1e-8,
-    )
-    velocity = {n: torch.zeros_like(p) for n, p in named.items() if tm.kind_of(n).optimizer == "muon"}
+    groups, velocity = [], {}
+    for name, p in named.items():
+        kind = tm.kind_of(name)
+        if kind.optimizer == "adamw":
+            groups.append(dict(params=[p], lr=0.5 * rates[kind.name]))
+        else:
+            velocity[name] = torch.zeros_like(p)
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-8)
     assert len(velocity) == 3 * 6
-    z = torch.randint(0, 4, (4, 4), generator=torch.Generator().manual_seed(0))
     for step, momentum in enumerate((0.85, 0.9, 0.95)):
-        for m in (model, other):
-            (m(z).logsumexp(-1).sum() * 30).backward()
-        torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+        clipped_gradients(model, other)
         optimizer.step(step, 0.5)
         adam.step()
         with torch.no_grad():
@@ -69,42 +84,48 @@ def test_three_steps_equal_separate_optimizers():
             assert p.grad.abs().max() == 0
 
 
+def rate_name(name, parameter):
+    """The knob that is the learning rate of a parameter of a DiT with a head of its own."""
+    if name == "tok_emb.weight":
+        return "embed_lr"
+    if name == "lm_head.weight":
+        return "head_lr"
+    return "matrix_lr" if parameter.dim() == 2 else "scalar_lr"
+
+
 @pytest.mark.parametrize("decay_on", ["matrices", "all"])
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_weight_decay_is_decoupled_and_for_the_kinds_that_were_named(decay_on, kind):
-    """AdamW of PyTorch per tensor on the same gradients; Muon's matrices shrink by lr·decay before the update."""
+    """AdamW of PyTorch per tensor on the same gradients; Muon's matrices shrink by lr·decay before
+    the update."""
     rates = dict(matrix_lr=0.01, embed_lr=0.02, head_lr=0.03, scalar_lr=0.04)
-    hp = tiny_hp(
-        backbone="dit", tie_embeddings=False, optimizer=kind, weight_decay=0.5, weight_decay_on=decay_on, **rates
-    )
+    decay = dict(weight_decay=0.5, weight_decay_on=decay_on)
+    hp = tiny_hp(backbone="dit", tie_embeddings=False, optimizer=kind, **decay, **rates)
     model = random_model(hp)
-    other, z = copy.deepcopy(model), torch.randint(0, 4, (4, 4), generator=torch.Generator().manual_seed(0))
-    optimizer, named, groups = tm.Optimizer(model, hp), dict(other.named_parameters()), []
+    other = copy.deepcopy(model)
+    optimizer, named = tm.Optimizer(model, hp), dict(other.named_parameters())
+    groups, by_muon = [], set()
     for name, p in named.items():
-        matrix = p.dim() == 2 and not name.startswith(("tok_emb", "lm_head"))
-        if not (matrix and kind == "muon"):
-            lr = rates[
-                "matrix_lr" if matrix else "embed_lr" if "emb.w" in name else "head_lr" if p.dim() == 2 else "scalar_lr"
-            ]
-            decays = decay_on == "all" or matrix or name == "lm_head.weight"
-            groups.append(dict(params=[p], lr=0.5 * lr, weight_decay=0.5 if decays else 0.0))
+        rate = rate_name(name, p)
+        decays = decay_on == "all" or rate in ("matrix_lr", "head_lr")
+        if kind == "muon" and rate == "matrix_lr":
+            by_muon.add(name)
+        else:
+            lr, weight_decay = 0.5 * rates[rate], 0.5 if decays else 0.0
+            groups.append(dict(params=[p], lr=lr, weight_decay=weight_decay))
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     for step in range(3):
-        for m in (model, other):
-            (m(z).logsumexp(-1).sum() * 30).backward()
-        torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+        clipped_gradients(model, other)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         optimizer.step(step, 0.5)
         adamw.step()
         other.zero_grad()
         for name, p in model.named_parameters():
-            if kind == "muon" and tm.kind_of(name).name == "matrix":
+            if name in by_muon:
                 update = (1 - 0.5 * 0.01 * 0.5) * before[name] - p
-                assert (
-                    0.001
-                    < update.norm() / (0.5 * 0.01 * min(p.shape) ** 0.5)
-                    < 2 * (max(p.shape) / min(p.shape)) ** 0.5
-                )
+                small, large = sorted(p.shape)
+                size = update.norm() / (0.5 * 0.01 * small**0.5)
+                assert 0.001 < size < 2 * (large / small) ** 0.5
                 named[name].data.copy_(p)
             else:
                 assert torch.allclose(p, named[name], atol=1e-5), (step, name)
@@ -114,7 +135,8 @@ def test_parameters_are_views_of_one_buffer_in_every_kind():
     model = random_model(tiny_hp())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = tm.Optimizer(model, tiny_hp())
-    start, end = optimizer.weights.data_ptr(), optimizer.weights.data_ptr() + 4 * len(optimizer.weights)
+    start = optimizer.weights.data_ptr()
+    end = start + 4 * len(optimizer.weights)
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) and start <= p.data_ptr() < end
     optimizer.weights.zero_()
@@ -142,8 +164,11 @@ def test_the_flat_state_is_all_there_is():
     assert torch.equal(optimizer.state, first) and optimizer.counts.tolist() == [3, 0]
 
 
+POISONED = {"matrix": "blocks.0.mlp.fc.weight", "embed": "tok_emb.weight"}
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-@pytest.mark.parametrize("place", ["loss", "matrix", "embed"])
+@pytest.mark.parametrize("place", ["loss", *POISONED])
 @pytest.mark.parametrize("before", [0, 3])
 def test_a_step_that_is_not_finite_changes_nothing(poison, place, before):
     """Whether it is the first step, when Adam has no moments yet, or a later one."""
@@ -155,19 +180,37 @@ def test_a_step_that_is_not_finite_changes_nothing(poison, place, before):
     kept = optimizer.state.clone()
     model(torch.tensor([[0, 3, 1, 3]])).sum().backward()
     if place == "loss":
-        optimizer.grads[-1] = poison
+        optimizer.sums[1] = poison
     else:
-        dict(model.named_parameters())[{"matrix": "blocks.0.mlp.fc.weight", "embed": "tok_emb.weight"}[place]].grad[
-            1, 1
-        ] = poison
+        dict(model.named_parameters())[POISONED[place]].grad[1, 1] = poison
     optimizer.step(before, 1.0)
     assert torch.equal(optimizer.state, kept) and optimizer.counts.tolist() == [before, 1]
     assert optimizer.grads.abs().max() == 0
     step, *norms, loss = optimizer.first_bad.tolist()
-    bad = [name.split()[0] for name, norm in zip(optimizer.names, norms, strict=True) if not math.isfinite(norm)]
-    assert step == before + 1 and bad == ([place] if place != "loss" else []) and math.isfinite(loss) == bool(bad)
+    pairs = zip(optimizer.groups, norms, strict=True)
+    bad = [group.name.split()[0] for group, norm in pairs if not math.isfinite(norm)]
+    assert step == before + 1 and math.isfinite(loss) == bool(bad)
+    assert bad == ([] if place == "loss" else [place])
     three_steps(optimizer, model)
     assert optimizer.state.isfinite().all() and optimizer.first_bad[0] == step
+
+
+def test_sums_of_micro_batches_end_in_the_loss_a_token():
+    hp = tiny_hp()
+    optimizer = tm.Optimizer(tm.build_model(hp), hp)
+    assert optimizer.sums.data_ptr() == optimizer.grads[-3:].data_ptr() and len(optimizer.sums) == 3
+    unused = dict.fromkeys(("z", "positions", "targets", "weights", "masked_fraction"))
+    for tokens, loss, dropped in ((8, 12.0, 0), (4, 6.0, 3)):
+        counts = dict(tokens=torch.tensor(tokens), dropped=torch.tensor(dropped))
+        optimizer.add_sums(tm.Batch(**counts, **unused), torch.tensor(loss))
+    assert optimizer.sums.tolist() == [12, 18, 3]
+    assert optimizer.step(0, 1.0) == 1.5 and optimizer.dropped == 3
+    assert optimizer.sums.tolist() == [0, 0, 0]
+    optimizer.step(1, 1.0)
+    assert optimizer.dropped == 3  # over all steps
+
+
+# ---- Average
 
 
 def averaged(decay):
@@ -182,15 +225,17 @@ def averaged(decay):
     return optimizer, update
 
 
-def test_ema_closed_form():
+def test_average_in_closed_form():
     (optimizer, update), d = averaged(0.9), 0.9
     before = optimizer.weights.clone()
     optimizer.swap_average()  # nothing to swap with yet
     assert torch.equal(optimizer.weights, before)
-    weights = [torch.randn(len(before), generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    generators = [torch.Generator().manual_seed(i) for i in range(6)]
+    weights = [torch.randn(len(before), generator=generator) for generator in generators]
     for w in weights:
         update(w)
-    expected = d**5 * weights[0] + (1 - d) * sum(d ** (5 - i) * weights[i] for i in range(1, 6))
+    later = sum(d ** (5 - i) * weights[i] for i in range(1, 6))
+    expected = d**5 * weights[0] + (1 - d) * later
     assert torch.allclose(optimizer.average, expected, atol=1e-6)
     optimizer.swap_average()
     assert torch.allclose(optimizer.weights, expected, atol=1e-6)
@@ -198,7 +243,7 @@ def test_ema_closed_form():
     assert torch.equal(optimizer.weights, weights[-1])
 
 
-def test_ema_moves_where_bfloat16_would_freeze():
+def test_the_average_moves_where_bfloat16_would_freeze():
     optimizer, update = averaged(0.999)
     update(torch.ones_like(optimizer.weights))
     for _ in range(1000):
@@ -206,52 +251,39 @@ def test_ema_moves_where_bfloat16_would_freeze():
     assert optimizer.average.dtype == torch.float32 and optimizer.average[0] > 1.004
 
 
+# ---- Schedules
+
+
 def test_learning_rate_schedules():
     hp = tm.Hyperparameters(iterations=100, warmdown_iters=40, max_wallclock_seconds=0)
-    assert [tm.lr_scale(hp, s, 0.0) for s in (0, 60, 80, 100)] == [1.0, 1.0, 0.5, 0.0]
-    timed = tm.dataclasses.replace(hp, max_wallclock_seconds=10.0)  # 100 ms a step: 100 steps fit
+    assert [tm.lr_scale(hp, step, 0.0) for step in (0, 60, 80, 100)] == [1.0, 1.0, 0.5, 0.0]
+    timed = dataclasses.replace(hp, max_wallclock_seconds=10.0)  # 100 ms a step: 100 steps fit
     assert tm.lr_scale(timed, 50, 5_000.0) == 1.0
-    assert tm.lr_scale(timed, 50, 9_000.0) == pytest.approx(1_000 / 180 / 40)  # 180 ms a step: 5.6 steps are left
-    assert tm.progress(timed, 50, 9_000.0) == 0.9 and tm.progress(timed, 95, 9_000.0) == 0.95
-    assert tm.progress(hp, 50, 1e9) == 0.5 and tm.progress(timed, 0, 11_000.0) == 1.0
+    # 180 ms a step: 5.6 steps are left
+    assert tm.lr_scale(timed, 50, 9_000.0) == pytest.approx(1_000 / 180 / 40)
+    assert tm.run_fraction(timed, 50, 9_000.0) == 0.9
+    assert tm.run_fraction(timed, 95, 9_000.0) == 0.95
+    assert tm.run_fraction(hp, 50, 1e9) == 0.5 and tm.run_fraction(timed, 0, 11_000.0) == 1.0
 
 
 def test_a_decay_that_is_a_share_of_the_run_follows_its_length():
     """Of the steps, or of the clock if that comes first; WARMDOWN_ITERS, if given, wins."""
+    shape = dict(warmdown_iters=0, warmdown_frac=0.4, min_lr_frac=0.1, max_wallclock_seconds=0)
     for iterations in (100, 1000):
-        hp = tm.Hyperparameters(
-            iterations=iterations, warmdown_iters=0, warmdown_frac=0.4, min_lr_frac=0.1, max_wallclock_seconds=0
-        )
+        hp = tm.Hyperparameters(iterations=iterations, **shape)
         scales = [tm.lr_scale(hp, round(share * iterations), 0.0) for share in (0, 0.6, 0.8, 1)]
         assert scales == pytest.approx([1.0, 1.0, 0.55, 0.1])
-    timed = tm.dataclasses.replace(hp, max_wallclock_seconds=10.0)
-    assert tm.lr_scale(timed, 50, 8_000.0) == pytest.approx(0.55)  # 2 of 10 s are left, of 4 s of decay
-    cycles = tm.dataclasses.replace(hp, lr_cycle_steps=250)
-    assert [tm.lr_scale(cycles, step, 0.0) for step in (250, 450, 500)] == pytest.approx([1.0, 0.55, 1.0])
+    timed = dataclasses.replace(hp, max_wallclock_seconds=10.0)
+    # 2 of 10 s are left, of 4 s of decay
+    assert tm.lr_scale(timed, 50, 8_000.0) == pytest.approx(0.55)
     assert tm.Hyperparameters(warmdown_frac=0.4).warmdown_iters == 0  # what is given counts
-    assert tm.lr_scale(tm.dataclasses.replace(hp, warmdown_iters=10), 995, 0.0) == pytest.approx(0.55)
-    assert tm.lr_scale(tm.dataclasses.replace(hp, warmdown_frac=0.0), 999, 0.0) == 1.0
-
-
-def test_rates_of_adam_follow_the_square_root_of_the_batch_unless_they_are_given():
-    def rates(hp):
-        return [hp.matrix_lr, hp.tied_embed_lr, hp.embed_lr, hp.head_lr, hp.scalar_lr]
-
-    given = rates(tiny_hp())
-    assert given == [0.02, 0.05, 0.6, 0.008, 0.04]  # ADAM_BATCH_TOKENS=0
-    hp = tiny_hp(adam_batch_tokens=4 * tiny_hp().train_batch_tokens)
-    assert rates(hp) == pytest.approx([0.02, 0.025, 0.3, 0.004, 0.02])
-    assert {lr for muon, lr, *_ in tm.Optimizer(tm.build_model(hp), hp).groups if not muon} == {0.025, 0.02}
-    near = tm.dataclasses.replace(hp, neighbors=1)
-    assert {lr for muon, lr, *_ in tm.Optimizer(tm.build_model(near), near).groups if not muon} == {0.025, 0.3, 0.02}
-    assert rates(tm.dataclasses.replace(hp, seed=2)) == rates(hp)  # not twice
-    assert tiny_hp(adam_batch_tokens=64, scalar_lr=0.04).scalar_lr == 0.04
-    golf, demo = (tm.Hyperparameters(preset=name) for name in ("golf", "demo"))
-    assert golf.tied_embed_lr == 0.05 and demo.tied_embed_lr == 0.05 / 16  # 2,048 tokens are 524,288 / 16²
+    given = dataclasses.replace(hp, warmdown_iters=10)
+    assert tm.lr_scale(given, 995, 0.0) == pytest.approx(0.55)
+    assert tm.lr_scale(dataclasses.replace(hp, warmdown_frac=0.0), 999, 0.0) == 1.0
 
 
 def test_the_published_schedule_of_the_diffusion_transformer():
-    """PR 1106: 300 steps up, constant, 1,500 steps down a cosine to a tenth; PR 1241 does it again for each 6,000."""
+    """PR 1106: 300 steps up, constant, 1,500 steps down a cosine to a tenth."""
 
     def published(step):
         if step < 300:
@@ -259,12 +291,84 @@ def test_the_published_schedule_of_the_diffusion_transformer():
         left = min((6000 - step) / 1500, 1.0)
         return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (1 - left)))
 
-    llada = tm.Hyperparameters(preset="llada", max_wallclock_seconds=0)
-    eos = tm.Hyperparameters(preset="eos", max_wallclock_seconds=0, iterations=18_000)
-    for step in (0, 1, 299, 300, 3000, 4499, 4500, 5000, 5999):
-        assert tm.lr_scale(llada, step, 0.0) == pytest.approx(published(step))
-        for cycle in range(3):
-            assert tm.lr_scale(eos, cycle * 6000 + step, 0.0) == pytest.approx(published(step))
-    capped = tm.dataclasses.replace(llada, max_wallclock_seconds=100.0)  # 50 ms a step: 2,000 steps fit
+    for preset in ("llada", "eos"):
+        hp = tm.Hyperparameters(preset=preset, max_wallclock_seconds=0)
+        for step in (0, 1, 299, 300, 3000, 4499, 4500, 5000, 5999):
+            assert tm.lr_scale(hp, step, 0.0) == pytest.approx(published(step))
+    # 50 ms a step: 2,000 steps fit
+    capped = tm.Hyperparameters(preset="llada", max_wallclock_seconds=100.0)
     assert tm.lr_scale(capped, 400, 20_000.0) == 1.0
     assert tm.lr_scale(capped, 1250, 62_500.0) == pytest.approx(published(5250))
+
+
+DECAYS = [dict(warmdown_iters=6), dict(warmdown_frac=0.5), dict(warmdown_frac=0.0)]
+
+
+@pytest.mark.parametrize("decay", DECAYS, ids=str)
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_a_learning_rate_is_a_number_at_any_step_and_time(decay, shape):
+    """Also when the clock stands still, when no step is wanted, and when the time is long over."""
+    for iterations, cap in itertools.product((0, 1, 12, 10**6), (0.0, 1e-9, 0.001, 600.0)):
+        run = dict(iterations=iterations, max_wallclock_seconds=cap, lr_warmup_steps=3)
+        hp = tm.Hyperparameters(warmdown_shape=shape, min_lr_frac=0.1, **run, **decay)
+        for step in (0, 1, 9, 10, 11, 12, 500, 10**6):
+            for elapsed_ms in (0.0, 1e-9, 1e-3, 1.0, 599_999.0, 600_000.0, 1e12):
+                scale = tm.lr_scale(hp, step, elapsed_ms)
+                assert math.isfinite(scale) and 0 < scale <= 1
+                assert 0 <= tm.run_fraction(hp, step, elapsed_ms) <= 1
+
+
+# ---- Learning rates
+
+
+RATES = ("matrix_lr", "tied_embed_lr", "embed_lr", "head_lr", "scalar_lr")
+
+
+def rates_of(hp):
+    """Learning rate by kind of parameter."""
+    return {kind.name: tm.learning_rate(hp, kind) for kind in tm.KINDS}
+
+
+def test_rates_of_adamw_follow_the_square_root_of_the_batch():
+    given = dict(matrix=0.02, embed=0.05, near=0.6, head=0.008, gain=0.04)
+    assert rates_of(tiny_hp()) == given  # ADAM_BATCH_TOKENS=0: whatever the batch
+    assert rates_of(tiny_hp(train_batch_tokens=64)) == given
+    assert rates_of(tiny_hp(tie_embeddings=False)) == given | dict(embed=0.6)
+    batch = tiny_hp().train_batch_tokens
+    hp = tiny_hp(adam_batch_tokens=4 * batch)
+    halved = dict(matrix=0.02, embed=0.025, near=0.3, head=0.004, gain=0.02)
+    assert rates_of(hp) == pytest.approx(halved)
+    assert [getattr(hp, name) for name in RATES] == [0.02, 0.05, 0.6, 0.008, 0.04]  # as given
+    adamw = dataclasses.replace(hp, optimizer="adamw")
+    assert rates_of(adamw) == pytest.approx(halved)  # of a matrix it is Muon's, whoever steps
+    assert rates_of(dataclasses.replace(hp, scalar_lr=0.08))["gain"] == pytest.approx(0.04)
+
+
+def test_another_batch_has_other_rates():
+    """Whichever way the configuration was made."""
+    batch = tiny_hp().train_batch_tokens
+    hp = tiny_hp(adam_batch_tokens=4 * batch)
+    for factor in (1, 4, 16):
+        replaced = dataclasses.replace(hp, train_batch_tokens=factor * batch)
+        made = tiny_hp(adam_batch_tokens=4 * batch, train_batch_tokens=factor * batch)
+        assert replaced == made and rates_of(replaced) == rates_of(made)
+        assert rates_of(replaced)["gain"] == pytest.approx(0.04 * (factor / 4) ** 0.5)
+        assert rates_of(replaced)["matrix"] == 0.02
+    assert rates_of(dataclasses.replace(hp, seed=2)) == rates_of(hp)  # not twice
+
+
+def test_the_optimizer_steps_at_these_rates():
+    hp = tiny_hp(adam_batch_tokens=4 * tiny_hp().train_batch_tokens, neighbors=1)
+    for changed in (hp, dataclasses.replace(hp, train_batch_tokens=4 * hp.train_batch_tokens)):
+        rates = rates_of(changed)
+        groups = tm.Optimizer(tm.build_model(changed), changed).groups
+        found = {(group.name.split()[0], group.muon): group.lr for group in groups}
+        kinds = ("matrix", "embed", "near", "gain")  # a tied embedding is its own head
+        assert found == {(kind, kind == "matrix"): rates[kind] for kind in kinds}
+
+
+def test_the_demo_has_the_rates_of_golf_for_its_batch():
+    golf, demo = (rates_of(tm.Hyperparameters(preset=name)) for name in ("golf", "demo"))
+    assert golf["embed"] == 0.05 and golf["matrix"] == demo["matrix"]
+    for kind in ("embed", "near", "head", "gain"):  # 2,048 tokens are 524,288 / 16²
+        assert demo[kind] == pytest.approx(golf[kind] / 16)

@@ -2,67 +2,75 @@
 
 import dataclasses
 import json
-import sys
 
+import common
 import pytest
-import torch
+import quant_table
+from conftest import random_model, tiny_hp
 
 import train_mdlm as tm
-from conftest import ROOT, random_model, tiny_hp
-
-sys.path.insert(0, str(ROOT / "tools"))
-import quant_table  # noqa: E402
 
 
 def test_rows_are_configurations():
     hp = tiny_hp()
-    found = [quant_table.configure(hp, text) for text in ("int6", "int7,embed:int8@10", "fp8+3", "int7@2.5+64")]
-    assert [(c.quant_mode, c.quant_clip, c.quant_feedback) for c in found] == [
-        ("int6", 0.0, 0),
-        ("int7,embed:int8", 10.0, 0),
-        ("fp8", 0.0, 3),
-        ("int7", 2.5, 64),
-    ]
+    for row, expected in {
+        "int6": ("int6", 0.0, 0),
+        "int7,embed:int8@10": ("int7,embed:int8", 10.0, 0),
+        "fp8+3": ("fp8", 0.0, 3),
+        "int7@2.5+64": ("int7", 2.5, 64),
+    }.items():
+        found = quant_table.configure(hp, row)
+        assert (found.quant_mode, found.quant_clip, found.quant_feedback) == expected
     for wrong in ("", "@5", "int7@", "int7+", "int9", "int7@x"):
         with pytest.raises(ValueError):
             quant_table.configure(hp, wrong)
 
 
-def test_figures(tiny_env, tmp_path, monkeypatch, capsys):
-    """The cost of a row against the two scores computed here; a fine grid costs nothing, a coarse one something."""
+@pytest.mark.parametrize("objective", ["mdlm", "ar"])
+def test_figures(tiny_env, tmp_path, tool, monkeypatch, objective):
+    """The cost of a row against two scores that are computed here: of a fine grid nothing, of a
+    coarse one something."""
     for name in ("DATA_PATH", "TOKENIZER_PATH"):
         monkeypatch.setenv(name, tiny_env[name])
-    hp = tiny_hp(vocab_size=384, train_seq_len=32, train_batch_tokens=128, quant_mode="fp32,gain:fp32", nelbo_passes=1)
-    model, path, out = random_model(hp, scale=0.2), tmp_path / "a.mdlm", tmp_path / "table.json"
+    hp = tiny_hp(
+        objective=objective,
+        vocab_size=384,
+        train_seq_len=32,
+        train_batch_tokens=128,
+        quant_mode="fp32,gain:fp32",
+        nelbo_passes=1,
+    )
+    model = random_model(hp, scale=0.2)
+    path = tmp_path / "a.mdlm"
+    out = tmp_path / "table.json"
     tm.save_artifact(model, hp, path)
     rows = ["fp32", "int4", "int4+2"]
-    arguments = ["quant_table.py", str(path), "--rows", *rows, "--seqs", "24", "--batch", "4", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    quant_table.main()
-    given, *results = json.loads(out.read_text())
-    printed = capsys.readouterr().out
-    assert given["seqs"] == 24 and [r["row"] for r in results] == rows and all(f"| {row} |" in printed for row in rows)
-    assert results[0]["error"] == 0 and abs(results[0]["cost"]) < 5e-6
-    hp = dataclasses.replace(hp, data_path=tiny_env["DATA_PATH"], tokenizer_path=tiny_env["TOKENIZER_PATH"])
-    val, luts = tm.open_validation(hp, torch.device("cpu"))
-    bits = tm.score_windows("nelbo", model, hp, val, luts, 24)[1].sum(1)
-    assert given["bpb"] == pytest.approx(tm.ratio(*bits.unbind(1))[0], abs=1e-5)
-    coarse = dataclasses.replace(hp, quant_mode="int4")
-    info = tm.save_artifact(model, coarse, tmp_path / "b.mdlm")
-    packed = tm.load_artifact(tmp_path / "b.mdlm")[0]
-    other = tm.score_windows("nelbo", packed, hp, val, luts, 24)[1].sum(1)
-    cost, stderr = tm.ratio(other[:, 0] - bits[:, 0], bits[:, 1])
-    assert results[1]["cost"] == pytest.approx(cost, abs=1e-6) and results[1]["stderr"] == pytest.approx(
-        stderr, abs=1e-6
-    )
-    assert results[1]["artifact_bytes"] == info["artifact_bytes"] and cost != 0
-    assert results[2]["error"] != results[1]["error"]
+    options = ["--rows", *rows, "--seqs", "24", "--batch", "4", "--out", out]
+    done = tool(quant_table, path, *options)
+    assert done.returncode == 0, done.stderr
+    given, fine, coarse, with_feedback = json.loads(out.read_text())
+    assert given["seqs"] == 24
+    assert [found["row"] for found in (fine, coarse, with_feedback)] == rows
+    assert all(f"| {row} |" in done.stdout for row in rows)
+    assert fine["error"] == 0 and abs(fine["cost"]) < 5e-6
+    val = common.open_validation(common.with_paths(hp))
+    _, table = tm.score_windows(hp.headline, model, hp, val, 24)
+    bits, nbytes = table.sum(1).unbind(1)
+    assert given["bpb"] == pytest.approx(tm.bits_per_byte(bits, nbytes)[0], abs=1e-5)
+    int4 = dataclasses.replace(hp, quant_mode="int4")
+    info = tm.save_artifact(model, int4, tmp_path / "b.mdlm")
+    packed, _ = tm.load_artifact(tmp_path / "b.mdlm")
+    _, table = tm.score_windows(hp.headline, packed, hp, val, 24)
+    cost, stderr = tm.bits_per_byte(table.sum(1)[:, 0] - bits, nbytes)
+    assert cost != 0
+    assert coarse["cost"] == pytest.approx(cost, abs=1e-6)
+    assert coarse["stderr"] == pytest.approx(stderr, abs=1e-6)
+    assert coarse["artifact_bytes"] == info["artifact_bytes"]
+    assert with_feedback["error"] != coarse["error"]
 
 
-def test_wrong_input_is_one_line(tmp_path, monkeypatch, capsys):
-    for arguments in (["missing.mdlm"], ["missing.mdlm", "--batch", "0"], ["missing.mdlm", "--seqs", "-1"]):
-        monkeypatch.setattr(sys, "argv", ["quant_table.py", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            quant_table.main()
-        error = capsys.readouterr().err
-        assert caught.value.code == 2 and error.count("\n") == 1 and error.startswith("quant_table.py: error: ")
+@pytest.mark.parametrize("options", [[], ["--batch", "0"], ["--seqs", "-1"]])
+def test_wrong_input_is_one_line(tool, options):
+    done = tool(quant_table, "missing.mdlm", *options)
+    assert done.returncode == 2
+    assert done.stderr.startswith("quant_table.py: error: ") and done.stderr.count("\n") == 1

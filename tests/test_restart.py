@@ -1,4 +1,4 @@
-"""A run is never lost: killed, stopped, out of disk, with damaged checkpoints, it ends with the same artifact."""
+"""A run is never lost: killed, stopped or out of disk, it ends with the same artifact."""
 
 import hashlib
 import io
@@ -12,25 +12,29 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-
 import make_record
+import numpy as np
 import plot_log
 import prepare_text
-import train_mdlm as tm
+import pytest
+import torch
 from conftest import torchrun
 
+import train_mdlm as tm
+
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-DEATHS = ("cut off", "before fsync", "before rename", "after rename")  # in the middle of writing a file
+DEATHS = ("cut off", "before fsync", "before rename", "after rename")  # while a file is written
 
 
 @pytest.fixture(scope="module")
 def env(tiny_env):
-    tiny = dict(ITERATIONS="40", EMA_DECAY="0.9", CHECKPOINT_EVERY="0.08", TRAIN_BATCH_TOKENS="128", WARMUP_STEPS="1")
-    few = dict(VAL_LOSS_EVERY="15", FINAL_EVAL_MAX_SEQS="4", EVAL_MAX_SEQS="4", SCORES="", PACK="zlib")
-    return tiny_env | tiny | few
+    tiny = dict(ITERATIONS="40", EMA_DECAY="0.9", TRAIN_BATCH_TOKENS="128", WARMUP_STEPS="1")
+    often = dict(CHECKPOINT_EVERY="0.08", VAL_LOSS_EVERY="15")
+    few = dict(FINAL_EVAL_MAX_SEQS="4", EVAL_MAX_SEQS="4", SCORES="", PACK="zlib")
+    return tiny_env | tiny | often | few
+
+
+# ---- Lives of a run
 
 
 def die(*_):
@@ -38,7 +42,8 @@ def die(*_):
 
 
 def life(env, folder, prepare=lambda: None) -> int:
-    """A life of a run, in a forked process, which needs no time to import anything; its output goes to RUN_ID.out."""
+    """A life of a run, in a forked process, which needs no time to import anything; its output
+    goes to RUN_ID.out."""
     child = os.fork()
     if child:
         return child
@@ -73,7 +78,12 @@ def run(env, folder, prepare=lambda: None, **changes) -> tuple[int, str, str]:
     status = end(life(env, folder, prepare))
     printed = out.read_text()[before:]
     assert "Traceback" not in printed, printed
-    return status, printed, log.read_text().rpartition(make_record.SEPARATOR)[2] if log.exists() else ""
+    return status, printed, body_of(log)
+
+
+def body_of(log: Path) -> str:
+    """What is below the script's source."""
+    return log.read_text().rpartition(make_record.SEPARATOR)[2] if log.exists() else ""
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +117,14 @@ def die_while_writing(how, which):
     def prepare():
         fsync, replace, calls = os.fsync, os.replace, []
 
+        def cut_off(fd):
+            os.ftruncate(fd, os.fstat(fd).st_size // 2)
+            die()
+
+        def replace_and_die(*paths):
+            replace(*paths)
+            die()
+
         def counted(act):
             def call(*arguments):
                 calls.append(arguments)
@@ -117,19 +135,23 @@ def die_while_writing(how, which):
             return call
 
         if how == "cut off":
-            os.fsync = counted(lambda fd: (os.ftruncate(fd, os.fstat(fd).st_size // 2), die()))
+            os.fsync = counted(cut_off)
         elif how == "before fsync":
             os.fsync = counted(die)
         elif how == "before rename":
             os.replace = counted(die)
         else:
-            os.replace = counted(lambda *paths: (replace(*paths), die()))
+            os.replace = counted(replace_and_die)
 
     return prepare
 
 
+# ---- Killed and stopped
+
+
 def test_killed_at_random_moments(env, whole, tmp_path):
-    """SIGKILL and SIGTERM, a third of them in the middle of writing a file, and as many lives as it takes."""
+    """SIGKILL and SIGTERM, a third of them in the middle of writing a file, and as many lives as it
+    takes."""
     g, kills, number = random.Random(0), 0, 0
     while kills < 30:
         number, ended = number + 1, None
@@ -140,8 +162,10 @@ def test_killed_at_random_moments(env, whole, tmp_path):
             else:
                 prepare, after = lambda: None, g.uniform(0, 1.2 * whole[2])
             child, until = life(settings, tmp_path, prepare), time.perf_counter() + after
-            while not (found := os.waitpid(child, os.WNOHANG))[0] and time.perf_counter() < until:
+            found = 0, 0
+            while not found[0] and time.perf_counter() < until:
                 time.sleep(0.002)
+                found = os.waitpid(child, os.WNOHANG)
             if not found[0]:
                 os.kill(child, g.choice([signal.SIGKILL, signal.SIGTERM]))
                 found = os.waitpid(child, 0)
@@ -150,8 +174,9 @@ def test_killed_at_random_moments(env, whole, tmp_path):
             assert ended in (0, 2, -signal.SIGKILL)
         assert (tmp_path / f"logs/run{number}.mdlm").read_bytes() == whole[1]
         assert "Traceback" not in (tmp_path / f"run{number}.out").read_text()
-        left = sorted(path.name for path in (tmp_path / "logs").glob(f"run{number}.*"))
-        assert len([name for name in left if name.endswith(".ckpt")]) <= 2 and not any("part" in n for n in left)
+        left = [path.name for path in (tmp_path / "logs").glob(f"run{number}.*")]
+        assert sum(name.endswith(".ckpt") for name in left) <= 2
+        assert not any("part" in name for name in left)
     logs = [tmp_path / f"logs/run{n}.txt" for n in range(1, number + 1)]
     longest = max(logs, key=lambda path: len(make_record.lives(path)[1]))
     check_records_and_plots(whole[0] / "logs/whole.txt", longest)
@@ -160,156 +185,49 @@ def test_killed_at_random_moments(env, whole, tmp_path):
 def check_records_and_plots(undisturbed, interrupted):
     """The log of several lives says what that of one says."""
     one, several = make_record.parse_log(undisturbed), make_record.parse_log(interrupted)
-    assert one["lives"] == 1 and several["lives"] > 1
-    for fact in ("val_bpb", "val_loss", "artifact_bytes", "step_stop", "source", "others", "seqs", "bytes"):
-        assert one[fact] == several[fact]
+    assert one.lives == 1 and several.lives > 1
+    for fact in "val_bpb val_loss artifact_bytes step_stop source others seqs bytes".split():
+        assert getattr(one, fact) == getattr(several, fact)
     one, several = plot_log.read_curve(undisturbed), plot_log.read_curve(interrupted)
-    assert one["bpb"] == several["bpb"] and len(one["bpb"]) == 3 and one["final"] == several["final"]
-    assert several["seconds"] == sorted(several["seconds"])
+    assert one.bpb == several.bpb and len(one.bpb) == 3 and one.final == several.final
+    assert several.seconds == sorted(several.seconds)
 
 
 def test_what_a_restart_says_and_refuses(env, whole, tmp_path):
     env = env | dict(RUN_ID="r")
     status, printed, log = run(env, tmp_path, stop_at(20))
-    assert status == 2 and "step:21/40 stopped by a signal; the same command with RUN_ID=r goes on from here" in printed
-    assert "error: rank:0 step:21/40 stopped by a signal" in log and "final_" not in log and "finished:" not in log
+    goes_on = "step:21/40 stopped by a signal; the same command with RUN_ID=r goes on from here"
+    assert status == 2 and goes_on in printed
+    assert "error: rank:0 step:21/40 stopped by a signal" in log
+    assert "final_" not in log and "finished:" not in log
     checkpoint = tmp_path / "logs/r.00000021.ckpt"
-    assert re.search(r"^checkpoint:logs/r.00000021.ckpt time:\d+ms$", log, re.MULTILINE) and checkpoint.exists()
+    saved = r"^checkpoint:logs/r.00000021.ckpt time:\d+ms$"
+    assert re.search(saved, log, re.MULTILINE) and checkpoint.exists()
     for changes, message in (
-        (dict(MATRIX_LR="0.03", SEED="5"), "was made with SEED=1337 MATRIX_LR=0.02: give it the same"),
+        (
+            dict(MATRIX_LR="0.03", SEED="5"),
+            "was made with SEED=1337 MATRIX_LR=0.02: give it the same",
+        ),
         (dict(NUM_LAYERS="2"), "was made with NUM_LAYERS=3"),
         (dict(RESUME="never"), "RUN_ID=r was used before"),
     ):
         status, printed, _ = run(env, tmp_path, **changes)
         assert status == 2 and message in printed and printed.count("\n") <= 12
-    # what does not change the result may be changed; and another run can begin where this one stopped
-    for changes in (dict(RUN_ID="r2", RESUME=str(checkpoint)), dict(VAL_LOSS_EVERY="7", MICRO_BATCH_TOKENS="512")):
+    # Another run can begin where this one stopped, and what does not change the result may change.
+    other_run = dict(RUN_ID="r2", RESUME=str(checkpoint))
+    for changes in (other_run, dict(VAL_LOSS_EVERY="7", MICRO_BATCH_TOKENS="512")):
         status, printed, log = run(env, tmp_path, **changes)
-        assert status == 0 and (tmp_path / f"logs/{(env | changes)['RUN_ID']}.mdlm").read_bytes() == whole[1]
-        resumed = r"^resumed:\S+r.00000021.ckpt step:21/40 train_time:\d+ms best_val_bpb:[\d.]+; skips 2688 tokens"
-        assert re.search(resumed, printed, re.MULTILINE)
+        artifact = tmp_path / f"logs/{(env | changes)['RUN_ID']}.mdlm"
+        assert status == 0 and artifact.read_bytes() == whole[1]
+        assert re.search(
+            r"^resumed:\S+r.00000021.ckpt step:21/40 train_time:\d+ms best_val_bpb:[\d.]+; "
+            "skips 2688 tokens",
+            printed,
+            re.MULTILINE,
+        )
         assert "step:21/40 train_loss" not in printed and "step:22/40 train_loss" in printed
     status, printed, _ = run(env, tmp_path)
     assert status == 2 and "was used before" in printed  # it is finished
-
-
-def resealed(change):
-    """A checkpoint with other contents and a checksum that is right."""
-
-    def damage(data):
-        saved = torch.load(io.BytesIO(data[:-32]), weights_only=True)
-        saved = change(saved)
-        torch.save(saved, buffer := io.BytesIO())
-        return buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
-
-    return damage
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch pwned",)
-
-
-DAMAGES = {
-    "empty": lambda data: b"",
-    "cut off": lambda data: data[: len(data) // 2],
-    "a bit": lambda data: data[:5000] + bytes([data[5000] ^ 4]) + data[5001:],
-    "text": lambda data: b"hello\n" * 100,
-    "list": resealed(lambda saved: [1, 2]),
-    "fields": resealed(lambda saved: {"version": saved["version"]}),
-    "version": resealed(lambda saved: saved | {"version": -1}),
-    "shape": resealed(lambda saved: saved | {"state": saved["state"][:, :-64]}),
-    "type": resealed(lambda saved: saved | {"state": 7}),
-    "broadcast": resealed(lambda saved: saved | {"state": torch.ones(1)}),
-    "integers": resealed(lambda saved: saved | {"state": saved["state"].long()}),
-    "not finite": resealed(lambda saved: saved | {"state": saved["state"] * math.nan}),
-    "time": resealed(lambda saved: saved | {"at": saved["at"] | {"train_ms": -1e9}}),
-    "step": resealed(lambda saved: saved | {"at": saved["at"] | {"step": 1_000_000}}),
-    "knob": resealed(lambda saved: saved | {"hyperparameters": saved["hyperparameters"] | {"backbone": "\x1b[2J"}}),
-    "at": resealed(lambda saved: saved | {"at": {"step": "x"}}),
-    "counts": resealed(lambda saved: saved | {"counts": None, "averages": "many"}),
-    "code": resealed(lambda saved: saved | {"at": Evil()}),
-}
-
-
-@pytest.fixture(scope="module")
-def stopped(env, tmp_path_factory):
-    """A run with two checkpoints: its folder."""
-    folder = tmp_path_factory.mktemp("stopped")
-    assert run(env, folder, stop_at(20), RUN_ID="r", CHECKPOINT_EVERY="0.02", TRAIN_LOG_EVERY="1")[0] == 2
-    return folder
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_skipped(env, whole, stopped, tmp_path, damage):
-    """Then the older one is used; one that was asked for is an error."""
-    older, newest = sorted((stopped / "logs").glob("r.*.ckpt"))
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / newest.name).write_bytes(DAMAGES[damage](newest.read_bytes()))
-    (tmp_path / "logs" / older.name).write_bytes(older.read_bytes())
-    status, printed, _ = run(env, tmp_path, RUN_ID="r")
-    assert status == 0 and f"skipped:logs/{newest.name}: damaged" in printed
-    assert f"resumed:logs/{older.name} " in printed
-    assert (tmp_path / "logs/r.mdlm").read_bytes() == whole[1]
-    (tmp_path / "bad.ckpt").write_bytes(DAMAGES[damage](newest.read_bytes()))
-    status, printed, _ = run(env, tmp_path, RUN_ID="given", RESUME="bad.ckpt")
-    assert status == 2 and "RESUME=bad.ckpt: no sound checkpoint there" in printed
-    assert not (tmp_path / "pwned").exists() and not Path("pwned").exists()
-
-
-def test_all_checkpoints_damaged_begins_again(env, whole, stopped, tmp_path):
-    (tmp_path / "logs").mkdir()
-    for path in (stopped / "logs").glob("r.*.ckpt"):
-        (tmp_path / "logs" / path.name).write_bytes(path.read_bytes()[:-1])
-    status, printed, _ = run(env, tmp_path, RUN_ID="r", CHECKPOINT_EVERY="0.1")
-    assert status == 0 and printed.count("\nskipped:logs/r.") == 2 and "\nstep:1/40 " in printed
-    assert (tmp_path / "logs/r.mdlm").read_bytes() == whole[1]
-
-
-def test_a_path_to_resume_from_is_taken_or_refused(env, whole, stopped, tmp_path):
-    """A run's own checkpoints come first, so that a command with RESUME=path can be given again; but its own older one
-    is refused, because the newer one would win."""
-    (tmp_path / "logs").mkdir()
-    older, newest = sorted((stopped / "logs").glob("r.*.ckpt"))
-    (tmp_path / "logs" / newest.name).write_bytes(newest.read_bytes())
-    (tmp_path / "logs" / older.name).write_bytes(older.read_bytes())
-    status, printed, _ = run(env, tmp_path, RUN_ID="r", RESUME=f"./logs/{older.name}")
-    assert status == 2 and f"RESUME=./logs/{older.name}, but this run is at logs/{newest.name}: remove that" in printed
-    status, printed, _ = run(env, tmp_path, RUN_ID="r", RESUME=str(older))
-    assert status == 0 and f"resumed:logs/{newest.name}" in printed
-    status, printed, _ = run(env, tmp_path, RUN_ID="new", RESUME=str(older))
-    assert status == 0 and f"resumed:{older} step:" in printed
-    assert (tmp_path / "logs/new.mdlm").read_bytes() == (tmp_path / "logs/r.mdlm").read_bytes() == whole[1]
-    for missing in ("nothing.ckpt", "logs", "", "AUTO"):
-        status, printed, _ = run(env, tmp_path, RUN_ID=f"m{len(missing)}", RESUME=missing)
-        assert status == 2 and f"RESUME={missing}: no sound checkpoint there" in printed
-
-
-def wait_at_checkpoint():
-    """For `prepare`: waits for SIGUSR1 in the middle of writing the last checkpoint."""
-    signal.signal(signal.SIGUSR1, lambda *_: None)
-    fsync = os.fsync
-
-    def waiting(fd):
-        if os.readlink(f"/proc/self/fd/{fd}").endswith("00000040.ckpt.part"):
-            signal.pause()
-        fsync(fd)
-
-    os.fsync = waiting
-
-
-def test_a_run_is_not_started_twice_at_once(env, whole, tmp_path):
-    """The second one is refused, the first one goes on; and a run does not touch what another one is writing."""
-    first = life(env | dict(RUN_ID="a.b"), tmp_path, wait_at_checkpoint)
-    part = tmp_path / "logs/a.b.00000040.ckpt.part"
-    until = time.perf_counter() + 60
-    while not part.exists() and time.perf_counter() < until:
-        time.sleep(0.01)
-    status, printed, _ = run(env, tmp_path, RUN_ID="a.b")
-    assert status == 2 and "logs/a.b.txt: RUN_ID=a.b is running already; choose another" in printed
-    assert run(env, tmp_path, RUN_ID="a")[0] == 0 and part.exists()
-    os.kill(first, signal.SIGUSR1)
-    assert end(first) == 0 and (tmp_path / "logs/a.b.mdlm").read_bytes() == whole[1]
 
 
 @pytest.mark.parametrize("where", ["validation", "checkpoint"])
@@ -328,9 +246,202 @@ def test_a_signal_after_the_last_step_ends_the_run_too(env, whole, tmp_path, whe
         setattr(tm, name, signalled)
 
     status, printed, _ = run(env, tmp_path, prepare, RUN_ID="s", VAL_LOSS_EVERY="0")
-    assert status == 2 and "step:40/40 stopped by a signal" in printed and "final_" not in printed
+    assert status == 2 and "step:40/40 stopped by a signal" in printed
+    assert "final_" not in printed
     status, printed, _ = run(env, tmp_path, RUN_ID="s", VAL_LOSS_EVERY="0")
-    assert status == 0 and "step:40/40 val_loss" in printed and (tmp_path / "logs/s.mdlm").read_bytes() == whole[1]
+    assert status == 0 and "step:40/40 val_loss" in printed
+    assert (tmp_path / "logs/s.mdlm").read_bytes() == whole[1]
+
+
+def test_another_number_of_processes(env, tmp_path):
+    """Two, one, two: SIGTERM to torchrun, as a scheduler sends it, ends each life with a checkpoint
+    and a reason within a minute; the losses of all lives are those of an undisturbed run of one
+    process."""
+    env = env | dict(RUN_ID="w", ITERATIONS="400", CHECKPOINT_EVERY="300")
+    for processes, until in ((2, 8), (1, 20), (2, 32)):
+        process = torchrun("--standalone", f"--nproc_per_node={processes}", cwd=tmp_path, **env)
+        for line in process.stdout:
+            if line.startswith(f"step:{until}/"):
+                process.send_signal(signal.SIGTERM)
+                break
+        began, rest = time.perf_counter(), process.communicate(timeout=60)[0]
+        assert process.returncode != 0 and time.perf_counter() - began < 60
+        assert "stopped by a signal; the same command with RUN_ID=w goes on from here" in rest
+    log = body_of(tmp_path / "logs/w.txt")
+    assert re.findall(r"^world_size:(\d)", log, re.MULTILINE) == ["2", "1", "2"]
+    assert log.count("\nresumed:") == 2
+    undisturbed = run(env, tmp_path, stop_at(32), RUN_ID="u")[2]
+
+    def losses(text):
+        found = re.findall(r"^step:(\d+)/400 train_loss:(\S+)", text, re.MULTILINE)
+        return {int(step): float(loss) for step, loss in found}
+
+    found, wanted = losses(log), losses(undisturbed)
+    assert all(abs(found[step] - wanted[step]) < 2e-3 for step in range(1, 33))
+
+
+def wait_at_checkpoint():
+    """For `prepare`: waits for SIGUSR1 in the middle of writing the last checkpoint."""
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    fsync = os.fsync
+
+    def waiting(fd):
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("00000040.ckpt.part"):
+            signal.pause()
+        fsync(fd)
+
+    os.fsync = waiting
+
+
+def test_a_run_is_not_started_twice_at_once(env, whole, tmp_path):
+    """The second one is refused, the first one goes on; and a run does not touch what another one
+    is writing."""
+    first = life(env | dict(RUN_ID="a.b"), tmp_path, wait_at_checkpoint)
+    part = tmp_path / "logs/a.b.00000040.ckpt.part"
+    until = time.perf_counter() + 60
+    while not part.exists() and time.perf_counter() < until:
+        time.sleep(0.01)
+    status, printed, _ = run(env, tmp_path, RUN_ID="a.b")
+    assert status == 2
+    assert "logs/a.b.txt: RUN_ID=a.b is running already; choose another" in printed
+    assert run(env, tmp_path, RUN_ID="a")[0] == 0 and part.exists()
+    os.kill(first, signal.SIGUSR1)
+    assert end(first) == 0 and (tmp_path / "logs/a.b.mdlm").read_bytes() == whole[1]
+
+
+# ---- Damaged checkpoints
+
+
+def resealed(change):
+    """A checkpoint with other contents and a checksum that is right."""
+
+    def damage(data):
+        saved = change(torch.load(io.BytesIO(data[:-32]), weights_only=True))
+        torch.save(saved, buffer := io.BytesIO())
+        return buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
+
+    return damage
+
+
+def with_fields(**fields):
+    """A checkpoint that has these fields instead of its own."""
+    return resealed(lambda saved: saved | fields)
+
+
+def within(field, **values):
+    """A checkpoint with these values in one of its dicts."""
+    return resealed(lambda saved: saved | {field: saved[field] | values})
+
+
+def with_state(change):
+    """A checkpoint with another tensor of weights and moments."""
+    return resealed(lambda saved: saved | dict(state=change(saved["state"])))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+DAMAGES = {
+    "empty": lambda data: b"",
+    "cut off": lambda data: data[: len(data) // 2],
+    "a bit": lambda data: data[:5000] + bytes([data[5000] ^ 4]) + data[5001:],
+    "text": lambda data: b"hello\n" * 100,
+    "list": resealed(lambda saved: [1, 2]),
+    "fields": resealed(lambda saved: {"version": saved["version"]}),
+    "more fields": with_fields(extra=1),
+    "version": with_fields(version=-1),
+    "shape": with_state(lambda state: state[:, :-64]),
+    "type": with_fields(state=7),
+    "broadcast": with_fields(state=torch.ones(1)),
+    "integers": with_state(lambda state: state.long()),
+    "not finite": with_state(lambda state: state * math.nan),
+    "time": within("progress", train_ms=-1e9),
+    "step": within("progress", step=1_000_000),
+    "step of another kind": within("progress", step=21.0),
+    "best score": within("progress", best_bpb=math.nan),
+    "knob": within("hp", backbone="\x1b[2J"),
+    "progress": with_fields(progress={"step": "x"}),
+    "counts": with_fields(counts=None, averages="many"),
+    "code": with_fields(progress=Evil()),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(env, tmp_path_factory):
+    """A run with two checkpoints: its folder."""
+    folder = tmp_path_factory.mktemp("stopped")
+    often = dict(CHECKPOINT_EVERY="0.02", TRAIN_LOG_EVERY="1")
+    assert run(env, folder, stop_at(20), RUN_ID="r", **often)[0] == 2
+    return folder
+
+
+@pytest.fixture
+def copied(stopped, tmp_path):
+    """Copies of its older and its newer checkpoint, in logs/ of this test's folder."""
+    (tmp_path / "logs").mkdir()
+    paths = []
+    for original in sorted((stopped / "logs").glob("r.*.ckpt")):
+        paths.append(tmp_path / "logs" / original.name)
+        paths[-1].write_bytes(original.read_bytes())
+    assert len(paths) == 2
+    return paths
+
+
+def test_a_checkpoint_has_what_a_run_is_and_nothing_else(copied):
+    saved = torch.load(io.BytesIO(copied[1].read_bytes()[:-32]), weights_only=True)
+    assert saved.keys() == {"version", "hp", "progress", "state", "counts", "averages", "data"}
+    assert saved["progress"]["step"] == 21 == saved["counts"].sum()
+    checkpoint = tm.read_checkpoint(copied[1])
+    assert checkpoint.progress == tm.Progress(**saved["progress"])
+    assert checkpoint.hp == tm.Hyperparameters(**saved["hp"])
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_skipped(env, whole, copied, tmp_path, damage):
+    """Then the older one is used; one that was asked for is an error."""
+    older, newest = copied
+    damaged = DAMAGES[damage](newest.read_bytes())
+    newest.write_bytes(damaged)
+    status, printed, _ = run(env, tmp_path, RUN_ID="r")
+    assert status == 0 and f"skipped:logs/{newest.name}: damaged" in printed
+    assert f"resumed:logs/{older.name} " in printed
+    assert (tmp_path / "logs/r.mdlm").read_bytes() == whole[1]
+    (tmp_path / "bad.ckpt").write_bytes(damaged)
+    status, printed, _ = run(env, tmp_path, RUN_ID="given", RESUME="bad.ckpt")
+    assert status == 2 and "RESUME=bad.ckpt: no sound checkpoint there" in printed
+    assert not (tmp_path / "pwned").exists() and not Path("pwned").exists()
+
+
+def test_all_checkpoints_damaged_begins_again(env, whole, copied, tmp_path):
+    for path in copied:
+        path.write_bytes(path.read_bytes()[:-1])
+    status, printed, _ = run(env, tmp_path, RUN_ID="r", CHECKPOINT_EVERY="0.1")
+    assert status == 0 and printed.count("\nskipped:logs/r.") == 2 and "\nstep:1/40 " in printed
+    assert (tmp_path / "logs/r.mdlm").read_bytes() == whole[1]
+
+
+def test_a_path_to_resume_from_is_taken_or_refused(env, whole, stopped, copied, tmp_path):
+    """A run's own checkpoints come first, so that a command with RESUME=path can be given again;
+    but its own older one is refused, because the newer one would win."""
+    older, newest = (path.name for path in copied)
+    status, printed, _ = run(env, tmp_path, RUN_ID="r", RESUME=f"./logs/{older}")
+    refused = f"RESUME=./logs/{older}, but this run is at logs/{newest}: remove that"
+    assert status == 2 and refused in printed
+    original = stopped / "logs" / older
+    status, printed, _ = run(env, tmp_path, RUN_ID="r", RESUME=str(original))
+    assert status == 0 and f"resumed:logs/{newest}" in printed
+    status, printed, _ = run(env, tmp_path, RUN_ID="new", RESUME=str(original))
+    assert status == 0 and f"resumed:{original} step:" in printed
+    for run_id in ("new", "r"):
+        assert (tmp_path / f"logs/{run_id}.mdlm").read_bytes() == whole[1]
+    for missing in ("nothing.ckpt", "logs", "", "AUTO"):
+        status, printed, _ = run(env, tmp_path, RUN_ID=f"m{len(missing)}", RESUME=missing)
+        assert status == 2 and f"RESUME={missing}: {missing or '.'}: cannot be read" in printed
+
+
+# ---- What happens around a run
 
 
 def test_other_shards_are_refused(env, stopped, tmp_path):
@@ -340,16 +451,13 @@ def test_other_shards_are_refused(env, stopped, tmp_path):
         tokens[-7] = 300 if split == "train" else tokens[-7]
         prepare_text.write_shard(tmp_path / path.name, tokens)
     path = next((stopped / "logs").glob("r.*.ckpt"))
-    status, printed, _ = run(env, tmp_path, RUN_ID="s", RESUME=str(path), DATA_PATH=str(tmp_path))
+    others = dict(RESUME=str(path), DATA_PATH=str(tmp_path))
+    status, printed, _ = run(env, tmp_path, RUN_ID="s", **others)
     assert status == 2 and "was made with other shards: give it the same" in printed
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(env, whole, stopped, tmp_path):
+def test_a_full_disk_keeps_the_last_checkpoint(env, whole, copied, tmp_path):
     """No file may grow beyond 300 kB, as if the disk were full: a checkpoint takes 550 kB."""
-    (tmp_path / "logs").mkdir()
-    paths = sorted((stopped / "logs").glob("r.*.ckpt"))
-    for path in paths:
-        (tmp_path / "logs" / path.name).write_bytes(path.read_bytes())
 
     def little_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
@@ -357,15 +465,23 @@ def test_a_full_disk_keeps_the_last_checkpoint(env, whole, stopped, tmp_path):
     began = time.perf_counter()
     status, printed, log = run(env, tmp_path, little_room, RUN_ID="r")
     assert status == 2 and time.perf_counter() - began < 60
-    assert "cannot be written: File too large" in printed and "error: rank:0 logs/r.000000" in log
-    assert sorted(path.name for path in (tmp_path / "logs").glob("r.*")) == [*(p.name for p in paths), "r.txt"]
+    assert "cannot be written: File too large" in printed
+    assert "error: rank:0 logs/r.000000" in log
+    left = sorted(path.name for path in (tmp_path / "logs").glob("r.*"))
+    assert left == [*(path.name for path in copied), "r.txt"]
     status, printed, _ = run(env, tmp_path, RUN_ID="r")
-    assert status == 0 and f"resumed:logs/{paths[1].name}" in printed
+    assert status == 0 and f"resumed:logs/{copied[1].name}" in printed
     assert (tmp_path / "logs/r.mdlm").read_bytes() == whole[1]
 
 
-@pytest.mark.parametrize("how", ["removed", "cut off"])
-def test_a_shard_that_vanishes_ends_the_run(env, tmp_path, how):
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("removed", "cannot be read or written: No such file"),
+        ("cut off", "was cut off while it was in use"),
+    ],
+)
+def test_a_shard_that_vanishes_ends_the_run(env, tmp_path, how, message):
     data = tmp_path / "data"
     data.mkdir()
     for path in Path(env["DATA_PATH"]).glob("fineweb_*.bin"):
@@ -382,7 +498,6 @@ def test_a_shard_that_vanishes_ends_the_run(env, tmp_path, how):
         tm.Trainer.step = after_ten
 
     status, printed, log = run(env, tmp_path, vanish, RUN_ID="v", DATA_PATH=str(data))
-    message = {"removed": "cannot be read or written: No such file", "cut off": "was cut off while it was in use"}[how]
     assert status == 2 and f"fineweb_train_000000.bin: {message}" in printed and message in log
 
 
@@ -395,40 +510,36 @@ def test_gradients_that_are_not_finite(env, tmp_path, allowed):
 
         def poisoned(self, number, scale):
             if number in (3, 7):
-                self.groups[-1][3][0] = float("nan")
+                self.groups[-1].grads[0] = float("nan")
             return step(self, number, scale)
 
         tm.Optimizer.step = poisoned
 
-    status, printed, log = run(env, tmp_path, poison, RUN_ID="n", SKIP_NONFINITE=allowed, WARMUP_STEPS="0")
+    limits = dict(SKIP_NONFINITE=allowed, WARMUP_STEPS="0")
+    status, printed, log = run(env, tmp_path, poison, RUN_ID="n", **limits)
     if allowed == "0":
-        assert status == 2 and "step:4 not finite: loss " in printed and "gradients: gain (" in printed
-        assert "SKIP_NONFINITE" in printed and "final_" not in log and not (tmp_path / "logs/n.mdlm").exists()
+        assert status == 2 and "step:4 not finite: loss " in printed
+        assert "gradients: gain (" in printed and "SKIP_NONFINITE" in printed
+        assert "final_" not in log and not (tmp_path / "logs/n.mdlm").exists()
     else:
-        assert status == 0 and re.findall(r"^step:(\d+) not finite: .*skipped:(\d)$", log, re.MULTILINE) == [
-            ("4", "1"), ("8", "2")]  # fmt: skip
-        assert make_record.parse_log(tmp_path / "logs/n.txt")["skipped_steps"] == 2
+        skipped = re.findall(r"^step:(\d+) not finite: .*skipped:(\d)$", log, re.MULTILINE)
+        assert status == 0 and skipped == [("4", "1"), ("8", "2")]
+        assert make_record.parse_log(tmp_path / "logs/n.txt").skipped_steps == 2
 
 
-def test_another_number_of_processes(env, tmp_path):
-    """Two, one, two: SIGTERM to torchrun, as a scheduler sends it, ends each life with a checkpoint and a reason within
-    a minute; the losses of all lives are those of an undisturbed run of one process."""
-    env = env | dict(RUN_ID="w", ITERATIONS="400", CHECKPOINT_EVERY="300")
-    for processes, until in ((2, 8), (1, 20), (2, 32)):
-        process = torchrun("--standalone", f"--nproc_per_node={processes}", cwd=tmp_path, **env)
-        for line in process.stdout:
-            if line.startswith(f"step:{until}/"):
-                process.send_signal(signal.SIGTERM)
-                break
-        began, rest = time.perf_counter(), process.communicate(timeout=60)[0]
-        assert process.returncode != 0 and time.perf_counter() - began < 60
-        assert "stopped by a signal; the same command with RUN_ID=w goes on from here" in rest
-    log = (tmp_path / "logs/w.txt").read_text().rpartition(make_record.SEPARATOR)[2]
-    assert re.findall(r"^world_size:(\d)", log, re.MULTILINE) == ["2", "1", "2"] and log.count("\nresumed:") == 2
-    undisturbed = run(env, tmp_path, stop_at(32), RUN_ID="u")[2]
-    found, wanted = (
-        {int(step): float(loss) for step, loss in re.findall(r"^step:(\d+)/400 train_loss:(\S+)", text, re.MULTILINE)}
-        for text in (log, undisturbed)
-    )
-    assert found.keys() >= set(range(1, 33)) and wanted.keys() >= set(range(1, 33))
-    assert all(abs(found[step] - wanted[step]) < 2e-3 for step in range(1, 33))
+@pytest.mark.parametrize("when", ["at a log line", "at a checkpoint"])
+def test_a_dropped_token_ends_the_run(env, tmp_path, when):
+    """Places for too few masked tokens: the loss would be of another objective, so nothing is
+    saved and nothing is scored."""
+
+    def few_places():
+        tm.scored_capacity = lambda hp, rows: 8
+
+    log_every = "1" if when == "at a log line" else "0"
+    status, printed, log = run(env, tmp_path, few_places, RUN_ID="d", TRAIN_LOG_EVERY=log_every)
+    error = [line for line in printed.splitlines() if line.startswith("train_mdlm.py: error: ")]
+    assert status == 2 and len(error) == 1 and printed.endswith(error[0] + "\n")
+    assert re.search(r"error: step:\d+ \d+ masked tokens had no place in their batch: ", error[0])
+    assert "MASK_DIST" in error[0] and "final_" not in log and "checkpoint:" not in log
+    assert not list((tmp_path / "logs").glob("d.*.ckpt")) and "train_loss" not in printed
+    assert not (tmp_path / "logs/d.mdlm").exists()

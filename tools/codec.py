@@ -1,51 +1,73 @@
-"""Turns the score into a file: compresses UTF-8 text with the probabilities of an artifact, and reads it back.
+"""Turns the score into a file: compresses UTF-8 text with an artifact, and reads it back.
 
     python tools/codec.py compress book.txt book.mdlc --artifact logs/<run>.mdlm
     python tools/codec.py decompress book.mdlc copy.txt --artifact logs/<run>.mdlm
 
-The text is cut into windows of TRAIN_SEQ_LEN tokens (the last one may be shorter). Each is coded by the chain rule in
-the order and with the group size asked for, windows side by side in batches, by the range coder of the `constriction`
-library. What is written is a header of about 45 bytes and the code; the reader needs the same artifact and tokenizer.
+The text is cut into windows of TRAIN_SEQ_LEN tokens; the last one may be shorter. Each is coded by
+the chain rule in the order and with the group size asked for, windows side by side in batches, by
+the range coder of the package `constriction`. What is written is a header of about 45 bytes and
+the code; the reader needs the same artifact and tokenizer.
 
-Both directions run the same model calls, on batches of the same shape, with one thread each (several calls run at the
-same time), so the probabilities agree bit for bit on one machine with one version of torch, whatever the number of
-threads. Should they not, the checksum of the text says so and nothing is written.
+Both directions run the same model calls, on batches of the same shape, with one thread each
+(several calls run at the same time). So the probabilities agree bit for bit on one machine with
+one version of torch, whatever the number of threads. Should they not, the checksum of the text
+says so, and nothing is written.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import hashlib
 import math
-import os
 import struct
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import NamedTuple
 
+import common
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train_mdlm as tm  # noqa: E402
-from train_mdlm import InputError  # noqa: E402
+import train_mdlm as tm
+from train_mdlm import InputError
 
-try:
-    import constriction
-except ImportError:
-    sys.exit("codec.py: error: the constriction package is missing: pip install -r requirements-dev.txt")
-
-MAGIC = b"MDLc"
 ORDERS = ("l2r", "random", "confidence")
 BATCH = 16  # windows of one model call; part of the format, because the arithmetic depends on it
-BLOCK_FLOATS = 1 << 25  # probabilities in memory: as many batches advance together as have fewer of them
-PRECISION = 24  # bits of the probabilities of `constriction`: each token has at least 2^-24
-# magic · digest of all that follows · digests of artifact, text, tokenizer, surroundings · order · flags, and then
-# group, seed and number of tokens as variable-length integers
-HEADER = struct.Struct("<4s8s8s8s4s2sBB")
+BLOCK_FLOATS = 1 << 25  # probabilities in memory: as many batches advance together as have fewer
+PRECISION = 24  # bits of the probabilities of `constriction`: a token has at least 2^-24
+
+Note = Callable[[float], None]  # is told which share of the work is done
+
+
+def no_note(fraction: float) -> None:
+    pass
+
+
+# ---- The file
+#
+#     MAGIC · digest of all that follows · Header · group, seed, number of tokens · code
+#
+# The three numbers have as many bytes as they need.
+
+MAGIC = b"MDLc"
+BODY = 12  # where what the digest covers begins
+FIELDS = struct.Struct("<8s8s4s2sBB")
+
+
+class Header(NamedTuple):
+    """What a file says about how it was made."""
+
+    artifact_id: bytes
+    text_id: bytes
+    tokenizer_id: bytes
+    surroundings: bytes
+    order: int  # number of one of ORDERS
+    on_gpu: int
 
 
 def digest(data: bytes, size: int = 8) -> bytes:
@@ -54,150 +76,233 @@ def digest(data: bytes, size: int = 8) -> bytes:
 
 def surroundings(device: str) -> bytes:
     """A fingerprint of what the arithmetic depends on; another one is worth a warning."""
-    return digest(f"{torch.__version__} {torch.backends.cpu.get_cpu_capability()} {device}".encode(), 2)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return digest(f"{torch.__version__} {capability} {device}".encode(), 2)
 
 
 def varint(number: int) -> bytes:
-    low, rest = number & 127, number >> 7
-    return bytes([low | 128]) + varint(rest) if rest else bytes([low])
+    """Seven bits in each byte; the eighth says that another byte follows."""
+    written = bytearray()
+    while number >= 128:
+        written.append(number & 127 | 128)
+        number >>= 7
+    written.append(number)
+    return bytes(written)
 
 
-def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number at position `at`, and the position after it."""
-    number = shift = 0
-    while shift < 63:
-        number |= (data[at] & 127) << shift
-        at, shift = at + 1, shift + 7
-        if data[at - 1] < 128:
-            return number, at
+def read_varint(data: bytes, position: int) -> tuple[int, int]:
+    """The number at `position`, and the position after it; IndexError or ValueError for none."""
+    number = 0
+    for shift in range(0, 63, 7):
+        byte = data[position]
+        position += 1
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number, position
     raise ValueError("longer than 63 bits")
 
 
-def tokenize(sp, text: str) -> list[int]:
-    """Tokens of the text. U+2581 means a space to the tokenizer, so it is spelt in bytes where there are any."""
-    spelling = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
-    if not all(sp.is_byte(token) for token in spelling):
-        return sp.encode(text)
-    tokens = []
-    for i, part in enumerate(text.split("\u2581")):
-        tokens += (spelling if i else []) + sp.encode(part)
-    return tokens
+# ---- Predictions
+
+
+class Batch(NamedTuple):
+    """Windows of a text that are side by side in one model call."""
+
+    first: int  # its first token
+    windows: int
+    length: int  # tokens of each
+
+
+class Revelation(NamedTuple):
+    """A batch that is being revealed, or, by the reader, guessed."""
+
+    first: int  # its first token
+    z: Tensor  # (windows, length) int64, MASK where a token is not known yet
+    steps: Iterator  # of positions (windows, g) and log-probabilities (windows, g, V)
 
 
 class Predictor:
-    """Runs the chain rule over all windows of a text, in the same way whether its tokens are known or not."""
+    """Runs the chain rule over all windows of a text, whether its tokens are known or not."""
 
     def __init__(self, model: tm.Model, order: str, group: int, seed: int, device: str):
-        if model.hp.objective == "ar" and (order != "l2r" or group != 1):
-            raise InputError(f"--order {order} --group {group}: a causal model predicts from left to right, one token "
-                             "at a time: use --order l2r --group 1")
-        self.model, self.order, self.group, self.seed, self.device = model, order, group, seed, torch.device(device)
-        model.on(self.device)
+        if model.hp.causal and (order != "l2r" or group != 1):
+            given = f"--order {order} --group {group}"
+            rule = "a causal model predicts from left to right, one token at a time"
+            raise InputError(f"{given}: {rule}: use --order l2r --group 1")
+        self.device = torch.device(device)
+        self.model = model.on(self.device)
+        self.order = order
+        self.group = group
+        self.seed = seed
+        self.length = model.hp.train_seq_len
 
-    def batches(self, count: int) -> Iterator[tuple[int, int, int]]:
-        """(first token, windows, length of each) of every model batch of a text of `count` tokens."""
-        length = self.model.hp.train_seq_len
-        whole = count // length
-        for first in range(0, whole, BATCH):
-            yield first * length, min(BATCH, whole - first), length
-        if count % length:
-            yield whole * length, 1, count % length
+    def batches(self, count: int) -> list[Batch]:
+        """The batches of a text of `count` tokens; a rest is a batch of its own."""
+        whole, rest = divmod(count, self.length)
+        found = []
+        for window in range(0, whole, BATCH):
+            found.append(Batch(window * self.length, min(BATCH, whole - window), self.length))
+        if rest:
+            found.append(Batch(whole * self.length, 1, rest))
+        return found
 
-    def positions(self, first: int, windows: int, length: int) -> torch.Tensor | None:
-        """(windows, length): the order of revealing, or None where the model decides."""
+    def random_order(self, batch: Batch) -> Tensor:
+        """(windows, length): a permutation of its own for every window of the text."""
+        first = batch.first // self.length
+        permutations = []
+        for window in range(first, first + batch.windows):
+            generator = tm.seeded("cpu", self.seed, "codec", window)
+            permutations.append(torch.randperm(batch.length, generator=generator))
+        return torch.stack(permutations)
+
+    def begin(self, batch: Batch) -> Revelation:
+        shape = (batch.windows, batch.length)
+        z = torch.full(shape, self.model.hp.mask_id, device=self.device)
         if self.order == "confidence":
-            return None
-        if self.order == "l2r":
-            return torch.arange(length).expand(windows, length)
-        width = self.model.hp.train_seq_len
-        generators = [tm.seeded("cpu", self.seed, "codec", first // width + w) for w in range(windows)]
-        return torch.stack([torch.randperm(length, generator=g) for g in generators])
+            return Revelation(batch.first, z, tm.reveal_surest(self.model, z, self.group))
+        if self.order == "random":
+            order = self.random_order(batch)
+        else:
+            order = torch.arange(batch.length).expand(shape)
+        order = order.to(self.device)
+        return Revelation(batch.first, z, reveal_in_order(self.model, z, order, self.group))
 
-    def run(self, count: int, transfer: Callable, note: Callable[[float], None]) -> None:
-        """Calls transfer(index (n,), log-probabilities (n, V)) → tokens (n,) for every group of tokens, in turn.
+    def run(self, count: int, transfer: Callable, note: Note) -> None:
+        """Calls transfer(index (n,), log-probabilities (n, V)) → tokens (n,) for all tokens, group
+        after group.
 
-        `index` says which tokens of the text they are. Model calls run side by side, transfers one after the other.
+        `index` says which tokens of the text they are. Model calls run side by side, transfers one
+        after the other.
         """
         threads = torch.get_num_threads()
         workers = threads if self.device.type == "cpu" else 1
         one_thread = functools.partial(torch.set_num_threads, 1)
         one_thread()
-        group = min(self.group, self.model.hp.train_seq_len)
-        block = max(BLOCK_FLOATS // (BATCH * group * self.model.hp.vocab_size), 1)
+        group = min(self.group, self.length)
+        at_once = max(BLOCK_FLOATS // (BATCH * group * self.model.hp.vocab_size), 1)
         try:
             with ThreadPoolExecutor(workers, initializer=one_thread) as pool:
-                batches = list(self.batches(count))
-                for at in range(0, len(batches), block):
-                    for done in self.block(batches[at:at + block], transfer, pool):
-                        note((at + done * len(batches[at:at + block])) / len(batches))
+                batches = self.batches(count)
+                for first in range(0, len(batches), at_once):
+                    block = batches[first : first + at_once]
+                    for done in self.reveal(block, transfer, pool):
+                        note((first + done * len(block)) / len(batches))
         finally:
             torch.set_num_threads(threads)
 
-    def block(self, batches: list[tuple], transfer: Callable, pool: ThreadPoolExecutor) -> Iterator[float]:
-        """Reveals all windows of some batches, step by step; yields the share that is done."""
-        running = []
-        for first, windows, length in batches:
-            z = torch.full((windows, length), self.model.hp.mask_id, device=self.device)
-            order = self.positions(first, windows, length)
-            order = order if order is None else order.to(self.device)
-            running.append((first, z, tm.reveal_surest(self.model, z, self.group) if order is None
-                            else reveal_in_order(self.model, z, order, self.group)))
-        longest, step = batches[0][2], 0
+    def reveal(
+        self, block: list[Batch], transfer: Callable, pool: ThreadPoolExecutor
+    ) -> Iterator[float]:
+        """Reveals some batches together, step by step; yields the share that is done."""
+        running = [self.begin(batch) for batch in block]
+        revealed = 0
         while running:
-            predictions = list(pool.map(predict, [steps for _, _, steps in running]))
-            for (first, z, _), prediction in zip(running, predictions, strict=True):
+            predictions = list(pool.map(predict, [each.steps for each in running]))
+            unfinished = []
+            for revelation, prediction in zip(running, predictions, strict=True):
                 if prediction is None:
                     continue
-                at, logp = prediction
-                index = first + at.cpu() + z.shape[1] * torch.arange(len(z))[:, None]
-                tokens = torch.from_numpy(np.asarray(transfer(index.flatten().numpy(), logp), np.int64))
-                z.scatter_(1, at, tokens.view(at.shape).to(z.device))
-            running = [run for run, prediction in zip(running, predictions, strict=True) if prediction is not None]
-            step += self.group
-            yield min(step / longest, 1.0)
+                unfinished.append(revelation)
+                positions, logp = prediction
+                windows, length = revelation.z.shape
+                window_starts = length * torch.arange(windows)[:, None]
+                index = revelation.first + window_starts + positions.cpu()
+                tokens = np.asarray(transfer(index.flatten().numpy(), logp), np.int64)
+                tokens = torch.from_numpy(tokens).view(positions.shape)
+                revelation.z.scatter_(1, positions, tokens.to(self.device))
+            running = unfinished
+            revealed += self.group
+            yield min(revealed / block[0].length, 1.0)
 
 
 @torch.no_grad()
-def reveal_in_order(model: tm.Model, z: torch.Tensor, order: torch.Tensor,
-                    group: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """As tm.reveal_surest, in the given order of positions (B, L); a causal model sees <s> and what is to the left."""
-    causal, rows = model.hp.objective == "ar", torch.arange(len(z), device=z.device)[:, None]
+def reveal_in_order(
+    model: tm.Model, z: Tensor, order: Tensor, group: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """As tm.reveal_surest, in the given order of positions (B, L).
+
+    A causal model sees <s> and what is to the left.
+    """
+    rows = torch.arange(len(z), device=z.device)[:, None]
     for done in range(0, z.shape[1], group):
-        at = order[:, done:done + group]
-        seen = torch.nn.functional.pad(z[:, :done], (1, 0), value=tm.BOS_ID) if causal else z
-        hidden = model.hidden(seen, at=(at + seen.shape[1] * rows).flatten())
-        yield at, model.head(hidden).log_softmax(-1).unflatten(0, at.shape)
+        positions = order[:, done : done + group]
+        seen = z
+        if model.hp.causal:
+            seen = F.pad(z[:, :done], (1, 0), value=tm.BOS_ID)
+        wanted = positions + seen.shape[1] * rows
+        logits = model.head(model.hidden(seen, positions=wanted.flatten()))
+        yield positions, logits.log_softmax(-1).unflatten(0, positions.shape)
 
 
-def predict(steps: Iterator) -> tuple[torch.Tensor, np.ndarray] | None:
-    """The next positions (B, g) of a batch and their log-probabilities (B·g, V); None at the end."""
+def predict(steps: Iterator) -> tuple[Tensor, np.ndarray] | None:
+    """The next positions (B, g) of a batch and log-probabilities (B·g, V); None at the end."""
     following = next(steps, None)
     if following is None:
         return None
-    at, logp = following
+    positions, logp = following
     if not logp.isfinite().all():
-        raise InputError("the artifact's predictions are not finite numbers; it cannot code anything")
-    return at, logp.flatten(0, 1).cpu().numpy()
+        raise InputError(
+            "the artifact's predictions are not finite numbers; it cannot code anything"
+        )
+    return positions, logp.flatten(0, 1).cpu().numpy()
 
 
-def load(artifact: Path, tokenizer: str | None) -> tuple[tm.Model, object, bytes, bytes]:
-    """Model, tokenizer and their digests."""
+# ---- Compress and decompress
+
+
+class Loaded(NamedTuple):
+    """What both directions need, and its digests."""
+
+    model: tm.Model
+    tokenizer: object
+    artifact_id: bytes
+    tokenizer_id: bytes
+
+
+def load(artifact: Path, tokenizer: str | None) -> Loaded:
     model, hp = tm.load_artifact(artifact)
-    path = tokenizer or os.environ.get("TOKENIZER_PATH") or hp.tokenizer_path
-    sp = tm.load_tokenizer(path, hp.vocab_size)
-    return model.eval(), sp, digest(artifact.read_bytes()), digest(Path(path).read_bytes(), 4)
+    path = common.with_paths(hp, tokenizer=tokenizer).tokenizer_path
+    sentencepiece = tm.load_tokenizer(path, hp.vocab_size)
+    artifact_id = digest(artifact.read_bytes())
+    tokenizer_id = digest(Path(path).read_bytes(), 4)
+    return Loaded(model.eval(), sentencepiece, artifact_id, tokenizer_id)
 
 
-def compress(text: str, loaded: tuple, order: str, group: int, seed: int, device: str,
-             note: Callable[[float], None] = lambda done: None) -> tuple[bytes, float, int]:
+def tokenize(sp, text: str) -> list[int]:
+    """Tokens of the text. U+2581 means a space to the tokenizer, so it is spelt in bytes where the
+    tokenizer has them."""
+    spelling = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
+    if not all(sp.is_byte(token) for token in spelling):
+        return sp.encode(text)
+    first, *others = text.split("\u2581")
+    tokens = sp.encode(first)
+    for part in others:
+        tokens += spelling
+        tokens += sp.encode(part)
+    return tokens
+
+
+def compress(
+    text: str,
+    loaded: Loaded,
+    order: str,
+    group: int,
+    seed: int,
+    device: str,
+    note: Note = no_note,
+) -> tuple[bytes, float, int]:
     """The compressed file, the bits that the score predicts for it, and the number of tokens."""
-    model, sp, artifact_id, tokenizer_id = loaded
-    tokens = np.asarray(tokenize(sp, text), dtype=np.int32)
-    if sp.decode(tokens.tolist()) != text:
-        raise InputError("the tokenizer does not keep this text as it is (it normalises it, or lacks some characters); "
-                         "--normalized stores its normal form, where it has one")
-    predictor, coder = Predictor(model, order, group, seed, device), constriction.stream.queue.RangeEncoder()
-    family, nats = constriction.stream.model.Categorical(perfect=False), 0.0
+    coding = common.require("constriction").stream
+    tokens = np.asarray(tokenize(loaded.tokenizer, text), dtype=np.int32)
+    if loaded.tokenizer.decode(tokens.tolist()) != text:
+        raise InputError(
+            "the tokenizer does not keep this text as it is (it normalises it, or lacks some "
+            "characters); --normalized stores its normal form, where it has one"
+        )
+    predictor = Predictor(loaded.model, order, group, seed, device)
+    coder = coding.queue.RangeEncoder()
+    family = coding.model.Categorical(perfect=False)
+    nats = 0.0
 
     def transfer(index: np.ndarray, logp: np.ndarray) -> np.ndarray:
         nonlocal nats
@@ -207,72 +312,99 @@ def compress(text: str, loaded: tuple, order: str, group: int, seed: int, device
         return chosen
 
     predictor.run(len(tokens), transfer, note)
-    payload = coder.get_compressed().astype("<u4").tobytes()
-    head = HEADER.pack(MAGIC, b"", artifact_id, digest(text.encode()), tokenizer_id, surroundings(device),
-                       ORDERS.index(order), int(device != "cpu"))[12:]
-    rest = head + varint(group) + varint(seed) + varint(len(tokens)) + payload
-    return MAGIC + digest(rest) + rest, nats / math.log(2), len(tokens)
+    header = Header(
+        artifact_id=loaded.artifact_id,
+        text_id=digest(text.encode()),
+        tokenizer_id=loaded.tokenizer_id,
+        surroundings=surroundings(device),
+        order=ORDERS.index(order),
+        on_gpu=int(device != "cpu"),
+    )
+    numbers = varint(group) + varint(seed) + varint(len(tokens))
+    code = coder.get_compressed().astype("<u4").tobytes()
+    body = FIELDS.pack(*header) + numbers + code
+    return MAGIC + digest(body) + body, nats / math.log(2), len(tokens)
 
 
-def decompress(data: bytes, loaded: tuple, path: Path, note: Callable[[float], None] = lambda done: None) -> str:
-    """The text; InputError if the file is damaged, or was made with another artifact or tokenizer."""
-    model, sp, artifact_id, tokenizer_id = loaded
-    if data[:4] != MAGIC:
+def check_magic(data: bytes, path: Path) -> None:
+    if data[: len(MAGIC)] != MAGIC:
         raise InputError(f"{path}: not a file that codec.py compressed")
-    if len(data) < HEADER.size + 3 or digest(data[12:]) != data[4:12]:
+
+
+def read_header(data: bytes, loaded: Loaded, path: Path) -> Header:
+    """The header; InputError if the file is damaged, or made with another artifact or tokenizer."""
+    check_magic(data, path)
+    if len(data) < BODY + FIELDS.size + 3 or digest(data[BODY:]) != data[len(MAGIC) : BODY]:
         raise InputError(f"{path}: checksum mismatch, the file is damaged or truncated")
-    _, _, made_with, text_id, tokenized_with, made_in, order, on_gpu = HEADER.unpack_from(data)
-    if made_with != artifact_id:
-        raise InputError(f"{path}: was made with another artifact (digest {made_with.hex()}, not {artifact_id.hex()})")
-    if tokenized_with != tokenizer_id:
-        raise InputError(f"{path}: was made with another tokenizer; give the right one with --tokenizer")
-    device = "cuda" if on_gpu else "cpu"
-    if on_gpu and not torch.cuda.is_available():
+    header = Header(*FIELDS.unpack_from(data, BODY))
+    if header.artifact_id != loaded.artifact_id:
+        digests = f"digest {header.artifact_id.hex()}, not {loaded.artifact_id.hex()}"
+        raise InputError(f"{path}: was made with another artifact ({digests})")
+    if header.tokenizer_id != loaded.tokenizer_id:
+        remedy = "give the right one with --tokenizer"
+        raise InputError(f"{path}: was made with another tokenizer; {remedy}")
+    if header.on_gpu and not torch.cuda.is_available():
         raise InputError(f"{path}: was made on a GPU, and there is none here")
-    if made_in != surroundings(device):
-        print(f"warning: {path} was made with another version of torch or kind of processor; it may not decode",
-              file=sys.stderr)
+    return header
+
+
+def read_numbers(data: bytes, vocab_size: int) -> tuple[int, int, int, int]:
+    """Group, seed, number of tokens, and where the code begins.
+
+    ValueError or IndexError if no such file can have been written: in particular, a few bytes
+    cannot be the code of so many tokens that memory would run out.
+    """
+    group, position = read_varint(data, BODY + FIELDS.size)
+    seed, position = read_varint(data, position)
+    count, position = read_varint(data, position)
+    code_bytes = len(data) - position
+    largest_probability = 1 - (vocab_size - 1) / 2**PRECISION
+    least_bits = count * -math.log2(largest_probability)
+    if group < 1 or code_bytes % 4 or least_bits > 8 * code_bytes + 64:
+        raise ValueError("numbers that do not fit together")
+    return group, seed, count, position
+
+
+def decompress(data: bytes, loaded: Loaded, path: Path, note: Note = no_note) -> str:
+    """The text; InputError if the file is not sound, or if the arithmetic here is different."""
+    coding = common.require("constriction").stream
+    header = read_header(data, loaded, path)
+    device = "cuda" if header.on_gpu else "cpu"
+    if header.surroundings != surroundings(device):
+        other = "another version of torch or kind of processor"
+        print(f"warning: {path} was made with {other}; it may not decode", file=sys.stderr)
     try:
-        group, at = read_varint(data, HEADER.size)
-        seed, at = read_varint(data, at)
-        count, at = read_varint(data, at)
-        least_bits = -math.log2(1 - (model.hp.vocab_size - 1) / 2**PRECISION)  # no token is surer than that
-        if order >= len(ORDERS) or group < 1 or (len(data) - at) % 4 or count * least_bits > 8 * (len(data) - at) + 64:
-            raise ValueError
+        order = ORDERS[header.order]
+        group, seed, count, begin = read_numbers(data, loaded.model.hp.vocab_size)
     except (IndexError, ValueError):
-        raise InputError(f"{path}: the header makes no sense, the file was not written by this codec.py") from None
-    predictor = Predictor(model, ORDERS[order], group, seed, device)
-    coder = constriction.stream.queue.RangeDecoder(np.frombuffer(data[at:], "<u4").astype(np.uint32))
-    family, tokens = constriction.stream.model.Categorical(perfect=False), np.zeros(count, np.int32)
+        reason = "the header makes no sense, the file was not written by this codec.py"
+        raise InputError(f"{path}: {reason}") from None
+    predictor = Predictor(loaded.model, order, group, seed, device)
+    coder = coding.queue.RangeDecoder(np.frombuffer(data[begin:], "<u4").astype(np.uint32))
+    family = coding.model.Categorical(perfect=False)
+    tokens = np.zeros(count, np.int32)
 
     def transfer(index: np.ndarray, logp: np.ndarray) -> np.ndarray:
         tokens[index] = coder.decode(family, np.exp(logp))
         return tokens[index]
 
-    disagree = InputError(f"{path}: the decoded text does not have the checksum of the original: the arithmetic of "
-                          "this machine or version of torch differs from that of the one that compressed it")
+    disagree = InputError(
+        f"{path}: the decoded text does not have the checksum of the original: the arithmetic of "
+        "this machine or version of torch differs from that of the one that compressed it"
+    )
     try:
         predictor.run(count, transfer, note)
-        text = sp.decode(tokens.tolist())
+        text = loaded.tokenizer.decode(tokens.tolist())
     except InputError:
         raise
     except (AssertionError, RuntimeError, ValueError):
         raise disagree from None
-    if digest(text.encode(errors="replace")) != text_id:
+    if digest(text.encode(errors="replace")) != header.text_id:
         raise disagree
     return text
 
 
-def write(path: Path, data: bytes) -> None:
-    """Under a temporary name first, so that no half of a file is left behind."""
-    part = path.parent / (path.name + ".part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+# ---- Command line
 
 
 def check_output(path: Path) -> None:
@@ -281,48 +413,57 @@ def check_output(path: Path) -> None:
         raise InputError(f"{path}: cannot be written: not a file name in a folder that exists")
 
 
-def read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def run_compress(arguments: argparse.Namespace, log: tm.Log) -> None:
-    source = read(arguments.input)
+def run_compress(arguments: argparse.Namespace) -> None:
+    log = tm.Log()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is no GPU here")
+    source = arguments.input.read_bytes()
     check_output(arguments.output)
     try:
         text = source.decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"{arguments.input}: not UTF-8 text (byte {error.start}); this codec is for text") from None
+        reason = f"not UTF-8 text (byte {error.start}); this codec is for text"
+        raise InputError(f"{arguments.input}: {reason}") from None
     loaded = load(arguments.artifact, arguments.tokenizer)
     if arguments.normalized:
-        text = loaded[1].decode(tokenize(loaded[1], text))
-    data, bits, count = compress(text, loaded, arguments.order, arguments.group, arguments.seed, arguments.device,
-                                 lambda done: log.progress("compress", done))
-    write(arguments.output, data)
-    size = max(len(text.encode()), 1)
-    print(f"{arguments.input}: {len(source)} bytes, {len(text.encode())} coded, {count} tokens")
-    print(f"predicted by the score: {bits / 8:.1f} bytes, {bits / size:.4f} bits per byte "
-          f"(order {arguments.order}, group {arguments.group})")
-    print(f"{arguments.output}: {len(data)} bytes, {8 * len(data) / size:.4f} bits per byte, "
-          f"{len(data) - bits / 8:+.1f} bytes beside the prediction")
-    others = ["zlib", "lzma", *(["zstd"] if tm.zstandard else [])]
-    print("for comparison: " + ", ".join(f"{name} {len(tm.PACKERS[name][0](source))}" for name in others))
+        text = loaded.tokenizer.decode(tokenize(loaded.tokenizer, text))
+    how = (arguments.order, arguments.group, arguments.seed, arguments.device)
+    note = functools.partial(log.progress, "compress")
+    data, bits, tokens = compress(text, loaded, *how, note)
+    tm.write_file(arguments.output, data)
+    coded = len(text.encode())
+    size = max(coded, 1)
+    print(f"{arguments.input}: {len(source)} bytes, {coded} coded, {tokens} tokens")
+    print(
+        f"predicted by the score: {bits / 8:.1f} bytes, {bits / size:.4f} bits per byte "
+        f"(order {arguments.order}, group {arguments.group})"
+    )
+    print(
+        f"{arguments.output}: {len(data)} bytes, {8 * len(data) / size:.4f} bits per byte, "
+        f"{len(data) - bits / 8:+.1f} bytes beside the prediction"
+    )
+    names = ["zlib", "lzma"]
+    if tm.zstandard:
+        names.append("zstd")
+    sizes = [f"{name} {len(tm.PACKERS[name].pack(source))}" for name in names]
+    print("for comparison: " + ", ".join(sizes))
 
 
-def run_decompress(arguments: argparse.Namespace, log: tm.Log) -> None:
-    data = read(arguments.input)
+def run_decompress(arguments: argparse.Namespace) -> None:
+    log = tm.Log()
+    data = arguments.input.read_bytes()
     check_output(arguments.output)
-    if data[:4] != MAGIC:  # before the artifact is asked for
-        raise InputError(f"{arguments.input}: not a file that codec.py compressed")
-    text = decompress(data, load(arguments.artifact, arguments.tokenizer), arguments.input,
-                      lambda done: log.progress("decompress", done))
-    write(arguments.output, text.encode())
-    print(f"{arguments.output}: {len(text.encode())} bytes, checksum verified")
+    check_magic(data, arguments.input)  # before the artifact is asked for
+    loaded = load(arguments.artifact, arguments.tokenizer)
+    note = functools.partial(log.progress, "decompress")
+    text = decompress(data, loaded, arguments.input, note).encode()
+    tm.write_file(arguments.output, text)
+    print(f"{arguments.output}: {len(text)} bytes, checksum verified")
 
 
 def whole(low: int) -> Callable[[str], int]:
+    """An argument that is a whole number of at least `low`, in 63 bits."""
+
     def parse(text: str) -> int:
         if not text.isascii() or not text.isdigit() or not low <= int(text) < 2**63:
             raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low} on")
@@ -331,33 +472,29 @@ def whole(low: int) -> Callable[[str], int]:
     return parse
 
 
+@common.run_tool
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.argument_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, act, meaning in (("compress", run_compress, "text → code"),
-                               ("decompress", run_decompress, "code → text")):
-        command = commands.add_parser(name, help=meaning)
-        command.set_defaults(act=act)
+    compressing = commands.add_parser("compress", help="text → code")
+    compressing.set_defaults(act=run_compress)
+    decompressing = commands.add_parser("decompress", help="code → text")
+    decompressing.set_defaults(act=run_decompress)
+    for command in (compressing, decompressing):
         command.add_argument("input", type=Path)
         command.add_argument("output", type=Path)
-        command.add_argument("--artifact", type=Path, required=True, help="the .mdlm file of a run")
-        command.add_argument("--tokenizer", help="SentencePiece model; default: TOKENIZER_PATH, or the preset's")
-        if name == "compress":
-            command.add_argument("--order", choices=ORDERS, default="l2r")
-            command.add_argument("--group", type=whole(1), default=1,
-                                 help="positions revealed by one model call: more is faster and packs less")
-            command.add_argument("--seed", type=whole(0), default=0, help="of --order random")
-            command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-            command.add_argument("--normalized", action="store_true",
-                                 help="store the tokenizer's normal form of a text that it does not keep as it is")
+        artifact_help = "the .mdlm file of a run"
+        command.add_argument("--artifact", type=Path, required=True, help=artifact_help)
+        common.add_tokenizer_option(command)
+    compressing.add_argument("--order", choices=ORDERS, default="l2r")
+    group_help = "positions revealed by one model call: more is faster and packs less"
+    compressing.add_argument("--group", type=whole(1), default=1, help=group_help)
+    compressing.add_argument("--seed", type=whole(0), default=0, help="of --order random")
+    compressing.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    normalized_help = "store the tokenizer's normal form of a text that it does not keep as it is"
+    compressing.add_argument("--normalized", action="store_true", help=normalized_help)
     arguments = parser.parse_args()
-    try:
-        if getattr(arguments, "device", "cpu") == "cuda" and not torch.cuda.is_available():
-            raise InputError("--device cuda: there is no GPU here")
-        arguments.act(arguments, tm.Log())
-    except InputError as error:
-        print(f"codec.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    arguments.act(arguments)
 
 
 if __name__ == "__main__":

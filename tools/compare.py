@@ -1,119 +1,149 @@
-"""Compares two artifacts on the same windows by position: bits per byte, and the paired difference.
+"""Compares two artifacts on the same windows by position: bits per byte, and their difference.
 
     python tools/compare.py logs/mdlm.mdlm logs/ar.mdlm --seqs 512 --out compare.png
 
-Both are scored from left to right: a causal model in one pass, a masked diffusion model by its chain rule, one position
-after the other. Position 0 is the first token of a window: the causal model sees the token before it, the diffusion
-model sees nothing. Standard errors have windows as clusters; that of the difference is paired, so what is hard for both
-cancels. The plot also holds the difference. What an ANCHOR_BOS artifact pays for the places of its anchors is in its
-own line, not in the table by position.
+Both are scored from left to right: a causal model in one pass, a masked diffusion model by its
+chain rule, one position after the other. Position 0 is the first token of a window: the causal
+model sees the token before it, the diffusion model sees nothing. Standard errors have windows as
+clusters. That of the difference is paired, so what is hard for both cancels. What an ANCHOR_BOS
+artifact pays for the places of its anchors is in its own line, not in the table by position. The
+picture shows the table.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import os
-import sys
+import functools
 from pathlib import Path
+from typing import NamedTuple
 
+import common
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train_mdlm as tm  # noqa: E402
-from train_mdlm import InputError  # noqa: E402
+import train_mdlm as tm
+from train_mdlm import InputError
 
 
-def measure(artifacts: list[Path], data: str | None, tokenizer: str | None, seqs: int) -> tuple[list, int]:
-    """Of each artifact its score and the table (windows, buckets, 2) of bits and bytes; and the window length."""
-    log, scores, shape = tm.Log(), [], None
-    for path in artifacts:
-        model, hp = tm.load_artifact(path)
-        if shape is None:
-            data = data or os.environ.get("DATA_PATH") or hp.data_path
-            tokenizer = tokenizer or os.environ.get("TOKENIZER_PATH") or hp.tokenizer_path
-        elif shape != (hp.vocab_size, hp.train_seq_len):
-            raise InputError(f"{path}: {hp.shown('vocab_size')} {hp.shown('train_seq_len')}, but {artifacts[0]} has "
-                             f"{shape[0]} and {shape[1]}; windows and tokens must be the same")
-        shape = hp.vocab_size, hp.train_seq_len
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        val, luts = tm.open_validation(dataclasses.replace(hp, data_path=data, tokenizer_path=tokenizer), device)
-        name = "ar" if hp.objective == "ar" else "l2r"
-        scores.append(tm.score_windows(name, model.on(device), hp, val, luts, seqs,
-                                       lambda done, path=path: log.progress(path.stem, done)))
-    return scores, shape[1]
+def window_shape(hp: tm.Hyperparameters) -> str:
+    return f"{hp.shown('vocab_size')} {hp.shown('train_seq_len')}"
 
 
-def rows(first: torch.Tensor, second: torch.Tensor, length: int) -> list[tuple]:
-    """(positions, tokens, bpb and stderr of both, and of the difference) for every bucket, and for the whole window."""
-    size = first[..., 1]
-    columns = [(tm.bucket_name(b, length), slice(b, b + 1)) for b in range(size.shape[1])] + [("all", slice(None))]
+def measure(
+    artifacts: list[Path], data: str | None, tokenizer: str | None, seqs: int
+) -> tuple[list[tuple[tm.Score, torch.Tensor]], int]:
+    """Score and table (windows, buckets, 2) of each artifact, and the length of the windows."""
+    log = tm.Log()
+    loaded = [common.load_model(path, data, tokenizer) for path in artifacts]
+    _, first = loaded[0]
+    for path, (_, hp) in zip(artifacts, loaded, strict=True):
+        if window_shape(hp) != window_shape(first):
+            difference = f"{window_shape(hp)}, but {artifacts[0]} has {window_shape(first)}"
+            raise InputError(f"{path}: {difference}; windows and tokens must be the same")
+    val = common.open_validation(first)
+    scores = []
+    for path, (model, hp) in zip(artifacts, loaded, strict=True):
+        name = "ar" if hp.causal else "l2r"
+        note = functools.partial(log.progress, path.stem)
+        scores.append(tm.score_windows(name, model, hp, val, seqs, note))
+    return scores, first.train_seq_len
+
+
+class Figures(NamedTuple):
+    """Bits per byte of both artifacts in a range of positions, each with its standard error."""
+
+    positions: str
+    tokens: int
+    first: tuple[float, float]
+    second: tuple[float, float]
+    difference: tuple[float, float]
+
+
+def compare_positions(first: torch.Tensor, second: torch.Tensor, length: int) -> list[Figures]:
+    """The figures of every bucket of two tables, and then of the whole window."""
+    windows, buckets, _ = first.shape
+    ranges = []
+    for bucket in range(buckets):
+        positions = tm.bucket_name(bucket, length)
+        low, _, high = positions.partition("-")
+        ranges.append((positions, int(high or low) - int(low) + 1, [bucket]))
+    ranges.append(("all", length, [*range(buckets)]))
     found = []
-    for name, at in columns:
-        a, b, nbytes = first[:, at, 0].sum(1), second[:, at, 0].sum(1), size[:, at].sum(1)
-        ends = [int(end) for end in name.split("-")] if name != "all" else [0, length - 1]
-        tokens = len(size) * (ends[-1] - ends[0] + 1)
-        found.append((name, tokens, *tm.ratio(a, nbytes), *tm.ratio(b, nbytes), *tm.ratio(a - b, nbytes)))
+    for positions, size, chosen in ranges:
+        nbytes = first[:, chosen, 1].sum(1)
+        first_bits = first[:, chosen, 0].sum(1)
+        second_bits = second[:, chosen, 0].sum(1)
+        figures = Figures(
+            positions,
+            windows * size,
+            first=tm.bits_per_byte(first_bits, nbytes),
+            second=tm.bits_per_byte(second_bits, nbytes),
+            difference=tm.bits_per_byte(first_bits - second_bits, nbytes),
+        )
+        found.append(figures)
     return found
 
 
-def table(names: list[str], found: list[tuple]) -> str:
+def table(names: list[str], found: list[Figures]) -> str:
     """Markdown."""
-    lines = [f"| position | tokens | {names[0]} | {names[1]} | {names[0]} − {names[1]} |", "|---|---|---|---|---|"]
-    lines += [f"| {position} | {tokens} | {a:.3f} ± {ea:.3f} | {b:.3f} ± {eb:.3f} | {d:+.3f} ± {ed:.3f} |"
-              for position, tokens, a, ea, b, eb, d, ed in found]
+    first, second = names
+    lines = [
+        f"| position | tokens | {first} | {second} | {first} − {second} |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found:
+        bpbs = [f"{bpb:.3f} ± {stderr:.3f}" for bpb, stderr in (row.first, row.second)]
+        difference, stderr = row.difference
+        cells = [row.positions, str(row.tokens), *bpbs, f"{difference:+.3f} ± {stderr:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def draw(names: list[str], found: list[tuple], out: Path) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    buckets = found[:-1]
-    at = range(len(buckets))
-    figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(7, 5), layout="constrained", height_ratios=(2, 1))
-    for i, name in enumerate(names):
-        above.errorbar(at, [row[2 + 2 * i] for row in buckets], [row[3 + 2 * i] for row in buckets], marker="o",
-                       markersize=4, capsize=3, label=f"{name}: {found[-1][2 + 2 * i]:.3f} over all positions")
-    below.errorbar(at, [row[6] for row in buckets], [row[7] for row in buckets], marker="o", markersize=4, capsize=3,
-                   color="black")
+def draw(names: list[str], found: list[Figures], out: Path) -> None:
+    """The table as a picture: both artifacts above, their difference below."""
+    *buckets, whole = found
+    places = range(len(buckets))
+    style = dict(marker="o", markersize=4, capsize=3)
+    figure = common.new_figure(7, 5)
+    above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
+    for name, part in zip(names, ("first", "second"), strict=True):
+        bpbs, stderrs = zip(*(getattr(row, part) for row in buckets), strict=True)
+        overall, _ = getattr(whole, part)
+        label = f"{name}: {overall:.3f} over all positions"
+        above.errorbar(places, bpbs, stderrs, label=label, **style)
+    bpbs, stderrs = zip(*(row.difference for row in buckets), strict=True)
+    below.errorbar(places, bpbs, stderrs, color="black", **style)
     below.axhline(0, color="gray", linewidth=0.8)
     above.set(ylabel="bits per byte, left to right")
-    below.set(ylabel="paired difference", xlabel="position in the window",
-              xticks=list(at), xticklabels=[row[0] for row in buckets])
+    below.set(ylabel="paired difference", xlabel="position in the window")
+    below.set(xticks=list(places), xticklabels=[row.positions for row in buckets])
     above.legend()
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    try:
-        figure.savefig(out, dpi=110)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{out}: the picture cannot be written: {error}") from None
+    common.save_figure(figure, out)
 
 
+@common.run_tool
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.argument_parser(__doc__)
     parser.add_argument("artifacts", nargs=2, type=Path, metavar="ARTIFACT")
-    parser.add_argument("--seqs", type=int, default=256, help="windows, evenly spaced; 0: the whole split")
-    parser.add_argument("--data", help="folder of the shards; default: DATA_PATH, or that of the first one's preset")
-    parser.add_argument("--tokenizer", help="SentencePiece model; default: TOKENIZER_PATH, or as above")
+    seqs_help = "windows, evenly spaced; 0: the whole split"
+    parser.add_argument("--seqs", type=int, default=256, help=seqs_help)
+    common.add_data_options(parser)
     parser.add_argument("--out", type=Path, default=Path("compare.png"))
     arguments = parser.parse_args()
-    try:
-        if arguments.seqs < 0:
-            raise InputError(f"--seqs {arguments.seqs}: give 0 or more")
-        scores, length = measure(arguments.artifacts, arguments.data, arguments.tokenizer, arguments.seqs)
-        names = [path.stem for path in arguments.artifacts]
-        names = names if names[0] != names[1] else [str(path) for path in arguments.artifacts]
-        found = rows(scores[0][1], scores[1][1], length)
-        for name, (score, _) in zip(names, scores, strict=True):
-            print(f"{name}: {score.line()}")
-        print(table(names, found))
-        draw(names, found, arguments.out)
-        print(arguments.out)
-    except InputError as error:
-        print(f"compare.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if arguments.seqs < 0:
+        raise InputError(f"--seqs {arguments.seqs}: give 0 or more")
+    artifacts = arguments.artifacts
+    scores, length = measure(artifacts, arguments.data, arguments.tokenizer, arguments.seqs)
+    names = [path.stem for path in artifacts]
+    if names[0] == names[1]:
+        names = [str(path) for path in artifacts]
+    for name, (score, _) in zip(names, scores, strict=True):
+        print(f"{name}: {score.line()}")
+    (_, first), (_, second) = scores
+    found = compare_positions(first, second, length)
+    print(table(names, found))
+    draw(names, found, arguments.out)
+    print(arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,64 +1,77 @@
-"""Draws training curves: bits per byte of the validations in one or more logs, and the final score, as a PNG.
+"""Draws the training curves of one or more logs, and their final scores, as a picture.
 
     python tools/plot_log.py logs/a.txt logs/b.txt --out curves.png
+
+A curve has the bits per byte of every validation; a star is the final score.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from pathlib import Path
+from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from make_record import lives  # noqa: E402
-from train_mdlm import InputError  # noqa: E402
+import common
+from make_record import lives
+
+from train_mdlm import InputError
 
 
-def read_curve(path: Path) -> dict:
-    """Steps, seconds and bpb of the validations, and the final bpb (None if the run did not get there)."""
-    points = {}
+class Curve(NamedTuple):
+    """What a log says about the course of its run."""
+
+    name: str
+    seconds: list[float]  # of training, at every validation
+    bpb: list[float]
+    final: float | None  # bits per byte read back from disk; None if the run did not get there
+    storage: str  # of the artifact, for example fp8+lzma
+
+
+def read_curve(path: Path) -> Curve:
+    points: dict[int, tuple[float, float]] = {}  # seconds and bpb by step
     for body in lives(path)[1]:
         resumed = re.search(r"^resumed:\S+ step:(\d+)/", body, re.MULTILINE)
-        points = {step: point for step, point in points.items() if step <= int(resumed[1])} if resumed else {}
-        found = re.findall(r"^step:(\d+)/\d+ val_loss:\S+ val_bpb:(\S+) .*train_time:(\d+)ms", body, re.MULTILINE)
-        points |= {int(step): (int(ms) / 1000, float(bpb)) for step, bpb, ms in found}
+        last_kept = int(resumed[1]) if resumed else -1
+        points = {step: point for step, point in points.items() if step <= last_kept}
+        pattern = r"^step:(\d+)/\d+ val_loss:\S+ val_bpb:(\S+) .*train_time:(\d+)ms"
+        for step, bpb, ms in re.findall(pattern, body, re.MULTILINE):
+            points[int(step)] = (int(ms) / 1000, float(bpb))
     if not points:
         raise InputError(f"{path}: no validation in this log")
-    final = re.search(r"^final_(\S+)_roundtrip_exact val_loss:\S+ val_bpb:(\S+)", body, re.MULTILINE)
-    seconds, bpb = zip(*points.values(), strict=True)
-    return dict(name=path.stem, seconds=list(seconds), bpb=list(bpb),
-                final=float(final[2]) if final else None, label=final[1].replace("_", "+") if final else "")
+    pattern = r"^final_(\S+)_roundtrip_exact val_loss:\S+ val_bpb:(\S+)"
+    final = re.search(pattern, body, re.MULTILINE)
+    return Curve(
+        name=path.stem,
+        seconds=[seconds for seconds, _ in points.values()],
+        bpb=[bpb for _, bpb in points.values()],
+        final=float(final[2]) if final else None,
+        storage=final[1].replace("_", "+") if final else "",
+    )
 
 
-def draw(curves: list[dict], out: Path) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+def draw(curves: list[Curve], out: Path) -> None:
+    figure = common.new_figure(7, 4)
+    axes = figure.subplots()
     for curve in curves:
-        line, = axes.plot(curve["seconds"], curve["bpb"], marker="o", markersize=3, label=curve["name"])
-        if curve["final"]:
-            axes.plot(curve["seconds"][-1], curve["final"], marker="*", markersize=12, color=line.get_color(),
-                      label=f"{curve['label']} read back from disk: {curve['final']:.3f}")
+        (line,) = axes.plot(curve.seconds, curve.bpb, marker="o", markersize=3, label=curve.name)
+        if curve.final:
+            label = f"{curve.storage} read back from disk: {curve.final:.3f}"
+            star = dict(marker="*", markersize=12, color=line.get_color(), label=label)
+            axes.plot(curve.seconds[-1], curve.final, **star)
     axes.set(xlabel="training time, s", ylabel="validation, bits per byte (any-order NELBO)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(out, dpi=110)
+    common.save_figure(figure, out)
 
 
+@common.run_tool
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.argument_parser(__doc__)
     parser.add_argument("logs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("curves.png"))
     arguments = parser.parse_args()
-    try:
-        draw([read_curve(path) for path in arguments.logs], arguments.out)
-        print(arguments.out)
-    except InputError as error:
-        print(f"plot_log.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    draw([read_curve(path) for path in arguments.logs], arguments.out)
+    print(arguments.out)
 
 
 if __name__ == "__main__":

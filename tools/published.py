@@ -1,33 +1,41 @@
-"""The published diffusion scores, what was computed, and what they are in exact bytes; every figure from its formula.
+"""The published diffusion scores: what was computed, and what they are in exact bytes.
 
     python tools/published.py
     python tools/published.py logs/<run>.mdlm --seqs 500 --steps 128
 
-The inputs are what the pull requests print and the counts of FineWeb's SP-1024 validation split. Given an artifact, its
-score is computed as PR 1106 and PR 1241 did: the T-step bound of the first windows, the model told the noise level of
-the step, `<s>` free where it is never masked, 4.3 bytes a token. Below that come the same bits over the exact bytes,
-and the same with the places of `<s>` paid for.
+The first command prints a table. Every figure in it follows by a formula from what the pull
+requests print and from the counts of FineWeb's SP-1024 validation split.
+
+The second command scores an artifact as PR 1106 and PR 1241 did: the T-step bound of the first
+windows, the model told the noise level of the step, `<s>` free where it is never masked, 4.3 bytes
+a token. Below that come the same bits over the exact bytes, and the same with the places of `<s>`
+paid for.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import math
-import os
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import common
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train_mdlm as tm  # noqa: E402
-from train_mdlm import InputError, boundary_bits  # noqa: E402
+import train_mdlm as tm
+from train_mdlm import InputError
 
-TOKENS, BYTES, DOCUMENTS = 62_021_632, 151_073_604, 50_000  # of the validation split
-ASSUMED_BYTES_PER_TOKEN = 4.3  # of PR 1106 and PR 1241
+# Of the validation split
+TOKENS = 62_021_632
+BYTES = 151_073_604
+DOCUMENTS = 50_000
+
+ASSUMED_BYTES_PER_TOKEN = 4.3  # by PR 1106 and PR 1241
 PR1241_LENGTH = 2048
 PR1106_TSTEP = {64: 1.1571, 128: 1.1508, 256: 1.1482, 512: 1.1465}
+
+
+# ---- The table
 
 
 def exact_bytes(published: float) -> float:
@@ -36,113 +44,208 @@ def exact_bytes(published: float) -> float:
 
 
 def whole_range(published: float, low: float, high: float) -> float:
-    """About what an integral over t in [low, high] would be over [0, 1]: the mean of the integrand times 1."""
+    """About what an integral over t in [low, high] would be over [0, 1]: its mean integrand."""
     return published / (high - low)
 
 
 def boundary_bpb(length: int) -> float:
-    """Bits per byte for where the documents begin, windows of `length` with Poisson many beginnings each."""
+    """Bits per byte for where the documents begin: a Poisson number in windows of `length`."""
     windows = TOKENS // length
     mean = DOCUMENTS / windows
-    counts = range(min(length, int(mean + 40 * math.sqrt(mean) + 40)) + 1)
-    weights = [math.exp(n * math.log(mean) - mean - math.lgamma(n + 1)) for n in counts]
-    return windows * sum(w * boundary_bits(n, length) for n, w in zip(counts, weights, strict=True)) / BYTES
+    most = min(length, int(mean + 40 * math.sqrt(mean) + 40))
+    bits = 0.0
+    for count in range(most + 1):
+        probability = math.exp(count * math.log(mean) - mean - math.lgamma(count + 1))
+        bits += probability * tm.boundary_bits(count, length)
+    return windows * bits / BYTES
 
 
-def rows() -> list[tuple[str, str, str, str]]:
-    """(published, what was computed, whether it is a code length of the bytes, in exact bytes)."""
-    corrected = exact_bytes(0.9901)
+class Claim(NamedTuple):
+    """A published score."""
+
+    published: str
+    computed: str
+    is_code_length: str  # of the bytes
+    in_exact_bytes: str
+
+
+def claims() -> list[Claim]:
+    assumed = f"{ASSUMED_BYTES_PER_TOKEN} a token assumed, {BYTES / TOKENS:.4f} true"
+    pr1241 = exact_bytes(0.9901)
+    with_boundaries = pr1241 + boundary_bpb(PR1241_LENGTH)
     return [
-        ("PR 1699, 1.4831 and 1.4784 (NELBO, 256 points)", "weighted masked NLL on a grid in t from 0.001 to 1",
-         "yes, slightly high", "as published"),
-        ("PR 1699, 1.4203 (left-to-right), 1.4297 (confidence)", "chain rule, 5,000 windows", "yes", "as published"),
-        ("AR baseline, 1.2387", "chain rule, the same windows", "yes", "as published"),
-        ("PR 820, 1.625", "32-step ELBO, exact bytes", "yes", "as published"),
-        ("PR 1100/1106, 1.1465", "512-step ELBO, 500 windows", f"bytes wrong: {ASSUMED_BYTES_PER_TOKEN} a token "
-         f"assumed, {BYTES / TOKENS:.4f} true", f"{exact_bytes(1.1465):.3f}"),
-        ("PR 1241, 0.9901", "128-step ELBO, 500 windows, `<s>` never masked and never paid", "bytes wrong, boundaries "
-         "free", f"{corrected:.3f}, with boundaries about {corrected + boundary_bpb(PR1241_LENGTH):.3f}"),
-        ("PR 1403, 1.3485", "the right integrand over t in [0.05, 0.95] only", "no, too low",
-         f"about {whole_range(1.3485, 0.05, 0.95):.2f}"),
-        ("PR 1582, 1.3428", "the same", "no, too low", f"about {whole_range(1.3428, 0.05, 0.95):.2f}"),
-        ("PR 1053, 1.3600", "pseudo-likelihood: half of both sides visible for every token", "no", "–"),
+        Claim(
+            "PR 1699, 1.4831 and 1.4784 (NELBO, 256 points)",
+            "weighted masked NLL on a grid in t from 0.001 to 1",
+            "yes, slightly high",
+            "as published",
+        ),
+        Claim(
+            "PR 1699, 1.4203 (left-to-right), 1.4297 (confidence)",
+            "chain rule, 5,000 windows",
+            "yes",
+            "as published",
+        ),
+        Claim("AR baseline, 1.2387", "chain rule, the same windows", "yes", "as published"),
+        Claim("PR 820, 1.625", "32-step ELBO, exact bytes", "yes", "as published"),
+        Claim(
+            "PR 1100/1106, 1.1465",
+            "512-step ELBO, 500 windows",
+            f"bytes wrong: {assumed}",
+            f"{exact_bytes(1.1465):.3f}",
+        ),
+        Claim(
+            "PR 1241, 0.9901",
+            "128-step ELBO, 500 windows, `<s>` never masked and never paid",
+            "bytes wrong, boundaries free",
+            f"{pr1241:.3f}, with boundaries about {with_boundaries:.3f}",
+        ),
+        Claim(
+            "PR 1403, 1.3485",
+            "the right integrand over t in [0.05, 0.95] only",
+            "no, too low",
+            f"about {whole_range(1.3485, 0.05, 0.95):.2f}",
+        ),
+        Claim(
+            "PR 1582, 1.3428",
+            "the same",
+            "no, too low",
+            f"about {whole_range(1.3428, 0.05, 0.95):.2f}",
+        ),
+        Claim(
+            "PR 1053, 1.3600",
+            "pseudo-likelihood: half of both sides visible for every token",
+            "no",
+            "–",
+        ),
     ]
 
 
-@torch.no_grad()
-def as_published(model: tm.Model, stream: tm.TokenStream, luts: tm.ByteTables, seqs: int, steps: int,
-                 log: tm.Log) -> dict[str, torch.Tensor]:
-    """Of each of the first `seqs` windows (n,): bits of the T-step bound with <s> free if it is an anchor, bits for the
-    places of anchors, anchors, exact bytes."""
-    hp, length, device = model.hp, model.hp.train_seq_len, luts.base_bytes.device
-    found = {name: torch.zeros(seqs, dtype=torch.float64) for name in ("bits", "boundaries", "anchors", "bytes")}
-    batch = max((65_536 if device.type == "cuda" else 2_048) // length, 1)
-    for at in range(0, seqs, batch):
-        numbers = range(at, min(at + batch, seqs))
-        here = slice(numbers.start, numbers.stop)
-        x0 = torch.from_numpy(stream.read(at * length, length * len(numbers)).astype("int64")).view(-1, length)
-        before = torch.cat([torch.tensor([int(stream.read(at * length - 1, 1)[0]) if at else tm.BOS_ID]), x0[:-1, -1]])
-        x0, draw = x0.to(device), tm.key_source(x0.shape, [tm.seeded("cpu", hp.seed, "published", n) for n in numbers])
-        free = tm.hideable(hp, x0)
-        nats = torch.full((len(x0),), tm.TSTEP_EPS * length * math.log(hp.vocab_size), dtype=torch.float64)
-        for step, (mask, weight) in enumerate(tm.tstep_masks(steps, draw), 1):
-            told = torch.full((len(x0),), (1 - tm.TSTEP_EPS) * step / steps, device=device)
-            nll = tm.masked_nll(model, x0, mask.to(device) & free, masked_fraction=told)
-            nats += weight * nll.double().sum(1).cpu()
-        found["bits"][here], found["anchors"][here] = nats / math.log(2), (~free).sum(1).cpu().double()
-        found["bytes"][here] = tm.count_bytes(x0, before, luts).cpu().double()
-        log.progress("T-step bound", numbers.stop / seqs)
-    if hp.anchor_bos:
-        found["boundaries"][:] = torch.tensor([boundary_bits(int(n), length) for n in found["anchors"]])
-    return found
-
-
-def score_artifact(arguments: argparse.Namespace) -> None:
-    model, hp = tm.load_artifact(arguments.artifact)
-    if hp.objective == "ar" or arguments.seqs < 1 or arguments.steps < 1:
-        raise InputError(f"{arguments.artifact}: needs a masked diffusion model, and --seqs and --steps of 1 or more")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    val, luts = tm.open_validation(dataclasses.replace(
-        hp, data_path=arguments.data or os.environ.get("DATA_PATH") or hp.data_path,
-        tokenizer_path=arguments.tokenizer or os.environ.get("TOKENIZER_PATH") or hp.tokenizer_path), device)
-    seqs = min(arguments.seqs, val.total // hp.train_seq_len)
-    found = as_published(model.on(device), val, luts, seqs, arguments.steps, tm.Log())
-    assumed = torch.full((seqs,), hp.train_seq_len * ASSUMED_BYTES_PER_TOKEN, dtype=torch.float64)
-    paid, nbytes = found["bits"] + found["boundaries"], found["bytes"]
-    tokens = seqs * hp.train_seq_len
-    print(f"{arguments.artifact}: {arguments.steps}-step bound of the first {seqs} windows, {tokens} tokens, "
-          f"{nbytes.sum():.0f} bytes, {nbytes.sum() / tokens:.4f} bytes a token")
-    free = ", `<s>` free" if hp.anchor_bos else ""
-    print("\n| computed | bits per byte |\n|---|---|")
-    rows = [(f"as published: {ASSUMED_BYTES_PER_TOKEN} bytes a token{free}", found["bits"], assumed),
-            (f"exact bytes{free}", found["bits"], nbytes)]
-    rows += [(f"exact bytes, {found['anchors'].sum():.0f} places of `<s>` paid", paid, nbytes)] if hp.anchor_bos else []
-    for name, bits, size in rows:
-        bpb, stderr = tm.ratio(bits, size)
-        print(f"| {name} | {bpb:.4f} ± {stderr:.4f} |")
-
-
 def print_table() -> None:
-    print(f"FineWeb validation, SP-1024: {TOKENS:,} tokens, {BYTES:,} bytes, {BYTES / TOKENS:.4f} bytes a token\n")
-    print("| published | what was computed | a code length of the bytes? | in exact bytes |\n|---|---|---|---|")
-    print("\n".join("| " + " | ".join(row) + " |" for row in rows()))
+    per_token = f"{BYTES / TOKENS:.4f} bytes a token"
+    print(f"FineWeb validation, SP-1024: {TOKENS:,} tokens, {BYTES:,} bytes, {per_token}\n")
+    print(
+        "| published | what was computed | a code length of the bytes? | in exact bytes |\n"
+        "|---|---|---|---|"
+    )
+    for claim in claims():
+        print(f"| {' | '.join(claim)} |")
     by_steps = (f"{steps}: {bpb} → {exact_bytes(bpb):.3f}" for steps, bpb in PR1106_TSTEP.items())
     print("\nPR 1106 by T: " + " · ".join(by_steps))
 
 
+# ---- An artifact
+
+
+class Rows(NamedTuple):
+    """Some of the first windows of a split, back to back as the pull requests cut them."""
+
+    numbers: range
+    x0: torch.Tensor  # (B, L) int64
+    before: torch.Tensor  # (B,) int64, the token before each; <s> before the very first
+
+
+def first_windows(val: tm.Split, length: int, seqs: int) -> Iterator[Rows]:
+    device = val.luts.base_bytes.device
+    at_once = max((65_536 if device.type == "cuda" else 2_048) // length, 1)
+    before = tm.BOS_ID
+    for first in range(0, seqs, at_once):
+        numbers = range(first, min(first + at_once, seqs))
+        tokens = val.stream.read(first * length, length * len(numbers))
+        x0 = torch.from_numpy(tokens).long().view(-1, length)
+        last_tokens = x0[:, -1].tolist()
+        predecessors = torch.tensor([before, *last_tokens[:-1]])
+        yield Rows(numbers, x0.to(device), predecessors.to(device))
+        before = last_tokens[-1]
+
+
+@torch.no_grad()
+def published_bound(model: tm.Model, rows: Rows, steps: int) -> torch.Tensor:
+    """(B,) float64 bits of the T-step bound; <s> is free if it is an anchor."""
+    hp = model.hp
+    length = hp.train_seq_len
+    generators = [tm.seeded("cpu", hp.seed, "published", number) for number in rows.numbers]
+    keys = tm.random_keys(rows.x0.shape, generators)
+    allowed = tm.maskable(hp, rows.x0)
+    terminal = tm.TSTEP_EPS * length * math.log(hp.vocab_size)
+    nats = torch.full((len(rows.x0),), terminal, dtype=torch.float64)
+    for step, (mask, weight) in enumerate(tm.tstep_masks(steps, keys), 1):
+        noise = (1 - tm.TSTEP_EPS) * step / steps
+        told = torch.full((len(rows.x0),), noise, device=rows.x0.device)
+        hidden = mask.to(rows.x0.device) & allowed
+        nll = tm.masked_nll(model, rows.x0, hidden, masked_fraction=told)
+        nats += weight * nll.double().sum(1).cpu()
+    return nats / math.log(2)
+
+
+class Measured(NamedTuple):
+    """Of each window (n,), float64."""
+
+    bits: torch.Tensor
+    anchors: torch.Tensor
+    nbytes: torch.Tensor
+
+
+def measure(model: tm.Model, val: tm.Split, seqs: int, steps: int) -> Measured:
+    log = tm.Log()
+    bits = []
+    anchors = []
+    nbytes = []
+    for rows in first_windows(val, model.hp.train_seq_len, seqs):
+        bits.append(published_bound(model, rows, steps))
+        anchors.append((~tm.maskable(model.hp, rows.x0)).sum(1).cpu().double())
+        nbytes.append(tm.count_bytes(rows.x0, rows.before, val.luts).cpu().double())
+        log.progress("T-step bound", rows.numbers.stop / seqs)
+    return Measured(torch.cat(bits), torch.cat(anchors), torch.cat(nbytes))
+
+
+def score_model(name: str, model: tm.Model, val: tm.Split, seqs: int, steps: int) -> None:
+    """Prints what a model called `name` scores by the published formula and by the exact one."""
+    hp = model.hp
+    length = hp.train_seq_len
+    seqs = min(seqs, val.stream.total // length)
+    found = measure(model, val, seqs, steps)
+    tokens = seqs * length
+    total = found.nbytes.sum()
+    print(
+        f"{name}: {steps}-step bound of the first {seqs} windows, {tokens} tokens, "
+        f"{total:.0f} bytes, {total / tokens:.4f} bytes a token"
+    )
+    free = ", `<s>` free" if hp.anchor_bos else ""
+    assumed = torch.full((seqs,), length * ASSUMED_BYTES_PER_TOKEN, dtype=torch.float64)
+    rows = [
+        (f"as published: {ASSUMED_BYTES_PER_TOKEN} bytes a token{free}", found.bits, assumed),
+        (f"exact bytes{free}", found.bits, found.nbytes),
+    ]
+    if hp.anchor_bos:
+        places = [tm.boundary_bits(int(count), length) for count in found.anchors]
+        paid = found.bits + torch.tensor(places, dtype=torch.float64)
+        places_paid = f"{found.anchors.sum():.0f} places of `<s>` paid"
+        rows.append((f"exact bytes, {places_paid}", paid, found.nbytes))
+    print("\n| computed | bits per byte |\n|---|---|")
+    for computed, bits, nbytes in rows:
+        bpb, stderr = tm.bits_per_byte(bits, nbytes)
+        print(f"| {computed} | {bpb:.4f} ± {stderr:.4f} |")
+
+
+@common.run_tool
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", nargs="?", type=Path, help="score it as published; without it, print the table")
+    parser = common.argument_parser(__doc__)
+    artifact_help = "score it as published; without it, print the table"
+    parser.add_argument("artifact", nargs="?", type=Path, help=artifact_help)
     parser.add_argument("--seqs", type=int, default=500, help="windows, from the first on")
     parser.add_argument("--steps", type=int, default=128, help="T")
-    parser.add_argument("--data", help="folder of the shards; default: DATA_PATH, or the preset's")
-    parser.add_argument("--tokenizer", help="SentencePiece model; default: TOKENIZER_PATH, or the preset's")
+    common.add_data_options(parser)
     arguments = parser.parse_args()
-    try:
-        score_artifact(arguments) if arguments.artifact else print_table()
-    except InputError as error:
-        print(f"published.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if arguments.artifact is None:
+        print_table()
+        return
+    model, hp = common.load_model(arguments.artifact, arguments.data, arguments.tokenizer)
+    if hp.causal or arguments.seqs < 1 or arguments.steps < 1:
+        needed = "a masked diffusion model, and --seqs and --steps of 1 or more"
+        raise InputError(f"{arguments.artifact}: needs {needed}")
+    val = common.open_validation(hp)
+    score_model(str(arguments.artifact), model, val, arguments.seqs, arguments.steps)
 
 
 if __name__ == "__main__":

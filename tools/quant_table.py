@@ -1,127 +1,190 @@
-"""Packs one trained model with every quantizer and scores each: bits per weight, bytes, error, and what it costs.
+"""Packs one trained model in many ways, and measures what each of them costs.
 
-    QUANT_MODE=fp32,gain:fp32 RUN_ID=exact PRESET=demo torchrun --standalone --nproc_per_node=1 train_mdlm.py
+    QUANT_MODE=fp32,gain:fp32 RUN_ID=exact PRESET=demo python train_mdlm.py
     python tools/quant_table.py logs/exact.mdlm --out quant_table.json
 
-The rows are configurations: QUANT_MODE, a clip after @ (QUANT_CLIP) and +N for error feedback from N training batches
-(QUANT_FEEDBACK), for example int7@8+24. Cost is the exact NELBO of the packed and reloaded model minus that of the
-given one, on the same windows and masks, so its standard error is that of a paired difference. Seconds are those of
-packing, with all packers. Artifacts to compare from should be stored as fp32, or the first damage is done already.
+A row is a configuration: QUANT_MODE, then @ and QUANT_CLIP, then + and QUANT_FEEDBACK (the number
+of training batches for error feedback), for example int7@8+24. Its cost, ΔBPB, is the exact NELBO
+of the packed and reloaded model minus that of the given one, on the same windows and masks, so its
+standard error is that of a paired difference. Seconds are those of packing, with all packers.
+
+The artifact should be stored as fp32, or the first damage is done already.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import os
 import re
-import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+import common
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train_mdlm as tm  # noqa: E402
-from train_mdlm import InputError  # noqa: E402
+import train_mdlm as tm
+from train_mdlm import InputError
 
-DEFAULT = ["fp16", "fp8", "fp8+64", "fp8_row", *(f"int{bits}" for bits in range(8, 3, -1)),
-           *(f"int7@{clip}{feedback}" for clip in (5, 8, 10, 16) for feedback in ("", "+64")), "int6+64", "int5+64",
-           *(f"int7,embed:int8@{clip}+64" for clip in (8, 10, 12)), "int8@16+64"]
+DEFAULT_ROWS = """
+    fp16 fp8 fp8+64 fp8_row int8 int7 int6 int5 int4
+    int7@5 int7@5+64 int7@8 int7@8+64 int7@10 int7@10+64 int7@16 int7@16+64
+    int6+64 int5+64 int7,embed:int8@8+64 int7,embed:int8@10+64 int7,embed:int8@12+64 int8@16+64
+""".split()
 
 
-def configure(hp: tm.Hyperparameters, text: str) -> tm.Hyperparameters:
+def configure(hp: tm.Hyperparameters, row: str) -> tm.Hyperparameters:
     """The hyperparameters of a row, for example int7,embed:int8@8+24."""
-    parts = re.fullmatch(r"([^@+]+)(?:@(\d+\.?\d*))?(?:\+(\d+))?", text)
+    parts = re.fullmatch(r"([^@+]+)(?:@(\d+\.?\d*))?(?:\+(\d+))?", row)
     if not parts:
-        raise InputError(f"{text}: write QUANT_MODE, then @ and QUANT_CLIP, then + and QUANT_FEEDBACK: int7@8+24")
+        form = "QUANT_MODE, then @ and QUANT_CLIP, then + and QUANT_FEEDBACK: int7@8+24"
+        raise InputError(f"{row}: write {form}")
     mode, clip, feedback = parts.groups()
-    return dataclasses.replace(hp, quant_mode=mode, quant_clip=float(clip or 0), quant_feedback=int(feedback or 0))
+    return dataclasses.replace(
+        hp,
+        quant_mode=mode,
+        quant_clip=float(clip or 0),
+        quant_feedback=int(feedback or 0),
+    )
 
 
-def moments(model: tm.Model, hp: tm.Hyperparameters, folder: str, device: torch.device) -> dict[str, torch.Tensor]:
-    """What the exporter collects in `hp.quant_feedback` training batches."""
-    stream = tm.DocumentStream(folder, "train", hp) if hp.doc_chunks else tm.TokenStream(folder, "train")
-    rows = range(hp.batch_rows)
-    capacity = tm.masked_capacity(hp, hp.batch_rows) if hp.objective == "mdlm" else 0
-    return tm.input_moments(model, (tm.training_batch(hp, stream, step, rows, capacity, device)
-                                    for step in range(hp.quant_feedback)))
+class QuantTable:
+    """A model as it was given, with its score, to compare packed copies with."""
 
+    def __init__(self, model: tm.Model, hp: tm.Hyperparameters, seqs: int):
+        self.model = model
+        self.hp = hp
+        self.seqs = seqs
+        self.val = common.open_validation(hp)
+        self.moments: dict[int, Mapping[str, torch.Tensor]] = {0: {}}  # by QUANT_FEEDBACK
+        self.weights = self.quantized_weights(model)
+        self.energy = sum(weight.square().sum().item() for weight in self.weights.values())
+        self.score, table = self.measure(model)
+        self.bits, self.bytes = table.sum(1).unbind(1)
 
-def measure(artifact: Path, rows: list[str], seqs: int, batch: int, log: tm.Log) -> list[dict]:
-    """A result for each row, the given model first."""
-    model, hp = tm.load_artifact(artifact)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    paths = {name: os.environ.get(name.upper(), getattr(hp, name)) for name in ("data_path", "tokenizer_path")}
-    hp = dataclasses.replace(hp, **paths, nelbo_passes=1, train_batch_tokens=batch * hp.train_seq_len)
-    configurations = [configure(hp, text) for text in rows]
-    val, luts = tm.open_validation(hp, device)
-    model.on(device)
-    weights = {name: p.detach() for name, p in model.named_parameters() if not tm.kind_of(name).storage}
-    energy = sum(w.square().sum().item() for w in weights.values())
-    score, table = tm.score_windows(hp.headline, model, hp, val, luts, seqs)
-    exact, size = table.sum(1).unbind(1)
-    results = [dict(row="as given", bpb=score.bpb, stderr=score.stderr, seqs=score.seqs,
-                    artifact_bytes=artifact.stat().st_size)]
-    known: dict[int, dict] = {0: {}}
-    for number, (text, row) in enumerate(zip(rows, configurations, strict=True)):
-        if row.quant_feedback not in known:
-            known[row.quant_feedback] = moments(model, row, hp.data_path, device)
+    @staticmethod
+    def quantized_weights(model: tm.Model) -> dict[str, torch.Tensor]:
+        """All weights whose storage QUANT_MODE decides."""
+        return {
+            name: parameter.detach()
+            for name, parameter in model.named_parameters()
+            if not tm.kind_of(name).storage
+        }
+
+    def measure(self, model: tm.Model) -> tuple[tm.Score, torch.Tensor]:
+        return tm.score_windows(self.hp.headline, model, self.hp, self.val, self.seqs)
+
+    def input_moments(self, hp: tm.Hyperparameters) -> Mapping[str, torch.Tensor]:
+        """What the exporter of the script collects in QUANT_FEEDBACK training batches."""
+        if hp.quant_feedback not in self.moments:
+            reached = dataclasses.replace(hp, iterations=0, warmup_steps=0)  # less to check
+            stream = tm.open_training(reached, *common.load_tokenizer(hp))
+            rows = range(hp.batch_rows)
+            capacity = tm.scored_capacity(hp, hp.batch_rows)
+            batches = (
+                tm.training_batch(hp, stream, step, rows, capacity, common.device())
+                for step in range(hp.quant_feedback)
+            )
+            self.moments[hp.quant_feedback] = tm.input_moments(self.model, batches)
+        return self.moments[hp.quant_feedback]
+
+    def row(self, name: str, hp: tm.Hyperparameters) -> dict:
+        """The figures of one configuration."""
+        moments = self.input_moments(hp)
         with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "row.mdlm"
             started = time.perf_counter()
-            info = tm.save_artifact(model, row, Path(folder) / "row.mdlm", known[row.quant_feedback])
+            info = tm.save_artifact(self.model, hp, path, moments)
             seconds = time.perf_counter() - started
-            packed = tm.load_artifact(Path(folder) / "row.mdlm")[0].on(device)
-        stored = dict(packed.named_parameters())
-        lost = sum((stored[name].detach() - w).square().sum().item() for name, w in weights.items())
-        bits = tm.score_windows(hp.headline, packed, hp, val, luts, seqs)[1].sum(1)[:, 0]
-        cost, stderr = tm.ratio(bits - exact, size)
-        kinds = [kind for name, kind in info["kinds"].items() if name != "gain"]
+            packed, _ = tm.load_artifact(path)
+        packed.on(common.device())
+        lost = 0.0
+        for weight_name, weight in self.quantized_weights(packed).items():
+            lost += (weight - self.weights[weight_name]).square().sum().item()
+        _, table = self.measure(packed)
+        cost, stderr = tm.bits_per_byte(table.sum(1)[:, 0] - self.bits, self.bytes)
+        every_kind = info["kinds"].values()
+        kinds = [kind for kind_name, kind in info["kinds"].items() if kind_name != "gain"]
         count = sum(kind["weights"] for kind in kinds)
-        results.append(dict(
-            row=text, label=info["label"], artifact_bytes=info["artifact_bytes"],
-            bits_per_weight=8 * info["artifact_bytes"] / sum(kind["weights"] for kind in info["kinds"].values()),
-            entropy=sum(kind["entropy_bits"] for kind in kinds) / count, error=lost / energy, cost=cost,
-            stderr=stderr, seconds=seconds, kinds=info["kinds"],
-            packers={name: 8 * sum(kind["packed_bytes"][name] for kind in kinds) / count
-                     for name in kinds[0]["packed_bytes"]}))
-        log(markdown(results[-1:], header=number == 0))
-    return results
+        packers = {
+            packer: 8 * sum(kind["packed_bytes"][packer] for kind in kinds) / count
+            for packer in kinds[0]["packed_bytes"]
+        }
+        return dict(
+            row=name,
+            label=info["label"],
+            artifact_bytes=info["artifact_bytes"],
+            bits_per_weight=8
+            * info["artifact_bytes"]
+            / sum(kind["weights"] for kind in every_kind),
+            entropy=sum(kind["entropy_bits"] for kind in kinds) / count,
+            error=lost / self.energy,
+            cost=cost,
+            stderr=stderr,
+            seconds=seconds,
+            kinds=info["kinds"],
+            packers=packers,
+        )
 
 
-def markdown(results: list[dict], header: bool) -> str:
-    names = results[0]["packers"]
-    lines = [] if not header else [
-        f"| stored as | artifact bytes | bits per weight | entropy | {' | '.join(names)} | squared error | ΔBPB | s |",
-        "|---" * (len(names) + 7) + "|"]
-    for r in results:
-        packers = " | ".join(f"{bits:.3f}" for bits in r["packers"].values())
-        lines.append(f"| {r['row']} | {r['artifact_bytes']:,} | {r['bits_per_weight']:.3f} | {r['entropy']:.3f} | "
-                     f"{packers} | {r['error']:.1e} | {r['cost']:+.4f} ± {r['stderr']:.4f} | {r['seconds']:.0f} |")
-    return "\n".join(lines)
+def header(packers: list[str]) -> str:
+    """The first two lines of the Markdown table."""
+    before = ["stored as", "artifact bytes", "bits per weight", "entropy"]
+    names = [*before, *packers, "squared error", "ΔBPB", "s"]
+    return f"| {' | '.join(names)} |\n{'|---' * len(names)}|"
 
 
+def line(figures: dict) -> str:
+    """A row of it."""
+    cells = [
+        figures["row"],
+        f"{figures['artifact_bytes']:,}",
+        f"{figures['bits_per_weight']:.3f}",
+        f"{figures['entropy']:.3f}",
+        *(f"{bits:.3f}" for bits in figures["packers"].values()),
+        f"{figures['error']:.1e}",
+        f"{figures['cost']:+.4f} ± {figures['stderr']:.4f}",
+        f"{figures['seconds']:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+@common.run_tool
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.argument_parser(__doc__)
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
-    parser.add_argument("--rows", nargs="+", default=DEFAULT, metavar="ROW", help=f"default: {' '.join(DEFAULT)}")
-    parser.add_argument("--seqs", type=int, default=2048, help="windows, evenly spaced; 0: the whole split")
-    parser.add_argument("--batch", type=int, default=16, help="sequences of a batch of error feedback")
+    rows_help = f"default: {' '.join(DEFAULT_ROWS)}"
+    parser.add_argument("--rows", nargs="+", default=DEFAULT_ROWS, metavar="ROW", help=rows_help)
+    seqs_help = "windows, evenly spaced; 0: the whole split"
+    parser.add_argument("--seqs", type=int, default=2048, help=seqs_help)
+    batch_help = "sequences of a batch of error feedback"
+    parser.add_argument("--batch", type=int, default=16, help=batch_help)
+    common.add_data_options(parser)
     parser.add_argument("--out", type=Path, help="the same figures as JSON")
     arguments = parser.parse_args()
-    try:
-        for name in ("seqs", "batch"):
-            if getattr(arguments, name) < (name == "batch"):
-                raise InputError(f"--{name} {getattr(arguments, name)}: too small")
-        results = measure(arguments.artifact, arguments.rows, arguments.seqs, arguments.batch, tm.Log())
-        print("as given: {bpb:.4f} ± {stderr:.4f} bits per byte, {seqs} windows".format(**results[0]))
-        if arguments.out:
-            tm.write_file(arguments.out, json.dumps(results, indent=1).encode())
-    except (InputError, OSError) as error:
-        print(f"quant_table.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    for name, least in (("seqs", 0), ("batch", 1)):
+        if getattr(arguments, name) < least:
+            raise InputError(f"--{name} {getattr(arguments, name)}: too small")
+    artifact = arguments.artifact
+    model, hp = common.load_model(artifact, arguments.data, arguments.tokenizer)
+    batch_tokens = arguments.batch * hp.train_seq_len
+    hp = dataclasses.replace(hp, nelbo_passes=1, train_batch_tokens=batch_tokens)
+    configurations = [configure(hp, row) for row in arguments.rows]
+    log = tm.Log()
+    quant_table = QuantTable(model, hp, arguments.seqs)
+    score = quant_table.score
+    given = dict(row="as given", bpb=score.bpb, stderr=score.stderr, seqs=score.seqs)
+    results = [given | dict(artifact_bytes=artifact.stat().st_size)]
+    for name, configuration in zip(arguments.rows, configurations, strict=True):
+        figures = quant_table.row(name, configuration)
+        if len(results) == 1:
+            log(header(list(figures["packers"])))
+        log(line(figures))
+        results.append(figures)
+    print(f"as given: {score.bpb:.4f} ± {score.stderr:.4f} bits per byte, {score.seqs} windows")
+    if arguments.out:
+        tm.write_file(arguments.out, json.dumps(results, indent=1).encode())
 
 
 if __name__ == "__main__":
