@@ -225,8 +225,8 @@ class Hyperparameters:
     embed_lr: float = knob("optimizer", 0.6, "learning rate of an untied one, and of NEIGHBORS")
     head_lr: float = knob("optimizer", 0.008, "learning rate of an untied output head")
     scalar_lr: float = knob("optimizer", 0.04, "learning rate of gains, scales, skips and biases")
-    adam_batch_tokens: int = knob("optimizer", 0, "batch size that AdamW's learning rates are for; "
-                                  "they scale with its square root; 0: no scaling")
+    adam_batch_tokens: int = knob("optimizer", 0, "batch size that these rates, but MATRIX_LR, are "
+                                  "for; they scale with its square root; 0: no scaling")
     weight_decay: float = knob("optimizer", 0.0, "decoupled, per step, times the learning rate")
     weight_decay_on: str = knob("optimizer", "matrices", "what decays: block and head matrices, or "
                                 "all weights", choices=("matrices", "all"))
@@ -265,10 +265,10 @@ class Hyperparameters:
 
     def __init__(self, preset: str = "mdlm", **overrides):
         known = {spec.name: spec for spec in dataclasses.fields(self)}
-        for name in overrides.keys() - known.keys():
-            raise InputError(f"unknown hyperparameter {name}{did_you_mean(name, known)}")
         values = {name: spec.default for name, spec in known.items()}
         values |= PRESETS.get(preset, {}) | {"preset": preset}
+        for name in (values | overrides).keys() - known.keys():
+            raise InputError(f"unknown hyperparameter {name}{did_you_mean(name, known)}")
         if "warmdown_frac" in overrides:
             values["warmdown_iters"] = 0
         for name, value in (values | overrides).items():
@@ -327,7 +327,9 @@ class Hyperparameters:
             name, colon, windows = (part.strip() for part in item.partition(":"))
             if colon and not re.fullmatch(r"\d{1,12}", windows):
                 raise InputError(f"{self.shown('scores')}: {item} needs a number of windows")
-            if name:
+            if name in requested:
+                raise InputError(f"{self.shown('scores')} names {name} twice")
+            if name or colon:
                 requested[name] = int(windows) if colon else None
         return requested
 
@@ -342,8 +344,9 @@ class Hyperparameters:
             yield f"{dim} / {heads} must be even for rotary embeddings"
         if self.mask_eps >= self.mask_max:
             yield f"{self.shown('mask_eps')} must be smaller than {self.shown('mask_max')}"
-        if self.causal and (self.backbone != "unet" or self.doc_chunks or self.anchor_bos):
-            yield "OBJECTIVE=ar needs BACKBONE=unet DOC_CHUNKS=0 ANCHOR_BOS=0"
+        told_noise = BACKBONES[self.backbone].told_noise
+        if self.causal and (told_noise or self.doc_chunks or self.anchor_bos):
+            yield "OBJECTIVE=ar does not go with BACKBONE=dit, DOC_CHUNKS=1 or ANCHOR_BOS=1"
         scores = list(dict.fromkeys(itertools.chain(*ESTIMATORS.values())))
         for name in self.requested_scores:
             if name not in scores:
@@ -1222,6 +1225,7 @@ class Model(nn.Module):
     positions)`, which takes tokens z (B, L), embedded as x (B, L, D), through them.
     """
 
+    told_noise = False  # whether `trunk` uses masked_fraction, which causal models have not
     normalize_embedding = False
     zero_head = False  # whether a head that is not tied starts at zero
 
@@ -1320,6 +1324,8 @@ def noise_features(masked_fraction: Tensor) -> Tensor:
 class DiT(Model):
     """PR 1106's trunk: a plain stack of blocks, told how much of the row is masked."""
 
+    told_noise = True
+
     def build_trunk(self, hp: Hyperparameters) -> None:
         self.blocks = nn.ModuleList(DiTBlock(hp) for _ in range(hp.num_layers))
         self.time_embed = nn.Sequential(
@@ -1386,7 +1392,10 @@ KINDS = (
 
 def kind_of(name: str) -> Kind:
     """The kind of a parameter, by its name."""
-    return next(kind for kind in KINDS if re.fullmatch(kind.pattern, name))
+    for kind in KINDS:
+        if re.fullmatch(kind.pattern, name):
+            return kind
+    raise InputError(f"parameter {name} fits no pattern in the table KINDS")
 
 
 def by_kind(model: Model) -> dict[Kind, dict[str, nn.Parameter]]:

@@ -72,9 +72,9 @@ def test_what_follows_from_the_objective():
         ("MASK_EPS=0.5 MASK_MAX=0.5", "MASK_EPS=0.5 must be smaller than MASK_MAX=0.5"),
         (
             "OBJECTIVE=ar ANCHOR_BOS=1",
-            "OBJECTIVE=ar needs BACKBONE=unet DOC_CHUNKS=0 ANCHOR_BOS=0",
+            "OBJECTIVE=ar does not go with BACKBONE=dit, DOC_CHUNKS=1 or ANCHOR_BOS=1",
         ),
-        ("PRESET=llada OBJECTIVE=ar", "OBJECTIVE=ar needs BACKBONE=unet"),
+        ("PRESET=llada OBJECTIVE=ar", "OBJECTIVE=ar does not go with BACKBONE=dit"),
         ("RUN_ID=../x", "RUN_ID=../x: letters"),
     ],
 )
@@ -85,7 +85,10 @@ def test_wrong_values_are_one_clear_line(given, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_wrong_python_values():
+def test_wrong_python_values(monkeypatch):
+    monkeypatch.setitem(tm.PRESETS, "typo", {"num_layer": 2})
+    with pytest.raises(tm.InputError, match=r"num_layer \(did you mean num_layers\?\)"):
+        tm.Hyperparameters(preset="typo")
     with pytest.raises(tm.InputError, match=r"num_layer \(did you mean num_layers\?\)"):
         tm.Hyperparameters(num_layer=2)
     with pytest.raises(tm.InputError, match="NUM_LAYERS=2.0"):
@@ -210,7 +213,6 @@ def scores(text, **overrides):
         ("l2r:8", {"l2r": 8}),
         ("l2r:0", {"l2r": 0}),
         (" l2r : 8 , tstep:500,", {"l2r": 8, "tstep": 500}),
-        ("l2r:4,l2r:8", {"l2r": 8}),
         ("ar:3", {"ar": 3}),  # of the other objective: known, and left out when it comes to it
     ],
 )
@@ -225,7 +227,12 @@ def test_a_number_of_windows_is_a_number(text):
     assert str(caught.value).startswith(f"SCORES={text}: ") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["r2l", "nelbo,r2l:8", "L2R", "nelbo l2r", "l2r;nelbo"])
+def test_a_score_is_named_once():
+    with pytest.raises(tm.InputError, match="SCORES=l2r:4,nelbo,l2r names l2r twice"):
+        tm.Hyperparameters(scores="l2r:4,nelbo,l2r")
+
+
+@pytest.mark.parametrize("text", ["r2l", "nelbo,r2l:8", "L2R", "nelbo l2r", "l2r;nelbo", ":8"])
 def test_an_unknown_score_is_refused(text):
     with pytest.raises(tm.InputError, match=" is not one of nelbo, l2r, .*, ar") as caught:
         tm.Hyperparameters(scores=text)

@@ -139,6 +139,17 @@ def test_a_backbone(train, monkeypatch):
         tm.load_artifact("logs/bag.mdlm")
 
 
+def test_a_parameter_that_no_kind_knows_is_named(monkeypatch):
+    class Odd(Bag):
+        def build_trunk(self, hp):
+            super().build_trunk(hp)
+            self.odd = torch.nn.Parameter(torch.ones(3))
+
+    monkeypatch.setitem(tm.BACKBONES, "odd", Odd)
+    with pytest.raises(tm.InputError, match="parameter odd fits no pattern in the table KINDS"):
+        tm.by_kind(tm.outline_model(tiny_hp(backbone="odd")))
+
+
 # ---- Scores
 
 
