@@ -1068,10 +1068,11 @@ def apply_noise(
 
 
 def scored_capacity(hp: Hyperparameters, rows: int) -> int:
-    """The most positions that are scored in a micro-batch: a static shape.
+    """The most positions that are scored in a micro-batch of `rows` rows: a static shape.
 
-    Probabilities grow with time, so those of neighbouring rows add up to most when all draws are 0,
-    ½ or 1. Should more be masked all the same, `Trainer.check` ends the run.
+    For the distributions above, the sum of its mask probabilities is largest if every random draw
+    is 1, or, for pairs t and 1 − t, if it is 0 or ½. If a new one masks more, `Trainer.check` ends
+    the run.
     """
     tokens = rows * hp.train_seq_len
     if hp.causal:
@@ -1642,7 +1643,7 @@ class Optimizer:
     def step(self, step: int, lr_scale: float) -> Tensor:
         """Adds up loss and gradients of all processes, clips them and moves the weights.
 
-        If they are not finite, nothing moves, and `first_bad` says why. Returns the loss a token.
+        If they are not finite, nothing moves, and `first_bad` says why. Returns the loss per token.
         """
         hp = self.hp
         all_reduce(self.grads)
@@ -2779,7 +2780,7 @@ class Trainer:
             x.copy_(before)
 
     def validate(self, val: Split) -> Score:
-        """The headline of the averaged weights, with one mask a window."""
+        """The headline of the averaged weights, with one mask per window."""
         self.check()
         once = dataclasses.replace(self.hp, nelbo_passes=1)
         seqs = self.hp.eval_max_seqs
