@@ -1,0 +1,3126 @@
+"""Masked diffusion language models for parameter golf: train, pack, score as a code length.
+
+Claim: every score that this file prints is the length of a code that somebody could decode, except
+those marked biased:1, which repeat a published estimator. The defaults are PR 1699 of the
+challenge, published at 1.4784 bits per byte; llada and eos are PR 1106 and PR 1241, ar is the
+causal baseline, golf our own recipe (docs/recipe.md).
+
+    # two CPU cores, the text of the installed packages
+    python data/prepare_text.py --source docs
+    PRESET=demo torchrun --standalone --nproc_per_node=1 train_mdlm.py
+    # 8xH100, the challenge's data
+    python data/fetch_fineweb.py
+    torchrun --standalone --nproc_per_node=8 train_mdlm.py
+    # every hyperparameter
+    python train_mdlm.py --help
+
+The life of a token, from its shard to the score:
+
+    shard    data/prepare_text.py or data/fetch_fineweb.py wrote it down in 16 bits. The shards of a
+             split form one ring of tokens; `TokenStream.read` copies a stretch of it.
+    window   `TokenStream.windows` cuts the ring into rows of L tokens, each with the token before
+             it; `training_batch` takes the rows of one step.
+    mask     `draw_noise` draws how much of each row is masked, and `apply_noise` chooses the tokens
+             for which the model will see MASK. LOSS_WEIGHTS says how much each of them counts.
+    model    `Model.hidden` embeds the row and sends it through one of BACKBONES; `Model.head` gives
+             logits over V tokens at the masked positions.
+    loss     `batch_loss` sums weight · −ln p(token) over the masked tokens.
+    step     `Optimizer.step` adds up the gradients of all processes and moves the weights: matrices
+             by Muon, the rest by AdamW, as the table KINDS says.
+    average  `Optimizer.update_average` keeps an exponential average of the weights.
+    codes    `quantize` rounds each weight to a grid of QUANTIZERS, and `pack_kind` compresses the
+             codes with the best of PACKERS.
+    file     `save_artifact` writes header, codes and checksum, and `read_artifact` builds a fresh
+             model from these bytes and nothing else.
+    score    `score_windows` masks the validation split as one of ESTIMATORS does, adds up −log2 p
+             of that model, and divides by the bytes of the text, which `token_bytes` counts.
+    log      `Log` writes it all to logs/<run>.txt, below the source of this file.
+
+`run`, near the end, is this story as code. Importing the file has no side effect.
+
+Letters in shapes: B rows (windows), L positions, D width, H heads, V real tokens, N scored
+positions; R rows and C columns of a matrix. MASK is token V and PAD is token V + 1: the model sees
+them and never predicts them.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import difflib
+import fcntl
+import functools
+import hashlib
+import io
+import itertools
+import json
+import lzma
+import math
+import os
+import re
+import resource
+import signal
+import sys
+import textwrap
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:
+    import zstandard
+except ImportError:  # a plain torch installation: PACK=auto then does without it
+    zstandard = None
+
+SIZE_LIMIT_BYTES = 16_000_000  # code + artifact
+BUDGET_SECONDS = 600.0  # of training, and again of evaluation
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong: one line that names the value, the place and the remedy."""
+
+
+def ceil_div(a, b):
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def ranks(keys: Tensor) -> Tensor:
+    """(…, L) int64: the place of every key (…, L) in its row, 0 for the smallest."""
+    return keys.argsort(-1).argsort(-1)
+
+
+def golden_sequence(numbers: Tensor, offset: Tensor | float = 0.0) -> Tensor:
+    """Points in [0, 1) for numbers (n,): consecutive ones are spread evenly."""
+    return (offset + numbers.double() * GOLDEN) % 1
+
+
+def seeded(device: torch.device | str, *key) -> torch.Generator:
+    """A generator that depends on `key` only, for example (seed, "train", step)."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+# ---- Hyperparameters: knobs, presets, rules, help ----------------------------
+#
+# A knob is a field here and an environment variable; a preset is nothing but values for knobs.
+# Names are the challenge's, so published commands run. Choices are the rows of the table behind
+# them.
+
+
+def knob(group: str, default, meaning: str, low=0, high=1e12, choices=()):
+    """A hyperparameter. `choices` are names, or a function that returns them."""
+    about = dict(group=group, meaning=meaning, low=low, high=high, choices=choices)
+    return dataclasses.field(default=default, metadata=about)
+
+
+GROUPS = {
+    "run": "what to do",
+    "data": "where the text is",
+    "model": "what the predictor is; the artifact carries these values",
+    "noise": "what is masked in training, and how much a masked token counts",
+    "training": "how long, how much at a time, and how fast",
+    "execution": "how the work is done; the result is the same up to rounding",
+    "optimizer": "how gradients move the weights",
+    "export": "how the weights become bytes",
+    "scoring": "which code lengths are measured, and on how much text",
+}
+RESULT_GROUPS = ("model", "noise", "training", "optimizer")  # the same when a run is resumed
+
+
+# fmt: off
+@dataclasses.dataclass(frozen=True, init=False)
+class Hyperparameters:
+    """The defaults, changed by the preset, changed by the values that are given.
+
+    InputError for unknown names, values out of range, and values that do not fit together.
+    """
+
+    preset: str = knob("run", "mdlm", "values to start from", choices=lambda: PRESETS)
+    run_id: str = knob("run", "", "name of logs/<RUN_ID>.txt and .mdlm; empty: time and preset")
+    eval_only: str = knob("run", "", "artifact to score instead of training a model")
+
+    data_path: str = knob("data", "./data/datasets/fineweb10B_sp1024",
+                          "folder with fineweb_train_*.bin and fineweb_val_*.bin")
+    tokenizer_path: str = knob("data", "./data/tokenizers/fineweb_1024_bpe.model",
+                               "SentencePiece model that made them")
+
+    objective: str = knob("model", "mdlm", "masked diffusion, or causal next-token prediction",
+                          choices=lambda: ESTIMATORS)
+    backbone: str = knob("model", "unet", "the challenge's trunk, or one told the noise level",
+                         choices=lambda: BACKBONES)
+    vocab_size: int = knob("model", 1024, "real tokens V; MASK is V, PAD V + 1", low=2, high=65_534)
+    doc_chunks: bool = knob("model", False, "train on documents, in chunks of L tokens and PAD")
+    anchor_bos: bool = knob("model", False, "never mask <s>; scores pay for where it stands")
+    train_seq_len: int = knob("model", 1024, "tokens L of a window, in training and scoring", low=1)
+    num_layers: int = knob("model", 8, "blocks; in the U-Net half of them feed skips to the others",
+                           low=1, high=200)
+    model_dim: int = knob("model", 576, "width D of the residual stream", low=2)
+    num_heads: int = knob("model", 8, "attention heads H", low=1)
+    num_kv_heads: int = knob("model", 4, "key/value heads, each for an equal share of H", low=1)
+    mlp_mult: int = knob("model", 2, "hidden width of the MLP as a multiple of MODEL_DIM", low=1)
+    tie_embeddings: bool = knob("model", True, "use the embedding as the output head too")
+    neighbors: int = knob("model", 0, "tokens on each side of a position whose embeddings, from "
+                          "tables of their own, join its input", high=64)
+    rope_base: float = knob("model", 1e4, "base of the rotary frequencies", low=1)
+    logit_softcap: float = knob("model", 30.0, "logits become cap·tanh(logits/cap); 0: unchanged")
+    qk_gain_init: float = knob("model", 1.5, "initial gain of the normalised queries")
+    tied_embed_init_std: float = knob("model", 0.005, "standard deviation of a new tied embedding")
+    compute_dtype: str = knob("model", "auto", "of activations; auto: bfloat16 on GPUs",
+                              choices=("auto", "float32", "bfloat16"))
+
+    masking: str = knob("noise", "bernoulli", "how a row is masked: each token by itself, or an "
+                        "exact number of tokens", choices=lambda: MASKINGS)
+    time_sampling: str = knob("noise", "stratified", "how mask times are drawn: evenly spaced, in "
+                              "pairs t and 1 − t, or independently", choices=lambda: TIME_SAMPLINGS)
+    mask_dist: str = knob("noise", "uniform", "how mask probabilities are distributed",
+                          choices=lambda: MASK_DISTS)
+    mask_mean: float = knob("noise", 0.45, "mean of MASK_DIST=normal", high=1)
+    mask_std: float = knob("noise", 0.1, "its standard deviation", low=1e-6, high=10)
+    mask_eps: float = knob("noise", 0.001, "smallest mask probability", high=1)
+    mask_max: float = knob("noise", 1.0, "largest mask probability", high=1)
+    loss_weight: str = knob("noise", "elbo", "weight of a token masked with probability p: 1/p, "
+                            "about 1/(1 − p), or 1", choices=lambda: LOSS_WEIGHTS)
+    weight_clamp: float = knob("noise", 100.0, "largest weight of a masked token", low=1)
+
+    seed: int = knob("training", 1337, "seed of weights, mask times and masks", high=2**63 - 1)
+    iterations: int = knob("training", 20_000, "optimizer steps at most", high=2**24)
+    max_wallclock_seconds: float = knob("training", 600.0, "training time at most; 0: no limit")
+    train_batch_tokens: int = knob("training", 524_288, "tokens of a step, of all processes", low=1)
+    lr_warmup_steps: int = knob("training", 0, "steps in which the learning rates rise at first")
+    warmdown_iters: int = knob("training", 1200, "steps in which they decay; 0: see WARMDOWN_FRAC")
+    warmdown_frac: float = knob("training", 0.0, "share of the run in which they decay", high=1)
+    warmdown_shape: str = knob("training", "linear", "shape of the decay",
+                               choices=("linear", "cosine"))
+    min_lr_frac: float = knob("training", 0.0, "share of them that is left at the end", high=1)
+
+    compile: str = knob("execution", "auto", "compile the loss with torch.compile; auto: on GPUs",
+                        choices=("auto", "on", "off"))
+    warmup_steps: int = knob("execution", 20, "steps that warm the compiler up and are undone")
+    micro_batch_tokens: int = knob("execution", 65_536, "most tokens of one pass of a process",
+                                   low=1)
+    train_log_every: int = knob("execution", 200, "steps between log lines, after the first ten; "
+                                "0: no such lines")
+    val_loss_every: int = knob("execution", 1000, "steps between validations; 0: only at the end")
+    checkpoint_every: float = knob("execution", 300.0, "seconds of training between checkpoints; "
+                                   "0: only when stopped")
+    resume: str = knob("execution", "auto", "auto: from the last checkpoint of RUN_ID, if there is "
+                       "one; never; or the path of a checkpoint")
+    skip_nonfinite: int = knob("execution", 0, "steps with infinite or NaN gradients that are "
+                               "skipped before the run gives up")
+
+    optimizer: str = knob("optimizer", "muon", "for the block matrices; AdamW is for the rest",
+                          choices=("muon", "adamw"))
+    matrix_lr: float = knob("optimizer", 0.02, "learning rate of the block matrices")
+    tied_embed_lr: float = knob("optimizer", 0.05, "learning rate of a tied embedding")
+    embed_lr: float = knob("optimizer", 0.6, "learning rate of an untied one, and of NEIGHBORS")
+    head_lr: float = knob("optimizer", 0.008, "learning rate of an untied output head")
+    scalar_lr: float = knob("optimizer", 0.04, "learning rate of gains, scales, skips and biases")
+    adam_batch_tokens: int = knob("optimizer", 0, "batch size that these rates, but MATRIX_LR, are "
+                                  "for; they scale with its square root; 0: no scaling")
+    weight_decay: float = knob("optimizer", 0.0, "decoupled, per step, times the learning rate")
+    weight_decay_on: str = knob("optimizer", "matrices", "what decays: block and head matrices, or "
+                                "all weights", choices=("matrices", "all"))
+    muon_momentum: float = knob("optimizer", 0.95, "Nesterov momentum of Muon", high=1)
+    muon_momentum_warmup_start: float = knob("optimizer", 0.85, "its momentum at step 0", high=1)
+    muon_momentum_warmup_steps: int = knob("optimizer", 500, "steps until it is MUON_MOMENTUM")
+    muon_backend_steps: int = knob("optimizer", 5, "Newton-Schulz iterations of Muon", low=1)
+    beta1: float = knob("optimizer", 0.9, "decay of AdamW's first moment", high=0.999999)
+    beta2: float = knob("optimizer", 0.95, "decay of AdamW's second moment", high=0.999999)
+    adam_eps: float = knob("optimizer", 1e-8, "ε of AdamW", low=1e-30)
+    grad_clip_norm: float = knob("optimizer", 1.0, "largest norm of the gradient; 0: no limit")
+    ema_decay: float = knob("optimizer", 0.999, "decay of averaged weights; 0: no average", high=1)
+    ema_start_frac: float = knob("optimizer", 0.1, "share of the run before averaging", high=1)
+
+    quant_mode: str = knob("export", "fp8", "storage of all weights, or by kind of parameter: "
+                           "int7,embed:int8,gain:fp16")
+    quant_clip: float = knob("export", 0.0, "largest code, in root mean squares of its row; 0: the "
+                             "one with the least squared error", high=16)
+    quant_feedback: int = knob("export", 0, "training batches for GPTQ rounding, best with "
+                               "QUANT_CLIP of 10 or more; 0: round to nearest")
+    pack: str = knob("export", "auto", "compressor of each kind of parameter; auto: the smallest",
+                     choices=lambda: ("auto", *PACKERS))
+
+    scores: str = knob("scoring", "nelbo,l2r", "final scores, each with a number of windows if "
+                       "wanted (0: all): nelbo,l2r:512")
+    nelbo_passes: int = knob("scoring", 4, "masks per window of the final NELBO", low=1)
+    eval_max_seqs: int = knob("scoring", 4096, "windows of a validation in training; 0: all")
+    final_eval_max_seqs: int = knob("scoring", 0, "windows of the final val_bpb; 0: all")
+    final_eval_t_samples: int = knob("scoring", 0, "points of PR 1699's grid; adds the score tgrid")
+    tstep_steps: int = knob("scoring", 128, "T of the T-step bound", low=1)
+    stride: int = knob("scoring", 64, "tokens that a sliding window scores", low=1)
+    chain_group: int = knob("scoring", 1, "positions a chain rule reveals in one call", low=1)
+    val_batch_size: int = knob("scoring", 524_288, "tokens of one scoring pass, over all processes",
+                               low=1)
+# fmt: on
+
+    def __init__(self, preset: str = "mdlm", **overrides):
+        known = {spec.name: spec for spec in dataclasses.fields(self)}
+        values = {name: spec.default for name, spec in known.items()}
+        values |= PRESETS.get(preset, {}) | {"preset": preset}
+        for name in (values | overrides).keys() - known.keys():
+            raise InputError(f"unknown hyperparameter {name}{did_you_mean(name, known)}")
+        if "warmdown_frac" in overrides:
+            values["warmdown_iters"] = 0
+        for name, value in (values | overrides).items():
+            object.__setattr__(self, name, checked_value(known[name], value))
+        broken = next(self._broken_rules(), None)
+        if broken:
+            raise InputError(broken)
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Hyperparameters:
+        """Reads every known variable of `env`."""
+        names = (spec.name for spec in dataclasses.fields(cls))
+        return cls(**{name: env[name.upper()] for name in names if name.upper() in env})
+
+    def shown(self, name: str) -> str:
+        """As one would give it: NUM_LAYERS=8."""
+        value = getattr(self, name)
+        return f"{name.upper()}={int(value) if isinstance(value, bool) else value}"
+
+    # Whether a position sees only what is to its left, so that nothing has to be masked
+    causal = property(lambda self: self.objective == "ar")
+    mask_id = property(lambda self: self.vocab_size)
+    pad_id = property(lambda self: self.vocab_size + 1)
+    head_dim = property(lambda self: self.model_dim // self.num_heads)
+    # Windows of a global batch
+    batch_rows = property(lambda self: self.train_batch_tokens // self.train_seq_len)
+    # The score behind val_bpb
+    headline = property(lambda self: next(iter(ESTIMATORS[self.objective])))
+
+    @property
+    def embedding_rows(self) -> int:
+        """Tokens the model can see: the real ones, MASK unless causal, PAD for chunks."""
+        return self.vocab_size + (not self.causal) + self.doc_chunks
+
+    @property
+    def neighbor_offsets(self) -> list[int]:
+        """Where the tokens of NEIGHBORS are, relative to a position."""
+        last = 0 if self.causal else self.neighbors
+        return [offset for offset in range(-self.neighbors, last + 1) if offset]
+
+    @property
+    def storages(self) -> dict[str, str]:
+        """By kind of parameter: what QUANT_MODE says of it, else KINDS, else of all."""
+        parts = [part.strip().rpartition(":")[::2] for part in self.quant_mode.split(",")]
+        asked = dict(parts)
+        if len(asked) < len(parts):
+            raise InputError(f"{self.shown('quant_mode')} names one kind twice")
+        default = asked.pop("", "fp8")
+        return {kind.name: kind.storage or default for kind in KINDS} | asked
+
+    @property
+    def requested_scores(self) -> dict[str, int | None]:
+        """Windows by score, as in SCORES; None where it gives no number."""
+        requested = {}
+        for item in self.scores.split(","):
+            name, colon, windows = (part.strip() for part in item.partition(":"))
+            if colon and not re.fullmatch(r"\d{1,12}", windows):
+                raise InputError(f"{self.shown('scores')}: {item} needs a number of windows")
+            if name in requested:
+                raise InputError(f"{self.shown('scores')} names {name} twice")
+            if name or colon:
+                requested[name] = int(windows) if colon else None
+        return requested
+
+    def _broken_rules(self) -> Iterator[str]:
+        """A message for each rule between values that does not hold."""
+        dim, heads, kv_heads = map(self.shown, ("model_dim", "num_heads", "num_kv_heads"))
+        if self.model_dim % self.num_heads:
+            yield f"{heads} must divide {dim}"
+        if self.num_heads % self.num_kv_heads:
+            yield f"{kv_heads} must divide {heads}"
+        if self.head_dim % 2:
+            yield f"{dim} / {heads} must be even for rotary embeddings"
+        if self.mask_eps >= self.mask_max:
+            yield f"{self.shown('mask_eps')} must be smaller than {self.shown('mask_max')}"
+        told_noise = BACKBONES[self.backbone].told_noise
+        if self.causal and (told_noise or self.doc_chunks or self.anchor_bos):
+            yield "OBJECTIVE=ar does not go with BACKBONE=dit, DOC_CHUNKS=1 or ANCHOR_BOS=1"
+        scores = list(dict.fromkeys(itertools.chain(*ESTIMATORS.values())))
+        for name in self.requested_scores:
+            if name not in scores:
+                yield f"{self.shown('scores')}: {name} is not one of {', '.join(scores)}"
+        kinds = [kind.name for kind in KINDS]
+        for kind, storage in self.storages.items():
+            if kind not in kinds or storage not in QUANTIZERS:
+                allowed = f"{', '.join(kinds)}, or all of them, may be {', '.join(QUANTIZERS)}"
+                yield f"{self.shown('quant_mode')}: {allowed}"
+        if self.pack == "zstd" and zstandard is None:
+            yield "PACK=zstd needs the package zstandard: pip install -r requirements.txt"
+        if re.search(r"[^\w.+=@-]|^\.", self.run_id):
+            yield f"{self.shown('run_id')}: letters, digits, _+=@- and, not at the start, dots"
+
+
+# Presets, after the knobs they set. PR 1699, mdlm, is the defaults.
+# fmt: off
+MDLM16 = dict(num_layers=11, quant_mode="int7,embed:int8", quant_clip=10.0, quant_feedback=4)
+GOLF = MDLM16 | dict(
+    num_layers=8, mlp_mult=3, num_kv_heads=2, neighbors=2,
+    masking="count", mask_dist="normal", loss_weight="flat",
+    warmdown_iters=0, warmdown_frac=0.5, ema_decay=0.0,
+    adam_batch_tokens=524_288, embed_lr=0.2, tied_embed_init_std=0.05,
+)
+DEMO = GOLF | dict(  # for two CPU cores and some minutes, on the text of the installed packages
+    data_path="./data/datasets/docs_sp1024",
+    tokenizer_path="./data/tokenizers/docs_1024_bpe.model",
+    num_layers=4, model_dim=128, num_heads=4, mlp_mult=2, train_seq_len=128, rope_base=100.0,
+    iterations=1300, max_wallclock_seconds=400.0, warmup_steps=0, train_batch_tokens=2048,
+    train_log_every=100, val_loss_every=200, eval_max_seqs=256,
+    scores="nelbo,l2r:32", nelbo_passes=1, val_batch_size=2048,
+)
+LLADA = dict(  # PR 1106
+    backbone="dit", num_layers=11, model_dim=512, num_kv_heads=8, mlp_mult=3,
+    tie_embeddings=False, logit_softcap=0.0, train_seq_len=2048,
+    time_sampling="antithetic", mask_eps=0.0, mask_max=0.999,
+    loss_weight="dsigma", weight_clamp=1000.0,
+    iterations=6000, train_batch_tokens=65_536, lr_warmup_steps=300,
+    warmdown_iters=1500, warmdown_shape="cosine", min_lr_frac=0.1,
+    optimizer="adamw", weight_decay=0.1, weight_decay_on="all", ema_decay=0.0,
+    matrix_lr=6e-4, embed_lr=6e-4, head_lr=6e-4, tied_embed_lr=6e-4, scalar_lr=6e-4,
+    scores="nelbo,l2r,tstep:500", tstep_steps=512,
+)
+EOS = LLADA | dict(doc_chunks=True, anchor_bos=True, tstep_steps=128)  # PR 1241
+AR = dict(  # the challenge's causal baseline
+    objective="ar", num_layers=9, model_dim=512, matrix_lr=0.04, grad_clip_norm=0.0, ema_decay=0.0,
+)
+PRESETS: dict[str, dict] = {
+    "mdlm": {},
+    "mdlm16": MDLM16,  # as many layers as fit if a weight takes fewer bits
+    "golf": GOLF,  # the better recipe: docs/recipe.md
+    "llada": LLADA,
+    "eos": EOS,
+    "ar": AR,
+    "demo": DEMO,
+}
+# fmt: on
+
+
+def choices_of(spec: dataclasses.Field) -> list[str]:
+    choices = spec.metadata["choices"]
+    return list(choices() if callable(choices) else choices)
+
+
+def checked_value(spec: dataclasses.Field, value):
+    """`value`, as text or not, in the type and range of its field; or InputError."""
+    name, kind = spec.name.upper(), type(spec.default)
+    try:
+        if isinstance(value, str) and kind is bool:
+            value = {"0": False, "1": True, "false": False, "true": True}[value.strip().lower()]
+        elif isinstance(value, str) or (kind is float and type(value) is int):
+            value = kind(value)
+        if type(value) is not kind or (kind is float and not math.isfinite(value)):
+            raise ValueError
+    except (ValueError, KeyError):
+        wanted = {int: "a whole number", float: "a number", bool: "0 or 1", str: "text"}[kind]
+        raise InputError(f"{name}={value} is not {wanted}") from None
+    choices = choices_of(spec)
+    if choices and value not in choices:
+        raise InputError(f"{name}={value} is not one of {', '.join(choices)}")
+    low, high = spec.metadata["low"], spec.metadata["high"]
+    if kind in (int, float) and not low <= value <= high:
+        raise InputError(f"{name}={value} is not between {low} and {high}")
+    return value
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.85)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def near_misses(env: Mapping[str, str]) -> list[str]:
+    """A warning for every variable that is almost the name of a hyperparameter."""
+    known = [spec.name.upper() for spec in dataclasses.fields(Hyperparameters)]
+    hints = {name: did_you_mean(name, known) for name in sorted(env) if name not in known}
+    warning = "warning: environment variable {} is not read{}"
+    return [warning.format(name, hint) for name, hint in hints.items() if hint]
+
+
+def help_text(wanted: Sequence[str] = ()) -> str:
+    """The story of this file and every knob, or only the `wanted` groups."""
+    for group in wanted:
+        if group not in GROUPS:
+            raise InputError(f"--help {group}: the groups are {', '.join(GROUPS)}")
+    presets = {name: Hyperparameters(preset=name) for name in PRESETS}
+    lines = [] if wanted else [__doc__.strip(), ""]
+    for group in wanted or GROUPS:
+        lines.append(f"{group}: {GROUPS[group]}")
+        for spec in dataclasses.fields(Hyperparameters):
+            if spec.metadata["group"] == group:
+                lines += knob_help(spec, presets)
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def knob_help(spec: dataclasses.Field, presets: Mapping[str, Hyperparameters]) -> list[str]:
+    """Default, meaning, choices, and the presets that change it."""
+    default = presets["mdlm"]
+    notes = [spec.metadata["meaning"], " | ".join(choices_of(spec))]
+    if spec.name != "preset":
+        changed = {
+            name: hp.shown(spec.name).partition("=")[2]
+            for name, hp in presets.items()
+            if getattr(hp, spec.name) != getattr(default, spec.name)
+        }
+        notes.append("; ".join(f"{name}: {value}" for name, value in changed.items()))
+    lines = [line for note in notes for line in textwrap.wrap(note, width=62)]
+    head = f"    {default.shown(spec.name)}"
+    if len(head) < 38:
+        head = f"{head:<38}{lines.pop(0)}"
+    return [head] + [f"{'':<38}{line}" for line in lines]
+
+
+# ---- Processes, clock, log, files --------------------------------------------
+#
+# One process is a group of one: nothing below asks whether it is alone. Only the first one writes.
+# What could differ between processes (a file, the time, a signal) is decided once and told to all.
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def run_collective(collective: Callable, *arguments, **options) -> None:
+    """Runs it if there are several processes; InputError if another one is lost."""
+    try:
+        if world_size() > 1:
+            collective(*arguments, **options)
+    except RuntimeError as error:
+        text = str(error)
+        if text.startswith("CUDA"):  # a failure of this process
+            raise
+        first_line = text.partition("\n")[0]
+        raise InputError(f"another process of the group is lost: {first_line}") from None
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Adds `tensor` up over all processes, in place."""
+    run_collective(dist.all_reduce, tensor)
+    return tensor
+
+
+def foreseen(error: BaseException) -> str:
+    """One line on an error that has a known cause, else nothing."""
+    text = str(error)
+    if isinstance(error, InputError):
+        return " ".join(text.split())
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by a signal; with its RUN_ID a run goes on from its last checkpoint"
+    no_memory = re.search(r"(out of|allocate|not enough) memory", text)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and no_memory):
+        return "out of memory: lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or the size of the model"
+    if isinstance(error, ImportError):
+        return f"{text}: pip install -r requirements.txt"
+    if isinstance(error, RuntimeError) and re.search(r"\bC(\+\+)? compiler", text):
+        return "torch.compile finds no C++ compiler: install g++, or give COMPILE=off"
+    if isinstance(error, OSError):
+        file = error.filename or "the log or the screen"
+        return f"{file}: cannot be read or written: {error.strerror}"
+    return ""
+
+
+def explain(error: BaseException) -> str:
+    """One line on any error."""
+    return foreseen(error) or " ".join(str(error).split())
+
+
+def on_first_process(work: Callable):
+    """What work() returns or raises on the first process, on all of them."""
+    result_and_error = [None, None]
+    try:
+        if rank() == 0:
+            result_and_error[0] = work()
+    except (InputError, OSError) as error:
+        result_and_error[1] = InputError(explain(error))
+    run_collective(dist.broadcast_object_list, result_and_error, 0, device=torch.device("cpu"))
+    result, error = result_and_error
+    if error:
+        raise error
+    return result
+
+
+def start_processes() -> torch.device:
+    """Joins the group that torchrun describes, if any; this process's device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        found = torch.cuda.device_count()
+        if device.index >= found:
+            raise InputError(f"--nproc_per_node is more than {found}, the GPUs of this machine")
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:  # control messages go through gloo, so they never wait for a GPU
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend)
+    return device
+
+
+def on_signals(handler) -> None:
+    """Sets the handler of SIGTERM and SIGINT."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
+class Clock:
+    """Training time of a run over all of its restarts; pauses do not count."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stopped = False  # by a signal, on this process
+        self.pauses: dict[str, float] = {}  # seconds by name
+        self.started = self.now()
+
+    def now(self) -> float:
+        """Waits for the device; the time in seconds."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def read(self) -> tuple[float, bool]:
+        """Training time in ms, and whether any process was told to stop: the same on all.
+
+        Does not wait for the device.
+        """
+        own = [1000 * (time.perf_counter() - self.started), self.stopped]
+        ms, stopped = all_reduce(torch.tensor(own, dtype=torch.float64)).tolist()
+        return ms / world_size(), stopped > 0
+
+    def stop(self, *signal_and_frame) -> None:
+        """A signal handler; the step that is running is finished first."""
+        self.stopped = True
+
+    @contextlib.contextmanager
+    def paused(self, name: str) -> Iterator[None]:
+        since = self.now()
+        yield
+        seconds = self.now() - since
+        self.started += seconds
+        self.pauses[name] = self.pauses.get(name, 0.0) + seconds
+
+
+class Log:
+    """The first process's lines, on the screen and in a file, and a progress bar on terminals."""
+
+    def __init__(self, path: Path | None = None):
+        self.path = path
+        self.on_terminal = rank() == 0 and sys.stdout.isatty()
+        self.bar = ("", 0.0, 0.0)  # its name, and the time and fraction at which it began
+        self.bar_drawn = 0.0
+        self.lock = None  # the open file of `path`, locked while this process lives
+
+    def __call__(self, line: str, screen: bool = True, every_rank: bool = False) -> None:
+        if screen and rank() == 0:
+            erase = "\r\x1b[K" if self.on_terminal else ""
+            print(erase + line, flush=True)
+        if self.path and (every_rank or rank() == 0):
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(line + "\n")
+
+    def progress(self, name: str, fraction: float, note: str = "") -> None:
+        """Draws the bar, at most five times a second; `fraction` in [0, 1] is done."""
+        now = time.monotonic()
+        if not self.on_terminal or (now - self.bar_drawn < 0.2 and 0.0 < fraction < 1.0):
+            return
+        self.bar_drawn = now
+        if name != self.bar[0]:
+            self.bar = (name, now, fraction)
+        _, began, first = self.bar
+        line = ""
+        if fraction < 1.0:
+            speed = max(fraction - first, 1e-9) / max(now - began, 1e-9)
+            minutes, seconds = divmod(int((1 - fraction) / speed), 60)
+            left = f"{minutes}:{seconds:02d} left" if fraction > first else ""
+            bar = "█" * int(30 * fraction)
+            line = f"{name} {bar:░<30} {100 * fraction:3.0f} % {left} {note}"
+        print("\r\x1b[K" + line, end="", flush=True)
+
+    def budget(self, name: str, value: float, limit: float, unit: str, note: str = "") -> None:
+        """A line on something that the challenge limits, and one more if it is over."""
+        self(f"{name}: {round(value, 1)} {unit}{note}")
+        if value > limit:
+            excess = round(value - limit, 1)
+            self(f"OVER BUDGET: {name} is {round(value, 1)} {unit}, {excess} more than allowed")
+
+
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def sealed(data: bytes) -> bytes:
+    """`data`, then its SHA-256."""
+    return data + hashlib.sha256(data).digest()
+
+
+def unsealed(data: bytes) -> bytes | None:
+    """What was sealed, or None if it is damaged."""
+    body = data[:-DIGEST_BYTES]
+    return body if hashlib.sha256(body).digest() == data[-DIGEST_BYTES:] else None
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """All of it or nothing: under another name first. InputError if that fails."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)  # it may have filled the disk
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+# ---- Data and bytes ----------------------------------------------------------
+#
+# Shards are read a batch at a time, so memory does not grow with them. The bytes of bits per byte,
+# which published scores got wrong, are counted token by token, with a table that
+# data/prepare_text.py has compared with the decoded text.
+
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_INTS = 256
+SHARD_HEADER_BYTES = 4 * SHARD_HEADER_INTS
+BOS_ID = 1  # <s> in the challenge's tokenizers
+REMEDY = (
+    "run 'python data/prepare_text.py --source docs' (for PRESET=demo) or "
+    "'python data/fetch_fineweb.py'"
+)
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """Memory-maps a shard: 256 int32 (magic, version, tokens, zeros), then uint16."""
+    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
+    if header.size < SHARD_HEADER_INTS or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
+        raise InputError(f"{path}: not a token shard (bad header); {REMEDY}")
+    count = int(header[2])
+    if count < 1 or path.stat().st_size != SHARD_HEADER_BYTES + 2 * count:
+        raise InputError(f"{path}: truncated or damaged, its header says {count} tokens; {REMEDY}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+
+
+class TokenStream:
+    """The shards of a split end to end, as a ring: after the last token comes the first."""
+
+    def __init__(self, folder: str | Path, split: str):
+        self.files = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
+        if not self.files:
+            raise InputError(f"no {split} shards in DATA_PATH={folder}; {REMEDY}")
+        sizes = np.array([len(open_shard(path)) for path in self.files])
+        self.ends = sizes.cumsum()
+        self.begins = self.ends - sizes
+        self.total = int(sizes.sum())
+        self.digest = 0  # of what `check_tokens` has read
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens from position `start` of the ring on, uint16."""
+        parts = []
+        while count > 0:
+            position = start % self.total
+            shard = int(np.searchsorted(self.ends, position, side="right"))
+            size = min(int(self.ends[shard]) - position, count)
+            offset = SHARD_HEADER_BYTES + 2 * (position - int(self.begins[shard]))
+            part = np.fromfile(self.files[shard], "<u2", size, offset=offset)
+            if len(part) < size:
+                raise InputError(f"{self.files[shard]}: was cut off while it was in use")
+            parts.append(part)
+            start += size
+            count -= size
+        return np.concatenate(parts)
+
+    def windows(self, numbers: Iterable[int], length: int, stride: int = 0) -> Tensor:
+        """(B, 1 + length) int64: row n has token n·(stride or length) and the `length` after it."""
+        if isinstance(numbers, range) and not stride:  # consecutive, as in training
+            tokens = self.read(numbers.start * length, 1 + len(numbers) * length)
+            return torch.from_numpy(tokens).long().unfold(0, 1 + length, length)
+        rows = [self.read(number * (stride or length), 1 + length) for number in numbers]
+        return torch.from_numpy(np.stack(rows)).long()
+
+    def count_windows(self, length: int, stride: int = 0) -> int:
+        """Windows that do not go round the ring."""
+        return max(1 + (self.total - 1 - length) // (stride or length), 0)
+
+    def order(self, epoch: int) -> Sequence[int]:
+        """The shards in the order in which they are read."""
+        return range(len(self.files))
+
+    def check_tokens(self, vocab_size: int, first_tokens: float = math.inf) -> None:
+        """Reads the shards of the first tokens into `digest`; InputError for a foreign token."""
+        tokens_before = 0
+        for number in self.order(0):
+            if tokens_before >= first_tokens:
+                break
+            shard = open_shard(self.files[number])
+            self.digest = zlib.crc32(shard, self.digest)
+            largest = int(shard.max())
+            if largest >= vocab_size:
+                found = f"holds token {largest}, but VOCAB_SIZE={vocab_size}"
+                raise InputError(f"{self.files[number]}: {found}; another tokenizer made it")
+            tokens_before += len(shard)
+
+
+class DocumentStream(TokenStream):
+    """The shards as documents, from <s> to <s>, in chunks of at most L tokens, then PAD.
+
+    The order of shards, and of chunks in a shard, depends on (seed, epoch). A visit is one shard in
+    one epoch. Two shards at most are in memory.
+    """
+
+    def __init__(self, folder: str | Path, split: str, hp: Hyperparameters):
+        super().__init__(folder, split)
+        self.length = hp.train_seq_len
+        self.pad_id = hp.pad_id
+        self.seed = hp.seed
+        self.first_chunks = [0]  # number of the first chunk of every visit so far
+        self.visit = functools.lru_cache(maxsize=2)(self._visit)
+
+    def order(self, epoch: int) -> Sequence[int]:
+        generator = seeded("cpu", self.seed, "shards", epoch)
+        return torch.randperm(len(self.files), generator=generator).tolist()
+
+    def _visit(self, visit: int) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        """A shard's tokens, where its chunks begin (and the last one ends), and their order."""
+        epoch, place = divmod(visit, len(self.files))
+        path = self.files[self.order(epoch)[place]]
+        shard = np.array(open_shard(path))  # in memory
+        documents = np.union1d([0], np.flatnonzero(shard == BOS_ID))  # the first may lack its <s>
+        chunks = ceil_div(np.diff(documents, append=len(shard)), self.length)  # of each document
+        first_of_document = np.repeat(chunks.cumsum() - chunks, chunks)
+        within_document = np.arange(chunks.sum()) - first_of_document
+        starts = np.repeat(documents, chunks) + self.length * within_document
+        generator = seeded("cpu", self.seed, "chunks", visit)
+        order = torch.randperm(len(starts), generator=generator)
+        return shard, np.append(starts, len(shard)), order
+
+    def chunk(self, number: int) -> np.ndarray:
+        """The tokens of a chunk, uint16."""
+        while self.first_chunks[-1] <= number:
+            _, _, order = self.visit(len(self.first_chunks) - 1)
+            self.first_chunks.append(self.first_chunks[-1] + len(order))
+        visit = int(np.searchsorted(self.first_chunks, number, side="right")) - 1
+        shard, starts, order = self.visit(visit)
+        place = int(order[number - self.first_chunks[visit]])
+        return shard[starts[place] : starts[place + 1]]
+
+    def windows(self, numbers: Iterable[int], length: int, stride: int = 0) -> Tensor:
+        """(B, 1 + length) int64: PAD, then the tokens of a chunk, then PAD."""
+        rows = []
+        for number in numbers:
+            chunk = self.chunk(number)
+            padding = (1, length - len(chunk))
+            rows.append(np.pad(chunk, padding, constant_values=self.pad_id))
+        return torch.from_numpy(np.stack(rows)).long()
+
+
+class ByteTables(NamedTuple):
+    """What every token adds to the text, by its id."""
+
+    base_bytes: Tensor  # (table,) int64, UTF-8 bytes without the leading space
+    has_leading_space: Tensor  # (table,) bool
+    is_boundary: Tensor  # (table,) bool: control and unknown tokens, which stand for no text
+    keeps_space: bool  # whether the first piece after a boundary keeps its leading space
+
+
+def build_sentencepiece_luts(sp, vocab_size: int, device: torch.device | str = "cpu") -> ByteTables:
+    """Of a SentencePiece model, exact also where spaces begin a piece or a text."""
+    pieces = int(sp.vocab_size())
+    size = max(pieces, vocab_size + 2)  # MASK and PAD stand for no text
+    base = np.zeros(size, np.int64)
+    space = np.zeros(size, bool)
+    boundary = np.ones(size, bool)
+    for token in range(pieces):
+        if sp.is_control(token) or sp.is_unknown(token) or sp.is_unused(token):
+            continue
+        piece = sp.id_to_piece(token)
+        boundary[token] = False
+        space[token] = piece.startswith("\u2581")
+        text_bytes = len(piece.replace("\u2581", " ").encode())
+        base[token] = 1 if sp.is_byte(token) else text_bytes - space[token]
+    # All pieces behave alike, so it is enough to ask one of them.
+    keeps_space = space.any() and sp.decode([int(space.argmax())]).startswith(" ")
+    tables = (torch.from_numpy(table).to(device) for table in (base, space, boundary))
+    return ByteTables(*tables, bool(keeps_space))
+
+
+def token_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
+    """(…, L) int64: UTF-8 bytes of tokens (…, L), after the token `prev` (…)."""
+    device = luts.base_bytes.device
+    tokens = torch.as_tensor(tokens, dtype=torch.int64, device=device)
+    prev = torch.as_tensor(prev, dtype=torch.int64, device=device).expand(tokens.shape[:-1])
+    before = torch.cat([prev[..., None], tokens[..., :-1]], dim=-1)
+    space_stays = luts.keeps_space | ~luts.is_boundary[before]
+    return luts.base_bytes[tokens] + (luts.has_leading_space[tokens] & space_stays)
+
+
+def count_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
+    """(…) int64: UTF-8 bytes of the text of tokens (…, L), after the token `prev` (…)."""
+    return token_bytes(tokens, prev, luts).sum(-1)
+
+
+def load_tokenizer(path: str, vocab_size: int):
+    """The SentencePiece model at `path`; InputError if there is none of this size."""
+    import sentencepiece
+
+    try:
+        sp = sentencepiece.SentencePieceProcessor(model_file=path)
+        sp.id_to_piece(list(range(sp.vocab_size())))  # raises if a piece is no UTF-8
+    except (RuntimeError, OSError, ValueError):
+        message = f"TOKENIZER_PATH={path}: there is no SentencePiece model; {REMEDY}"
+        raise InputError(message) from None
+    if int(sp.vocab_size()) != vocab_size:
+        raise InputError(f"{path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
+    return sp
+
+
+def check_tokenizer(path: str, sp, stream: TokenStream, luts: ByteTables) -> None:
+    """InputError unless the text of the first tokens comes back as nearly the same tokens.
+
+    Tokens that are about equally frequent are random, not text, and pass.
+    """
+
+    def pairs(documents: Iterable[Sequence[int]]) -> collections.Counter:
+        return collections.Counter(itertools.chain(*map(itertools.pairwise, documents)))
+
+    first = stream.files[stream.order(0)[0]]
+    tokens = np.array(open_shard(first)[:50_000])
+    boundary = luts.is_boundary.cpu().numpy()
+    parts = np.split(tokens, np.flatnonzero(boundary[tokens]))
+    parts = [part[~boundary[part]].tolist() for part in parts]
+    stored = pairs(parts)
+    again = pairs(sp.encode(sp.decode(parts)))
+    is_text = np.bincount(tokens).max() > 10 + 4 * len(tokens) / len(boundary)
+    if is_text and (stored & again).total() < 0.99 * stored.total():
+        made = f"is not the tokenizer that made {first}"
+        raise InputError(f"{path}: {made}; it splits the text differently")
+
+
+def open_training(hp: Hyperparameters, sp, luts: ByteTables) -> TokenStream:
+    """The training split, checked as far as the run can reach."""
+    if hp.doc_chunks:
+        stream = DocumentStream(hp.data_path, "train", hp)
+    else:
+        stream = TokenStream(hp.data_path, "train")
+    batches = max(hp.iterations, hp.warmup_steps, hp.quant_feedback)
+    stream.check_tokens(hp.vocab_size, 1 + batches * hp.train_batch_tokens)
+    check_tokenizer(hp.tokenizer_path, sp, stream, luts)
+    return stream
+
+
+class Split(NamedTuple):
+    """Tokens to be scored, and the bytes that they stand for."""
+
+    stream: TokenStream
+    luts: ByteTables
+
+
+def open_validation(hp: Hyperparameters, sp, luts: ByteTables) -> Split:
+    """The validation split, checked."""
+    stream = TokenStream(hp.data_path, "val")
+    if not stream.count_windows(hp.train_seq_len):
+        needed = f"less than a window of {hp.shown('train_seq_len')} and the token before it"
+        raise InputError(f"{stream.files[0]}: the split has {stream.total} tokens, {needed}")
+    stream.check_tokens(hp.vocab_size)
+    check_tokenizer(hp.tokenizer_path, sp, stream, luts)
+    return Split(stream, luts)
+
+
+# ---- Noise and loss weights --------------------------------------------------
+#
+# The bound that is reported is exact whatever the model was trained on, so training noise is a free
+# choice, made in four tables. Its random numbers are those of a global batch, drawn from one
+# generator for each (seed, step): all processes, restarts and micro-batches see the same masks.
+
+
+def stratified_times(u: Tensor) -> Tensor:
+    """One time in each of B equal strata, all at the same place in it (Sahoo et al. 2024),
+    dealt out so that neighbouring rows are spread evenly too."""
+    strata = ranks(golden_sequence(torch.arange(len(u), device=u.device)))
+    return (strata + u[0]) / len(u)
+
+
+def antithetic_times(u: Tensor) -> Tensor:
+    """Pairs u, 1 − u."""
+    return torch.stack([u, 1 - u], dim=1).flatten()[: len(u)]
+
+
+# Uniform draws (B,) → mask times (B,) in [0, 1]
+TIME_SAMPLINGS = {
+    "stratified": stratified_times,
+    "antithetic": antithetic_times,
+    "uniform": lambda u: u,
+}
+
+
+def uniform_probability(hp: Hyperparameters, t: Tensor) -> Tensor:
+    return hp.mask_eps + (hp.mask_max - hp.mask_eps) * t
+
+
+def normal_probability(hp: Hyperparameters, t: Tensor) -> Tensor:
+    quantile = hp.mask_mean + hp.mask_std * torch.special.ndtri(t)
+    return quantile.clamp(hp.mask_eps, hp.mask_max)
+
+
+# Times (B,) → mask probabilities (B,) in [MASK_EPS, MASK_MAX]: quantile functions, so they grow
+MASK_DISTS = {
+    "uniform": uniform_probability,
+    "normal": normal_probability,
+}
+
+
+def mask_probability(hp: Hyperparameters, u: Tensor) -> Tensor:
+    """(B,) for the tokens of a row, from uniform draws u (B,)."""
+    return MASK_DISTS[hp.mask_dist](hp, TIME_SAMPLINGS[hp.time_sampling](u))
+
+
+def maskable(hp: Hyperparameters, x: Tensor) -> Tensor:
+    """(B, L) bool: all of x (B, L) but PAD and, with ANCHOR_BOS, <s>."""
+    not_pad = x != hp.pad_id
+    return not_pad & (x != BOS_ID) if hp.anchor_bos else not_pad
+
+
+def mask_exactly(k: Tensor, keys: Tensor) -> Tensor:
+    """(B, L) bool: the k (B,) smallest keys (B, L) of each row."""
+    return ranks(keys) < k[:, None]
+
+
+def bernoulli_mask(probability: Tensor, keys: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    mask = keys < probability[:, None]
+    return mask & allowed, probability
+
+
+def count_mask(probability: Tensor, keys: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    count = allowed.sum(1).clamp(min=1)
+    k = (probability * count).ceil().clamp(min=1)
+    mask = mask_exactly(k, torch.where(allowed, keys, 2))
+    return mask & allowed, k / count
+
+
+class Masking(NamedTuple):
+    """How rows are masked, given a probability (B,) for each.
+
+    `mask`: (probability, keys (B, L), allowed (B, L)) → mask (B, L), masked share of allowed (B,).
+    `slack`: (rows, L) → how many more tokens than L · Σ probability a mask may have.
+    """
+
+    mask: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    slack: Callable[[int, int], float]
+
+
+MASKINGS = {
+    # More than 4·sqrt(N) too many of N independent tokens have a probability of e^-32.
+    "bernoulli": Masking(bernoulli_mask, slack=lambda rows, length: 4 * math.sqrt(rows * length)),
+    # A count is rounded up by less than 1.
+    "count": Masking(count_mask, slack=lambda rows, length: rows),
+}
+
+
+def elbo_weight(hp: Hyperparameters, probability: Tensor, share: Tensor) -> Tensor:
+    """For uniform probabilities the loss is then the any-order bound."""
+    return 1 / share
+
+
+def dsigma_weight(hp: Hyperparameters, probability: Tensor, share: Tensor) -> Tensor:
+    """PR 1106's σ′(t): the fewer tokens are visible, the more a masked one counts. No bound."""
+    return (hp.mask_max - hp.mask_eps) / (1 - probability)
+
+
+def flat_weight(hp: Hyperparameters, probability: Tensor, share: Tensor) -> Tensor:
+    """Every masked token counts the same."""
+    return torch.ones_like(probability)
+
+
+# Probability (B,) that was drawn, share (B,) that was masked → weight (B,) of a masked token
+LOSS_WEIGHTS = {
+    "elbo": elbo_weight,
+    "dsigma": dsigma_weight,
+    "flat": flat_weight,
+}
+
+
+def draw_noise(hp: Hyperparameters, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Mask probabilities (B,) and keys (B, L) of a global batch."""
+    draw = functools.partial(torch.rand, generator=generator, device=generator.device)
+    probability = mask_probability(hp, draw(hp.batch_rows))
+    keys = draw(hp.batch_rows, hp.train_seq_len)
+    return probability, keys
+
+
+def apply_noise(
+    hp: Hyperparameters, x0: Tensor, probability: Tensor, keys: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask (B, L), weight (B,) of its tokens, and masked share (B,), of x0 (B, L)."""
+    mask, share = MASKINGS[hp.masking].mask(probability, keys, maskable(hp, x0))
+    weight = LOSS_WEIGHTS[hp.loss_weight](hp, probability, share)
+    return mask, weight.clamp(max=hp.weight_clamp), share
+
+
+def scored_capacity(hp: Hyperparameters, rows: int) -> int:
+    """The most positions that are scored in a micro-batch of `rows` rows: a static shape.
+
+    For the distributions above, the sum of its mask probabilities is largest if every random draw
+    is 1, or, for pairs t and 1 − t, if it is 0 or ½. If a new one masks more, `Trainer.check` ends
+    the run.
+    """
+    tokens = rows * hp.train_seq_len
+    if hp.causal:
+        return tokens
+    most = 0.0
+    for u in (0.0, 0.5, 1.0):
+        probability = mask_probability(hp, torch.full((hp.batch_rows,), u))
+        most = max(most, float(probability.view(-1, rows).sum(1).max()))
+    slack = MASKINGS[hp.masking].slack(rows, hp.train_seq_len)
+    if hp.time_sampling == "antithetic" and rows % 2:  # a row may lack its other half
+        slack += hp.train_seq_len
+    return min(tokens, math.ceil(most * hp.train_seq_len + slack))
+
+
+# ---- Model -------------------------------------------------------------------
+#
+# Parameters are float32, and cast to the dtype of the activations where they are used. Only real
+# tokens have an output column, so there is no MASK or PAD to forbid. The last MLP and the head are
+# computed at scored positions only.
+
+NORM_EPS = torch.finfo(torch.float32).eps
+COND_DIM = 128  # width of the noise condition of the DiT, as published
+Rotary = tuple[Tensor, Tensor]  # cos and sin, (L, head_dim/2) each
+Positions = Tensor | None  # flat positions (N,) of a batch that are wanted; None: all
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMS normalisation of the last axis."""
+    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
+
+
+def rotary_table(length: int, head_dim: int, base: float, like: Tensor) -> Rotary:
+    """In the dtype and on the device of `like`."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=like.device) / head_dim
+    position = torch.arange(length, dtype=torch.float32, device=like.device)
+    angle = torch.outer(position, base**-exponent)
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-split rotary embedding of x (…, L, head_dim)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def select_positions(x: Tensor, positions: Positions) -> Tensor:
+    """x (B, L, D) at the flat positions, (N, D); for None all of x."""
+    return x if positions is None else x.flatten(0, 1).index_select(0, positions)
+
+
+class Linear(nn.Linear):
+    """A matrix, kept in float32 and applied in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised and rotated queries and keys."""
+
+    def __init__(self, hp: Hyperparameters, query_gain: float | None = None):
+        super().__init__()
+        self.head_dim = hp.head_dim
+        self.causal = hp.causal
+        kv_dim = hp.num_kv_heads * hp.head_dim
+        self.c_q = Linear(hp.model_dim, hp.model_dim, bias=False)
+        self.c_k = Linear(hp.model_dim, kv_dim, bias=False)
+        self.c_v = Linear(hp.model_dim, kv_dim, bias=False)
+        self.proj = Linear(hp.model_dim, hp.model_dim, bias=False)
+        self.q_gain = None
+        if query_gain is not None:
+            self.q_gain = nn.Parameter(torch.full((hp.num_heads,), query_gain))
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, L, heads · head_dim) → (B, heads, L, head_dim)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x: Tensor, rotary: Rotary, positions: Positions) -> Tensor:
+        """(B, L, D) → (B, L, D), or (N, D) at the positions."""
+        q = rotate(norm(self.heads(self.c_q(x))), *rotary)
+        k = rotate(norm(self.heads(self.c_k(x))), *rotary)
+        v = self.heads(self.c_v(x))
+        if self.q_gain is not None:
+            q = q * self.q_gain.to(x.dtype)[:, None, None]
+        grouped = k.shape[1] < q.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=grouped)
+        return self.proj(select_positions(y.transpose(1, 2).flatten(2), positions))
+
+
+class MLP(nn.Module):
+    """ReLU² between two matrices."""
+
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        self.fc = Linear(hp.model_dim, hp.mlp_mult * hp.model_dim, bias=False)
+        self.proj = Linear(hp.mlp_mult * hp.model_dim, hp.model_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.relu(self.fc(x)).square())
+
+
+class UNetBlock(nn.Module):
+    """A block of the challenge's trunk: it can mix the embedding in again."""
+
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        self.attn = Attention(hp, query_gain=hp.qk_gain_init)
+        self.mlp = MLP(hp)
+        self.attn_scale = nn.Parameter(torch.ones(hp.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(hp.model_dim))
+        self.resid_mix = nn.Parameter(torch.ones(2, hp.model_dim))
+        for starts_at_zero in (self.resid_mix[1], self.attn.proj.weight, self.mlp.proj.weight):
+            nn.init.zeros_(starts_at_zero)
+
+    def forward(self, x: Tensor, x_emb: Tensor, rotary: Rotary, positions: Positions) -> Tensor:
+        """(B, L, D) → (B, L, D), or (N, D) at the positions; attention sees all of x."""
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x_emb
+        kept = select_positions(x, positions)
+        x = kept + self.attn_scale.to(x.dtype) * self.attn(norm(x), rotary, positions)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
+
+
+class DiTBlock(nn.Module):
+    """A pre-norm block, its norms scaled and shifted by the noise: adaLN, no gates."""
+
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        self.attn = Attention(hp)
+        self.mlp = MLP(hp)
+        self.attn_mod = nn.Linear(COND_DIM, 2 * hp.model_dim)
+        self.mlp_mod = nn.Linear(COND_DIM, 2 * hp.model_dim)
+
+    def forward(self, x: Tensor, cond: Tensor, rotary: Rotary, positions: Positions) -> Tensor:
+        """As UNetBlock, with the noise (B, COND_DIM) in place of the embedding."""
+        attn_mod = self.attn_mod(cond)[:, None]  # (B, 1, 2D): scale, then shift
+        mlp_mod = self.mlp_mod(cond)[:, None]
+        if positions is not None:  # selected in float32, so that its gradients add up in float32
+            mlp_mod = mlp_mod[positions // x.shape[1], 0]
+        scale, shift = attn_mod.to(x.dtype).chunk(2, -1)
+        kept = select_positions(x, positions)
+        x = kept + self.attn(norm(x) * (1 + scale) + shift, rotary, positions)
+        scale, shift = mlp_mod.to(x.dtype).chunk(2, -1)
+        return x + self.mlp(norm(x) * (1 + scale) + shift)
+
+
+class Model(nn.Module):
+    """Embedding, neighbours and output head, which all backbones share.
+
+    A backbone has `build_trunk(hp)`, which makes its blocks, and `trunk(x, z, masked_fraction,
+    positions)`, which takes tokens z (B, L), embedded as x (B, L, D), through them.
+    """
+
+    told_noise = False  # whether `trunk` uses masked_fraction, which causal models have not
+    normalize_embedding = False
+    zero_head = False  # whether a head that is not tied starts at zero
+
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        self.hp = hp
+        self.compute_dtype = torch.float32
+        std = hp.tied_embed_init_std if hp.tie_embeddings else 1.0
+        shape = (hp.embedding_rows, hp.model_dim)
+        self.tok_emb = nn.Embedding.from_pretrained(torch.randn(shape).mul_(std), freeze=False)
+        self.near = nn.ModuleDict()
+        for offset in hp.neighbor_offsets:
+            zeros = torch.zeros(shape)
+            self.near[str(offset)] = nn.Embedding.from_pretrained(zeros, freeze=False)
+        self.build_trunk(hp)
+        self.lm_head = None
+        if not hp.tie_embeddings:
+            self.lm_head = Linear(hp.model_dim, hp.vocab_size, bias=False)
+            if self.zero_head:
+                nn.init.zeros_(self.lm_head.weight)
+
+    def on(self, device: torch.device) -> Model:
+        """Moves to the device; activations get the dtype of COMPUTE_DTYPE."""
+        self.compute_dtype = getattr(torch, resolve_dtype(self.hp, device))
+        return self.to(device)
+
+    def embed(self, z: Tensor) -> Tensor:
+        """(B, L, D): embeddings of tokens z (B, L) and of their NEIGHBORS in the row."""
+        x = self.tok_emb(z)
+        if self.normalize_embedding:
+            x = norm(x)
+        length = z.shape[1]
+        for name, table in self.near.items():
+            offset = max(-length, min(int(name), length))  # a row may be shorter
+            x = x + F.pad(table(z), (0, 0, -offset, offset))
+        return x.to(self.compute_dtype)
+
+    def hidden(
+        self, z: Tensor, masked_fraction: Tensor | None = None, positions: Positions = None
+    ) -> Tensor:
+        """Normalised last hidden state (B, L, D) of tokens z (B, L), or (N, D) at the positions.
+
+        `masked_fraction` (B,) is what a DiT is told of the noise; by default the truth.
+        """
+        return norm(self.trunk(self.embed(z), z, masked_fraction, positions))
+
+    def head(self, h: Tensor) -> Tensor:
+        """Logits (…, V) float32 of hidden states (…, D)."""
+        if self.lm_head is None:
+            weight = self.tok_emb.weight[: self.hp.vocab_size]
+        else:
+            weight = self.lm_head.weight
+        logits = F.linear(h, weight.to(h.dtype)).float()
+        cap = self.hp.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap > 0 else logits
+
+    def forward(self, z: Tensor, masked_fraction: Tensor | None = None) -> Tensor:
+        return self.head(self.hidden(z, masked_fraction))
+
+
+class UNet(Model):
+    """The challenge's trunk: the first half of the blocks feeds skips to the second half."""
+
+    normalize_embedding = True
+    zero_head = True
+
+    def build_trunk(self, hp: Hyperparameters) -> None:
+        self.blocks = nn.ModuleList(UNetBlock(hp) for _ in range(hp.num_layers))
+        self.skip_weights = nn.Parameter(torch.ones(hp.num_layers // 2, hp.model_dim))
+
+    def trunk(
+        self, x: Tensor, z: Tensor, masked_fraction: Tensor | None, positions: Positions
+    ) -> Tensor:
+        x_emb = x
+        rotary = rotary_table(z.shape[1], self.hp.head_dim, self.hp.rope_base, x)
+        half = len(self.blocks) // 2
+        skips = []
+        for i, block in enumerate(self.blocks):
+            if i >= half and skips:
+                x = x + self.skip_weights[i - half].to(x.dtype) * skips.pop()
+            is_last = block is self.blocks[-1]
+            x = block(x, x_emb, rotary, positions if is_last else None)
+            if i < half:
+                skips.append(x)
+        return x
+
+
+def noise_features(masked_fraction: Tensor) -> Tensor:
+    """(B, COND_DIM): sines and cosines of σ = −ln(1 − masked_fraction) ≤ 6.9."""
+    sigma = -(1 - masked_fraction).clamp(min=1e-3).log()
+    half = torch.arange(COND_DIM // 2, dtype=torch.float32, device=sigma.device)
+    angle = sigma[:, None] * 10_000 ** (-2 * half / COND_DIM)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+class DiT(Model):
+    """PR 1106's trunk: a plain stack of blocks, told how much of the row is masked."""
+
+    told_noise = True
+
+    def build_trunk(self, hp: Hyperparameters) -> None:
+        self.blocks = nn.ModuleList(DiTBlock(hp) for _ in range(hp.num_layers))
+        self.time_embed = nn.Sequential(
+            nn.Linear(COND_DIM, 4 * COND_DIM), nn.SiLU(), nn.Linear(4 * COND_DIM, COND_DIM)
+        )
+
+    def trunk(
+        self, x: Tensor, z: Tensor, masked_fraction: Tensor | None, positions: Positions
+    ) -> Tensor:
+        if masked_fraction is None:
+            masked = (z == self.hp.mask_id).sum(1)
+            masked_fraction = masked / maskable(self.hp, z).sum(1).clamp(min=1)
+        cond = F.silu(self.time_embed(noise_features(masked_fraction)))
+        rotary = rotary_table(z.shape[1], self.hp.head_dim, self.hp.rope_base, x)
+        for block in self.blocks:
+            is_last = block is self.blocks[-1]
+            x = block(x, cond, rotary, positions if is_last else None)
+        return x
+
+
+BACKBONES: dict[str, type[Model]] = {"unet": UNet, "dit": DiT}
+
+
+def resolve_dtype(hp: Hyperparameters, device: torch.device) -> str:
+    if hp.compute_dtype != "auto":
+        return hp.compute_dtype
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def build_model(hp: Hyperparameters) -> Model:
+    """A new float32 model on the CPU; its weights depend on hp.seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(hp.seed)
+        return BACKBONES[hp.backbone](hp)
+
+
+def outline_model(hp: Hyperparameters) -> Model:
+    """The same names and shapes without memory."""
+    with torch.device("meta"):
+        return BACKBONES[hp.backbone](hp)
+
+
+class Kind(NamedTuple):
+    """A kind of parameter: how it is trained and how it is stored."""
+
+    name: str
+    pattern: str  # of the names of its parameters
+    optimizer: str  # muon (where OPTIMIZER is muon) or adamw
+    lr: str  # the knob that is its learning rate
+    decays: bool  # even with WEIGHT_DECAY_ON=matrices
+    storage: str  # one of QUANTIZERS, or "" for what QUANT_MODE says
+
+
+BLOCK_MATRICES = r"(blocks\.\d+\.(attn|mlp)(_mod|\.\w+)|time_embed\.\d)\.weight"
+GAINS = r"(blocks\.\d+\.)?(attn\.q_gain|attn_scale|mlp_scale|resid_mix|skip_weights)|.*\.bias"
+KINDS = (
+    Kind("matrix", BLOCK_MATRICES, "muon", "matrix_lr", decays=True, storage=""),
+    Kind("embed", r"tok_emb\.weight", "adamw", "embed_lr", decays=False, storage=""),
+    Kind("near", r"near\.-?\d+\.weight", "adamw", "embed_lr", decays=False, storage=""),
+    Kind("head", r"lm_head\.weight", "adamw", "head_lr", decays=True, storage=""),
+    Kind("gain", GAINS, "adamw", "scalar_lr", decays=False, storage="fp16"),
+)
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of a parameter, by its name."""
+    for kind in KINDS:
+        if re.fullmatch(kind.pattern, name):
+            return kind
+    raise InputError(f"parameter {name} fits no pattern in the table KINDS")
+
+
+def by_kind(model: Model) -> dict[Kind, dict[str, nn.Parameter]]:
+    """The parameters by kind and name, in the order of an artifact."""
+    groups: dict[Kind, dict[str, nn.Parameter]] = {kind: {} for kind in KINDS}
+    for name, parameter in sorted(model.named_parameters()):
+        groups[kind_of(name)][name] = parameter
+    return {kind: named for kind, named in groups.items() if named}
+
+
+# ---- Batch and loss ----------------------------------------------------------
+#
+# Shapes are static, so that the compiled loss is one graph: scored positions are gathered into N
+# places, and places that are left over have weight 0.
+
+
+class Batch(NamedTuple):
+    """One micro-batch, with static shapes."""
+
+    z: Tensor  # (B, L) int64, what the model sees
+    positions: Tensor  # (N,) int64, scored positions of the flattened batch
+    targets: Tensor  # (N,) int64, the tokens there
+    weights: Tensor  # (N,) float32, of their nll; 0 fills up to N
+    tokens: Tensor  # () int64, all that are not PAD
+    dropped: Tensor  # () int64, masked tokens that found no place among the N; has to be 0
+    masked_fraction: Tensor | None  # (B,) float32, share that is masked; None for a causal model
+
+
+def compact(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Flat indices (N,) of N = `capacity` elements of `mask`, True first; their values."""
+    positions = (~mask.flatten()).byte().argsort(stable=True)[:capacity]
+    return positions, mask.flatten()[positions]
+
+
+def training_batch(
+    hp: Hyperparameters,
+    stream: TokenStream,
+    step: int,
+    rows: range,
+    capacity: int,
+    device: torch.device,
+) -> Batch:
+    """Rows `rows` of the global batch of `step`."""
+    first = step * hp.batch_rows
+    window = stream.windows(range(first + rows.start, first + rows.stop), hp.train_seq_len)
+    if device.type == "cuda":
+        window = window.pin_memory().to(device, non_blocking=True)
+    if hp.causal:
+        return causal_batch(window)
+    probability, keys = draw_noise(hp, seeded(device, hp.seed, "train", step))
+    own = slice(rows.start, rows.stop)
+    return masked_batch(hp, window[:, 1:], probability[own], keys[own], capacity)
+
+
+def causal_batch(window: Tensor) -> Batch:
+    """Every token of window (B, 1 + L) but the first, given those before it."""
+    targets = window[:, 1:].flatten()
+    return Batch(
+        z=window[:, :-1],
+        positions=torch.arange(targets.numel(), device=window.device),
+        targets=targets,
+        weights=torch.ones(targets.numel(), device=window.device),
+        tokens=torch.full((), targets.numel(), device=window.device),
+        dropped=torch.full((), 0, device=window.device),
+        masked_fraction=None,
+    )
+
+
+def masked_batch(
+    hp: Hyperparameters, x0: Tensor, probability: Tensor, keys: Tensor, capacity: int
+) -> Batch:
+    """The tokens of x0 (B, L) that the noise hides, given the others."""
+    mask, weight, share = apply_noise(hp, x0, probability, keys)
+    positions, used = compact(mask, capacity)
+    return Batch(
+        z=torch.where(mask, hp.mask_id, x0),
+        positions=positions,
+        targets=torch.where(used, x0.flatten()[positions], 0),
+        weights=torch.where(used, weight[positions // hp.train_seq_len], 0),
+        tokens=(x0 != hp.pad_id).sum(),
+        dropped=mask.sum() - used.sum(),
+        masked_fraction=share,
+    )
+
+
+def batch_loss(model: Model, batch: Batch) -> Tensor:
+    """Σ weight · nll in nats; a step divides it by the tokens of the global batch."""
+    h = model.hidden(batch.z, batch.masked_fraction, batch.positions)
+    nll = F.cross_entropy(model.head(h), batch.targets, reduction="none")
+    return (nll * batch.weights).sum()
+
+
+# ---- Optimizer and average ---------------------------------------------------
+#
+# Weights, gradients and moments are flat buffers of which the parameters are views: a step is a few
+# large operations and one collective, a checkpoint is one tensor. Nothing here waits for the
+# device: a step that was not finite is noted there until `Trainer.check` looks.
+
+
+def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
+    """Pushes the singular values of matrices (n, rows, cols) into about [0.7, 1.2]: the
+    quintic Newton-Schulz iteration of Muon (Jordan et al. 2024)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+    return x.mT if tall else x
+
+
+def orthogonalize_shared(matrices: Tensor, steps: int) -> Tensor:
+    """Each process orthogonalizes its share of the n matrices, all get the whole."""
+    share = ceil_div(len(matrices), world_size())
+    own = slice(rank() * share, (rank() + 1) * share)
+    part = orthogonalize(matrices[own], steps)
+    whole = part.new_zeros(matrices.shape)
+    whole[own] = part
+    return all_reduce(whole)
+
+
+def learning_rate(hp: Hyperparameters, kind: Kind) -> float:
+    """AdamW's follow the square root of the batch (Malladi et al. 2022)."""
+    knob_name = "tied_embed_lr" if kind.name == "embed" and hp.tie_embeddings else kind.lr
+    rate = getattr(hp, knob_name)
+    if kind.optimizer == "adamw" and hp.adam_batch_tokens:
+        rate *= (hp.train_batch_tokens / hp.adam_batch_tokens) ** 0.5
+    return rate
+
+
+class StepSettings(NamedTuple):
+    """Scalars of a step, on the device; 0, 1, 1, 1 let a step that is not finite move nothing."""
+
+    scale: Tensor  # of the learning rates
+    momentum: Tensor  # of Muon
+    beta1: Tensor  # of AdamW
+    beta2: Tensor
+    steps_taken: Tensor  # this one included, at least 1
+
+
+class ParameterGroup(NamedTuple):
+    """Views of the flat buffers. For Muon n matrices of one shape (n, R, C), for AdamW all of a
+    kind, flat."""
+
+    name: str
+    muon: bool
+    lr: float
+    weight_decay: float
+    grads: Tensor
+    weights: Tensor
+    first: Tensor  # first moment
+    second: Tensor  # second moment, of AdamW only
+
+    def muon_update(self, hp: Hyperparameters, now: StepSettings) -> Tensor:
+        self.first.mul_(now.momentum).add_(self.grads)
+        nesterov = self.grads.addcmul(self.first, now.momentum)
+        update = orthogonalize_shared(nesterov, hp.muon_backend_steps).float()
+        rows, columns = update.shape[-2:]
+        update *= max(1.0, rows / columns) ** 0.5
+        return update
+
+    def adamw_update(self, hp: Hyperparameters, now: StepSettings) -> Tensor:
+        self.first.lerp_(self.grads, 1 - now.beta1)
+        self.second.lerp_(self.grads.square(), 1 - now.beta2)
+        mean = self.first / (1 - hp.beta1**now.steps_taken)
+        square = self.second / (1 - hp.beta2**now.steps_taken)
+        return mean / (square.sqrt() + hp.adam_eps)
+
+    def step(self, hp: Hyperparameters, now: StepSettings) -> None:
+        update = self.muon_update(hp, now) if self.muon else self.adamw_update(hp, now)
+        decay = 1 - self.lr * self.weight_decay * now.scale
+        self.weights.mul_(decay).sub_(update.mul_(self.lr * now.scale))
+
+
+class Optimizer:
+    """Muon and AdamW over flat buffers, and the average of the weights."""
+
+    def __init__(self, model: Model, hp: Hyperparameters):
+        self.hp = hp
+        self.averages = 0  # updates of the average so far
+
+        def group_key(named: tuple[str, nn.Parameter]) -> tuple:
+            name, parameter = named
+            kind = kind_of(name)
+            shape = tuple(parameter.shape) if self._by_muon(kind) else ()
+            return KINDS.index(kind), shape
+
+        parameters = sorted(model.named_parameters(), key=group_key)
+        grouped = [list(group) for _, group in itertools.groupby(parameters, key=group_key)]
+        sizes = [sum(parameter.numel() for _, parameter in group) for group in grouped]
+        aligned = [64 * ceil_div(size, 64) for size in sizes]  # for the widest loads
+        *begins, total = itertools.accumulate(aligned, initial=0)
+        device = parameters[0][1].device
+
+        self.state = torch.zeros(4, total, device=device)  # weights, two moments, average
+        self.weights = self.state[0]
+        self.average = self.state[3]
+        self.grads = torch.zeros(total + 3, device=device)
+        self.sums = self.grads[total:]  # tokens, loss, dropped tokens; all-reduced with the rest
+        self.counts = torch.zeros(2, device=device)  # steps that were taken, and that were skipped
+        self.dropped = torch.zeros((), device=device)  # see `Batch.dropped`
+        self.groups = [
+            self._make_group(group, slice(begin, begin + size))
+            for group, begin, size in zip(grouped, begins, sizes, strict=True)
+        ]
+        # The first step that was not finite since the last check: its number, norms and loss
+        self.first_bad = torch.zeros(2 + len(self.groups), device=device)
+
+    def _by_muon(self, kind: Kind) -> bool:
+        return kind.optimizer == self.hp.optimizer == "muon"
+
+    def _make_group(self, named: list[tuple[str, nn.Parameter]], place: slice) -> ParameterGroup:
+        """Moves parameters and gradients to their place in the flat buffers."""
+        hp = self.hp
+        first_name, first_parameter = named[0]
+        kind = kind_of(first_name)
+        grads = self.grads[place]
+        weights, first, second = self.state[:3, place]
+        counts = [parameter.numel() for _, parameter in named]
+        views = zip(named, weights.split(counts), grads.split(counts), strict=True)
+        for (_, parameter), weight, grad in views:
+            weight.copy_(parameter.detach().flatten())
+            parameter.data = weight.view(parameter.shape)
+            parameter.grad = grad.view(parameter.shape)
+        muon = self._by_muon(kind)
+        shape = (len(named), *first_parameter.shape) if muon else grads.shape
+        return ParameterGroup(
+            name=f"{kind.name} ({first_name}, …)",
+            muon=muon,
+            lr=learning_rate(hp, kind),
+            weight_decay=hp.weight_decay if kind.decays or hp.weight_decay_on == "all" else 0.0,
+            grads=grads.view(shape),
+            weights=weights.view(shape),
+            first=first.view(shape),
+            second=second.view(shape),
+        )
+
+    def add_sums(self, batch: Batch, loss: Tensor) -> None:
+        """What a micro-batch adds to a step besides its gradients."""
+        self.sums += torch.stack([batch.tokens, loss.detach(), batch.dropped])
+
+    def step(self, step: int, lr_scale: float) -> Tensor:
+        """Adds up loss and gradients of all processes, clips them and moves the weights.
+
+        If they are not finite, nothing moves, and `first_bad` says why. Returns the loss per token.
+        """
+        hp = self.hp
+        all_reduce(self.grads)
+        tokens, loss, dropped = self.sums
+        self.dropped += dropped
+        factor = 1 / tokens.clamp(min=1)
+        norms = torch.stack([*(group.grads.norm() for group in self.groups), loss]) * factor
+        finite = self._note_if_not_finite(norms)
+        if hp.grad_clip_norm > 0:
+            factor *= (hp.grad_clip_norm / (norms[:-1].norm() + 1e-6)).clamp(max=1.0)
+        self.grads.mul_(factor).masked_fill_(~finite, 0.0)
+        now = StepSettings(
+            scale=torch.where(finite, lr_scale, 0.0),
+            momentum=torch.where(finite, muon_momentum(hp, step), 1.0),
+            beta1=torch.where(finite, hp.beta1, 1.0),
+            beta2=torch.where(finite, hp.beta2, 1.0),
+            steps_taken=self.counts[0].clamp(min=1),
+        )
+        for group in self.groups:
+            group.step(hp, now)
+        self.grads.zero_()
+        return norms[-1]
+
+    def _note_if_not_finite(self, norms: Tensor) -> Tensor:
+        """Counts the step, and tells whether all of its norms are finite, () bool."""
+        finite = norms.isfinite().all()
+        self.counts += torch.stack([finite, ~finite])
+        this_step = torch.cat([self.counts.sum()[None], norms])
+        keep = finite | (self.first_bad[0] > 0)
+        self.first_bad.copy_(torch.where(keep, self.first_bad, this_step))
+        return finite
+
+    def update_average(self) -> None:
+        """Begins with the weights; then d · average + (1 − d) · weights for d = EMA_DECAY."""
+        self.average.lerp_(self.weights, 1 - self.hp.ema_decay if self.averages else 1.0)
+        self.averages += 1
+
+    def swap_average(self) -> None:
+        """Exchanges the weights with their average; a second call restores both."""
+        if self.averages:
+            self.state[[0, 3]] = self.state[[3, 0]]
+
+
+def muon_momentum(hp: Hyperparameters, step: int) -> float:
+    """Rises to MUON_MOMENTUM over the first steps."""
+    share = 1.0
+    if hp.muon_momentum_warmup_steps:
+        share = min(step / hp.muon_momentum_warmup_steps, 1.0)
+    return (1 - share) * hp.muon_momentum_warmup_start + share * hp.muon_momentum
+
+
+# ---- Quantizing and packing --------------------------------------------------
+#
+# 16,000,000 bytes are a budget of weights, so each gets few bits. Codes that are rare cost little,
+# because an entropy coder makes the common ones short: what counts is the step of the grid, and
+# rounding so that errors cancel (docs/artifact.md).
+
+
+class Quantizer(NamedTuple):
+    """Codes up to ±`largest`, times a scale for each row if there is a dtype for it."""
+
+    dtype: torch.dtype
+    largest: float
+    scale: torch.dtype | None
+
+
+QUANTIZERS = {
+    "fp8": Quantizer(torch.float8_e4m3fn, 448.0, None),
+    "fp8_row": Quantizer(torch.float8_e4m3fn, 448.0, torch.float32),
+    "int4": Quantizer(torch.int8, 7.0, torch.bfloat16),
+    "int5": Quantizer(torch.int8, 15.0, torch.bfloat16),
+    "int6": Quantizer(torch.int8, 31.0, torch.bfloat16),
+    "int7": Quantizer(torch.int8, 63.0, torch.bfloat16),
+    "int8": Quantizer(torch.int8, 127.0, torch.bfloat16),
+    "fp16": Quantizer(torch.float16, 65_504.0, None),
+    "fp32": Quantizer(torch.float32, 3e38, None),
+}
+
+
+def to_codes(x: Tensor, quantizer: Quantizer) -> Tensor:
+    """The nearest codes. They saturate, so e4m3 never becomes NaN."""
+    x = x.clamp(-quantizer.largest, quantizer.largest)
+    if quantizer.dtype == torch.int8:
+        x = x.round()
+    return x.to(quantizer.dtype)
+
+
+def row_scales(rows: Tensor, quantizer: Quantizer, clip: float) -> Tensor:
+    """Scales (R, 1) of rows (R, C): the largest code stands for clip · RMS of the row; for clip 0,
+    the one of 40 ever smaller scales with the least squared error."""
+    reach = rows.abs().amax(1, keepdim=True)
+    if clip:
+        reach = clip * rows.square().mean(1, keepdim=True).sqrt()
+    best = torch.zeros_like(reach)
+    least = torch.full_like(reach, math.inf)
+    for n in range(1 if clip else 40):
+        scale = (0.96**n * reach / quantizer.largest).clamp(1e-30, 1e30)
+        scale = scale.to(quantizer.scale).float()
+        rounded = to_codes(rows / scale, quantizer).float() * scale
+        error = (rounded - rows).square().sum(1, keepdim=True)
+        best = scale.where(error < least, best)
+        least = error.minimum(least)
+    return best
+
+
+def feed_back(rows: Tensor, scales: Tensor, quantizer: Quantizer, moments: Tensor) -> Tensor:
+    """Codes (R, C) of rows (R, C), rounded column by column, those with the largest inputs first
+    (GPTQ, Frantar et al. 2022).
+
+    Later columns make up for the error of each, given `moments` Σ x xᵀ (C, C) of the inputs x.
+    """
+    order = moments.diagonal().argsort(descending=True)
+    damping = 0.01 * moments.diagonal().mean() + 1e-30
+    identity = torch.eye(len(order), device=rows.device)
+    damped = moments[order][:, order].double() + damping * identity
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    rest = rows[:, order]
+    scales = scales[:, 0]
+    codes = torch.empty_like(rows, dtype=quantizer.dtype)
+    for i, column in enumerate(order.tolist()):
+        codes[:, column] = to_codes(rest[:, i] / scales, quantizer)
+        lost = (rest[:, i] - codes[:, column].float() * scales) / upper[i, i]
+        rest[:, i:].addr_(lost, upper[i, i:], alpha=-1)
+    return codes
+
+
+def quantize(
+    weights: Tensor, quantizer: Quantizer, clip: float, moments: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Codes (R, C) and scales (R, 1) of weights (…, C): the nearest codes, or with moments (C, C)
+    of the inputs those that change the outputs least."""
+    rows = weights.detach().float().view(weights.shape[:-1].numel(), weights.shape[-1])
+    if quantizer.scale is None:
+        scales = rows.new_ones(len(rows), 1)
+    else:
+        scales = row_scales(rows, quantizer, clip)
+    if moments is None:
+        codes = to_codes(rows / scales, quantizer)
+    else:
+        codes = feed_back(rows, scales, quantizer, moments)
+    return codes, scales.to(quantizer.scale or scales.dtype)
+
+
+@torch.no_grad()
+def input_moments(model: Model, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """Σ x xᵀ (C, C) of the inputs x of every matrix (…, C), by its name, over all processes."""
+    names = {module: f"{name}.weight" for name, module in model.named_modules()}
+    moments: dict[str, Tensor] = {}
+
+    def add(module: nn.Module, inputs: Sequence[Tensor]) -> None:
+        x = inputs[0].flatten(0, -2).float()
+        name = names[module]
+        moments[name] = moments.get(name, 0) + x.T @ x
+
+    matrices = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    hooks = [module.register_forward_pre_hook(add) for module in matrices]
+    for batch in batches:
+        h = model.hidden(batch.z, batch.masked_fraction, batch.positions)
+        add(model.lm_head or model.tok_emb, [h])
+    for hook in hooks:
+        hook.remove()
+    return {name: all_reduce(moment) for name, moment in moments.items()}
+
+
+def deflate(raw: bytes, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> bytes:
+    compressor = zlib.compressobj(9, memLevel=9, strategy=strategy)
+    return compressor.compress(raw) + compressor.flush()
+
+
+def inflate(packed: bytes, limit: int) -> bytes:
+    return zlib.decompressobj().decompress(packed, limit)
+
+
+def unlzma(packed: bytes, limit: int) -> bytes:
+    memory = 1 << 24  # bytes; what preset 6 needs is less
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=memory).decompress(packed, limit)
+
+
+def unzstd(packed: bytes, limit: int) -> bytes:
+    window = max(2 * limit, 1024)  # bytes; the file cannot ask for more
+    decompressor = zstandard.ZstdDecompressor(max_window_size=window)
+    return decompressor.stream_reader(packed).read(limit)
+
+
+class Packer(NamedTuple):
+    """A lossless compressor."""
+
+    pack: Callable[[bytes], bytes]
+    unpack: Callable[[bytes, int], bytes]  # at most `limit` bytes, however many there are
+
+
+PACKERS = {
+    "zlib": Packer(deflate, inflate),
+    # without the search for repeats, which codes have by chance only
+    "huffman": Packer(lambda raw: deflate(raw, zlib.Z_HUFFMAN_ONLY), inflate),
+    "lzma": Packer(lambda raw: lzma.compress(raw, preset=6), unlzma),
+    "zstd": Packer(lambda raw: zstandard.ZstdCompressor(level=22).compress(raw), unzstd),
+}
+
+
+def to_planes(tensors: Iterable[Tensor]) -> np.ndarray:
+    """(bytes per element, elements) uint8: all first bytes, then all second bytes, …"""
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+    elements = flat.view(torch.uint8).view(-1, flat.element_size())
+    return np.ascontiguousarray(elements.numpy().T)
+
+
+def from_planes(raw: bytes, dtype: torch.dtype, count: int) -> Tensor:
+    """(count,) float32; ValueError if `raw` is not as long as that."""
+    planes = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, count)
+    return torch.from_numpy(planes.T.copy()).view(-1).view(dtype).float()
+
+
+def entropy_bits(planes: np.ndarray) -> float:
+    """Zero-order entropy of the bytes, each plane by itself."""
+    bits = 0.0
+    for plane in planes:
+        _, counts = np.unique(plane, return_counts=True)
+        bits += float((counts * np.log2(counts.sum() / counts)).sum())
+    return bits
+
+
+def pack_kind(
+    weights: Mapping[str, Tensor],
+    storage: str,
+    hp: Hyperparameters,
+    moments: Mapping[str, Tensor] | None = None,
+) -> tuple[bytes, dict]:
+    """One kind of parameter, packed, and facts for the header and the log."""
+    quantizer = QUANTIZERS[storage]
+    moments = moments or {}
+    coded = [
+        quantize(weight, quantizer, hp.quant_clip, moments.get(name))
+        for name, weight in weights.items()
+    ]
+    planes = [to_planes(codes for codes, _ in coded)]
+    if quantizer.scale:
+        planes.append(to_planes(scales for _, scales in coded))
+    raw = b"".join(part.tobytes() for part in planes)
+    names = [hp.pack]
+    if hp.pack == "auto":
+        names = [name for name in PACKERS if name != "zstd" or zstandard]
+    packed = {name: PACKERS[name].pack(raw) for name in names}
+    packer = min(packed, key=lambda name: len(packed[name]))
+    facts = dict(
+        storage=storage,
+        packer=packer,
+        bytes=len(packed[packer]),
+        weights=planes[0].shape[1],
+        entropy_bits=sum(map(entropy_bits, planes)),
+        packed_bytes={name: len(blob) for name, blob in packed.items()},
+    )
+    return packed[packer], facts
+
+
+def unpack_kind(
+    packed: bytes, storage: str, packer: str, shapes: Sequence[torch.Size]
+) -> list[Tensor]:
+    """Float32 weights; ValueError unless they are finite and as many as the shapes say.
+    Unpacks no more than that."""
+    quantizer = QUANTIZERS[storage]
+    sizes = [shape.numel() for shape in shapes]
+    rows = [shape[:-1].numel() for shape in shapes] if quantizer.scale else []
+    scale_dtype = quantizer.scale or torch.float32
+    code_bytes = sum(sizes) * quantizer.dtype.itemsize
+    scale_bytes = sum(rows) * scale_dtype.itemsize
+    raw = memoryview(PACKERS[packer].unpack(packed, code_bytes + scale_bytes + 1))
+    weights = from_planes(raw[:code_bytes], quantizer.dtype, sum(sizes))
+    parts = weights.split(sizes)
+    scales = from_planes(raw[code_bytes:], scale_dtype, sum(rows)).split(rows)
+    for part, shape, scale in zip(parts, shapes, scales, strict=False):  # no scales: no rows
+        part.view(-1, shape[-1]).mul_(scale[:, None])
+    if not weights.isfinite().all():
+        raise ValueError("weights that are not finite")
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+# ---- Artifact ----------------------------------------------------------------
+#
+#     MAGIC · u32 length of the header · JSON header · every kind of parameter, packed · SHA-256
+#
+# Names and shapes follow from the hyperparameters in the header. Nothing in a file is executed, and
+# memory is taken only for weights that it has bytes for.
+
+ARTIFACT_MAGIC = b"MDLMgolf"
+FORMAT_VERSION = 2
+
+
+class Artifact(NamedTuple):
+    """What is in an artifact."""
+
+    model: Model
+    hp: Hyperparameters
+    storage: str  # of its weights, for example fp8+lzma
+
+
+def stored_fields() -> list[str]:
+    """The hyperparameters in an artifact: those that define the predictor."""
+    specs = dataclasses.fields(Hyperparameters)
+    return ["preset"] + [spec.name for spec in specs if spec.metadata["group"] == "model"]
+
+
+def storage_label(header: Mapping) -> str:
+    """Of all kinds but gains, for example fp8+lzma."""
+    entries = [entry for name, entry in header["kinds"].items() if name != "gain"]
+    storages = sorted({storage for storage, _, _ in entries})
+    packers = sorted({packer for _, packer, _ in entries})
+    return "+".join(storages + packers)
+
+
+def save_artifact(
+    model: Model,
+    hp: Hyperparameters,
+    path: str | Path,
+    moments: Mapping[str, Tensor] | None = None,
+) -> dict:
+    """Quantizes, packs and writes the model; `input_moments` let rounding errors cancel.
+
+    Returns artifact_bytes, label and kinds. InputError if something is not finite or not written.
+    """
+    for name, tensor in [*model.named_parameters(), *(moments or {}).items()]:
+        if not tensor.isfinite().all():
+            reason = f"{name} or its inputs are not finite; the run has diverged"
+            raise InputError(f"{path}: not written, {reason}")
+    blobs, kinds = [], {}
+    for kind, named in by_kind(model).items():
+        blob, facts = pack_kind(named, hp.storages[kind.name], hp, moments)
+        blobs.append(blob)
+        kinds[kind.name] = facts
+    header = dict(
+        version=FORMAT_VERSION,
+        hyperparameters={field: getattr(hp, field) for field in stored_fields()},
+        kinds={
+            name: [facts["storage"], facts["packer"], facts["bytes"]]
+            for name, facts in kinds.items()
+        },
+    )
+    text = json.dumps(header).encode()
+    data = sealed(b"".join([ARTIFACT_MAGIC, len(text).to_bytes(4, "little"), text, *blobs]))
+    write_file(Path(path), data)
+    return dict(artifact_bytes=len(data), label=storage_label(header), kinds=kinds)
+
+
+def unpack_artifact(data: bytes, path: str | Path) -> Artifact:
+    """The model in an artifact; InputError, which names `path`, if it is not sound."""
+    if data.startswith(ARTIFACT_MAGIC) and unsealed(data) is None:
+        raise InputError(f"{path}: checksum mismatch, the artifact is damaged or truncated")
+    reason = ""
+    try:
+        return _unpack_sound(data)
+    except InputError as error:
+        reason = f": {error}"[:200]
+    except Exception:  # decompressors, parser and model have errors of many kinds
+        if zstandard is None:
+            reason = ", or packed with zstd: pip install -r requirements.txt"
+    message = f"{path}: not an artifact of this version of train_mdlm.py{reason}"
+    raise InputError(" ".join(message.split()))
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise InputError(otherwise)
+
+
+def _unpack_sound(data: bytes) -> Artifact:
+    """Any exception means that it is not."""
+    _require(data.startswith(ARTIFACT_MAGIC), "it begins with something else")
+    position = 12 + int.from_bytes(data[8:12], "little")
+    header = json.loads(data[12:position])
+    kinds, fields = header["kinds"], header["hyperparameters"]
+    _require(header["version"] == FORMAT_VERSION, f"its format is version {header['version']}")
+    _require(list(fields) == stored_fields(), "it has other hyperparameters")
+    hp = Hyperparameters(**fields)
+    model = outline_model(hp)
+    groups = by_kind(model)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    packed_bytes = sum(size for _, _, size in kinds.values())
+    _require(list(kinds) == [kind.name for kind in groups], "it has other kinds of parameters")
+    _require(position + packed_bytes == len(data) - DIGEST_BYTES, "its parts do not fill it")
+    _require(weights <= 8 * len(data) + 2**16, "it has less than a bit for each weight")
+    state = {}
+    for named, (storage, packer, size) in zip(groups.values(), kinds.values(), strict=True):
+        shapes = [parameter.shape for parameter in named.values()]
+        tensors = unpack_kind(data[position : position + size], storage, packer, shapes)
+        state |= dict(zip(named, tensors, strict=True))
+        position += size
+    model.load_state_dict(state, assign=True)
+    return Artifact(model, hp, storage_label(header))
+
+
+def read_artifact(path: str | Path) -> Artifact:
+    """All processes get what the first one reads; InputError if it is not sound."""
+    return unpack_artifact(on_first_process(Path(path).read_bytes), path)
+
+
+def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
+    """A model with the weights on disk, and its hyperparameters; or InputError."""
+    artifact = read_artifact(path)
+    return artifact.model, artifact.hp
+
+
+def predicted_bytes(hp: Hyperparameters) -> int:
+    """Code + artifact if all weights were normal, from 256 rows of each kind."""
+    total = len(Path(__file__).read_bytes())
+    for kind, named in by_kind(outline_model(hp)).items():
+        columns = max(parameter.shape[-1] for parameter in named.values())
+        generator = seeded("cpu", "predicted bytes")
+        sample = torch.randn(256, columns, generator=generator)
+        _, facts = pack_kind({"": sample}, hp.storages[kind.name], hp)
+        weights = sum(parameter.numel() for parameter in named.values())
+        total += math.ceil(facts["bytes"] / sample.numel() * weights)
+    return total
+
+
+# ---- Scoring -----------------------------------------------------------------
+#
+# Bottom up: −ln p of single tokens; masks and orders whose weighted sums are code lengths; the
+# table of estimators; a whole split. A score is Σ bits / Σ bytes over evenly spaced windows. Each
+# has random numbers of its own, so batches and processes do not matter.
+
+
+@torch.no_grad()
+def token_nll(
+    model: Model, z: Tensor, x0: Tensor, scored: Tensor, masked_fraction: Tensor | None = None
+) -> Tensor:
+    """(B, L) nats: −ln p(x0_i | z) at the positions `scored` (B, L), 0 elsewhere."""
+    positions = scored.flatten().nonzero()[:, 0]
+    h = model.hidden(z, masked_fraction, positions)
+    nll = F.cross_entropy(model.head(h), x0.flatten()[positions], reduction="none")
+    return nll.new_zeros(x0.numel()).index_copy_(0, positions, nll).view(x0.shape)
+
+
+def masked_nll(
+    model: Model,
+    x0: Tensor,
+    mask: Tensor,
+    scored: Tensor | None = None,
+    masked_fraction: Tensor | None = None,
+) -> Tensor:
+    """(B, L) nats of the `scored`, by default of all masked tokens of x0 (B, L)."""
+    z = torch.where(mask, model.hp.mask_id, x0)
+    return token_nll(model, z, x0, mask if scored is None else scored, masked_fraction)
+
+
+def causal_nll(model: Model, window: Tensor, scored: Tensor | None = None) -> Tensor:
+    """(B, L) nats: −ln p(x_i | x_<i) for window (B, 1 + L), the token before it first."""
+    x0 = window[:, 1:]
+    if scored is None:
+        scored = torch.ones_like(x0, dtype=torch.bool)
+    return token_nll(model, window[:, :-1], x0, scored)
+
+
+WeightedMasks = Iterator[tuple[Tensor, Tensor | float]]  # (B, L) bool, and (B,) or one for all
+
+
+def weighted_nll(model: Model, x0: Tensor, masks: WeightedMasks) -> Tensor:
+    """(B,) float64 nats: Σ weight · nll of masked tokens; anchors and PAD stay visible."""
+    nats = torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
+    allowed = maskable(model.hp, x0)
+    for mask, weight in masks:
+        nll = masked_nll(model, x0, mask.to(x0.device) & allowed).double().sum(1)
+        nats += torch.as_tensor(weight, device=x0.device) * nll
+    return nats
+
+
+def random_keys(
+    shape: Sequence[int], generator: torch.Generator | list[torch.Generator] | None
+) -> Iterator[Tensor]:
+    """Uniform keys (B, L), endlessly, from one generator or one for each row."""
+    while True:
+        if isinstance(generator, list):
+            yield torch.stack([torch.rand(shape[1], generator=row) for row in generator])
+        else:
+            device = generator.device if generator else "cpu"
+            yield torch.rand(shape, generator=generator, device=device)
+
+
+def nelbo_masks(passes: int, times: Tensor, keys: Tensor, allowed: Tensor) -> WeightedMasks:
+    """Masks of k positions, and weights, for the any-order bound.
+
+    Their weighted nll is an unbiased estimate of E_k E_mask (n/k)·nll for k uniform on 1 … n, where
+    n counts the `allowed` (B, L) positions: the mean code length over all orders of these tokens,
+    and the bound of Sahoo et al. (2024) in continuous time.
+
+    Small masks vary most, so with several passes k = 1 + ⌊n·t^1.5⌋ favours small k, and dividing by
+    P(k) corrects for it. Pass i takes t from the i-th of `passes` strata, as `times` (B,) in [0, 1)
+    say; in half of the strata t runs backwards, so that its errors cancel. All passes share one
+    random order of the positions, the ranks of keys (B, L): each masks the next k, cyclically.
+    """
+    power = 1.5 if passes > 1 else 1.0
+    place = ranks(torch.where(allowed, keys, 2))
+    n = allowed.sum(1).clamp(min=1)
+    masked_before = 0
+    for i in range(passes):
+        backwards = i.bit_count() % 2  # 0 1 1 0 1 0 0 1 …
+        t = (i + (1 - times if backwards else times)) / passes
+        k = (1 + (n * t**power).long()).minimum(n)
+        # P(k), the length of the interval of t that gives k
+        p_k = (k.double() / n) ** (1 / power) - ((k - 1).double() / n) ** (1 / power)
+        next_k = (place - masked_before) % n[:, None] < k[:, None]
+        yield allowed & next_k, 1 / (k * p_k * passes)
+        masked_before = masked_before + k[:, None]
+
+
+def any_order_nll(model: Model, x0: Tensor, passes: int, times: Tensor, keys: Tensor) -> Tensor:
+    """(B,) float64 nats: the NELBO of x0 (B, L), with the masks of `nelbo_masks`."""
+    allowed = maskable(model.hp, x0).to(keys.device)
+    return weighted_nll(model, x0, nelbo_masks(passes, times, keys, allowed))
+
+
+def nelbo(
+    model: Model, x0: Tensor, passes: int = 4, generator: torch.Generator | None = None
+) -> Tensor:
+    """(B,) float64 nats: an unbiased estimate of the any-order bound of x0 (B, L)."""
+    device = generator.device if generator else "cpu"
+    offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
+    times = golden_sequence(torch.arange(len(x0), device=device), offset)
+    return any_order_nll(model, x0, passes, times, next(random_keys(x0.shape, generator)))
+
+
+TSTEP_EPS = 1e-3  # ε of the T-step bound and of the t-grid, as published
+
+
+def tstep_masks(steps: int, keys: Iterator[Tensor]) -> WeightedMasks:
+    """Independent, with probability 1 − α_i = (1 − ε)·i/T and weight 1/i, i = 1 … T."""
+    for i in range(1, steps + 1):
+        yield next(keys) < (1 - TSTEP_EPS) * i / steps, 1 / i
+
+
+def discrete_elbo(
+    model: Model,
+    x0: Tensor,
+    steps: int = 128,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> Tensor:
+    """(B,) float64 nats: an unbiased estimate of the T-step bound of x0 (B, L).
+
+    It is ε·L·ln V, for what the last step leaves visible, plus Σ_i Σ_masked nll / i
+    (Austin et al. 2021).
+    """
+    terminal = TSTEP_EPS * math.log(model.hp.vocab_size) * maskable(model.hp, x0).sum(1)
+    masks = tstep_masks(steps, random_keys(x0.shape, generator))
+    return terminal + weighted_nll(model, x0, masks)
+
+
+TGRID_POINTS = 256  # unless FINAL_EVAL_T_SAMPLES says otherwise
+
+
+def tgrid_masks(points: int, keys: Iterator[Tensor]) -> WeightedMasks:
+    """PR 1699's grid in t. Biased: token 0 is masked for t < 0.01, t < 0.001 is left out."""
+    for t in torch.linspace(TSTEP_EPS, 1.0, points).tolist():
+        mask = next(keys) < t
+        if t < 0.01:
+            mask[:, 0] = True
+        yield mask, (1 - TSTEP_EPS) / points / t
+
+
+def ordered_nll(model: Model, x0: Tensor, steps: Tensor) -> Tensor:
+    """(B, L) nats of every token of x0 (B, L) given those of earlier `steps` (B, L).
+
+    Tokens with negative steps, and anchors, are visible and free. Each (row, step) is one masked
+    input; they are independent, so many share a forward pass.
+    """
+    steps = steps.masked_fill(~maskable(model.hp, x0), -1)
+    calls = steps.amax(1) + 1  # of each row
+    row = torch.repeat_interleave(calls)  # (total calls,)
+    step = torch.arange(len(row), device=x0.device) - (calls.cumsum(0) - calls)[row]
+    pass_tokens = 65_536 if x0.is_cuda else 2_048
+    at_once = max(pass_tokens // x0.shape[1], 1)
+    nats = torch.zeros(x0.shape, device=x0.device)
+    for rows, now in zip(row.split(at_once), step[:, None].split(at_once), strict=True):
+        nll = masked_nll(model, x0[rows], steps[rows] >= now, steps[rows] == now)
+        nats.index_add_(0, rows, nll)
+    return nats
+
+
+@torch.no_grad()
+def reveal_surest(model: Model, z: Tensor, group: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    """Reveals z (B, L), MASK but for anchors, `group` positions a call, the surest first.
+
+    Yields positions (B, g) and log-probabilities (B, g, V); the caller writes the tokens into z.
+    The surest has the largest probability of any token; less than 2^-13 nats is a tie, which the
+    leftmost wins. Rows that are done yield positions that are no longer MASK.
+    """
+    rows, length = z.shape
+    row_starts = length * torch.arange(rows, device=z.device)[:, None]
+    for done in range(0, length, group):
+        masked = z == model.hp.mask_id
+        candidates = (~masked).byte().argsort(dim=1, stable=True)[:, : length - done]  # MASK first
+        h = model.hidden(z, positions=(candidates + row_starts).flatten())
+        logp = model.head(h).log_softmax(-1).unflatten(0, candidates.shape)
+        surest = logp.amax(-1).where(masked.gather(1, candidates), -math.inf)
+        behind = ((surest.amax(1, keepdim=True) - surest) * 2**12).round()
+        chosen = behind.argsort(dim=1, stable=True)[:, :group]
+        yield candidates.gather(1, chosen), logp.take_along_dim(chosen[..., None], 1)
+
+
+def confidence_nll(model: Model, x0: Tensor, group: int = 1) -> Tensor:
+    """(B, L) nats of the tokens of x0 (B, L) in the order of `reveal_surest`."""
+    nats = torch.zeros(x0.shape, device=x0.device)
+    z = x0.masked_fill(maskable(model.hp, x0), model.hp.mask_id)
+    for positions, logp in reveal_surest(model, z, group):
+        tokens = x0.gather(1, positions)
+        masked = z.gather(1, positions) == model.hp.mask_id
+        column = tokens.clamp(max=model.hp.vocab_size - 1)[..., None]  # PAD has none
+        nll = -logp.gather(2, column)[..., 0]
+        nats.scatter_add_(1, positions, torch.where(masked, nll, 0))
+        z.scatter_(1, positions, tokens)
+    return nats
+
+
+def chain_rule(
+    model: Model,
+    x0: Tensor,
+    order: str | Tensor = "l2r",
+    group: int = 1,
+    seed: int = 0,
+    before: Tensor | int = BOS_ID,
+) -> Tensor:
+    """(B, L) nats by position: −ln p(x_i | what was revealed before the group of i).
+
+    An exact code that can be decoded. `order` is l2r, confidence, random (drawn from `seed`), or
+    positions (L,) or (B, L) as revealed, `group` of them by one call; `boundary_bits` pays for
+    anchors. A causal model goes l2r, after the token `before` (B,).
+    """
+    rows, length = x0.shape
+    if model.hp.causal:
+        if isinstance(order, Tensor) or order != "l2r" or group != 1:
+            raise InputError(
+                "a causal model predicts one token after the other: order l2r, group 1"
+            )
+        before = torch.as_tensor(before, device=x0.device).expand(rows)
+        return causal_nll(model, torch.cat([before[:, None], x0], dim=1))
+    if isinstance(order, Tensor):
+        place = order.argsort(-1)
+    elif order == "l2r":
+        place = torch.arange(length)
+    elif order == "random":
+        place = ranks(torch.rand(length, generator=seeded("cpu", seed, "order")))
+    elif order == "confidence":
+        return confidence_nll(model, x0, group)
+    else:
+        raise InputError(f"{order} is not an order: l2r, confidence, random or positions")
+    return ordered_nll(model, x0, (place.to(x0.device) // group).expand(rows, length))
+
+
+class Windows(NamedTuple):
+    """Some windows of a split, as an estimator gets them."""
+
+    hp: Hyperparameters  # of the score
+    tokens: Tensor  # (B, 1 + L) int64, the token before the window first
+    scored: Tensor  # (B, L) bool; False: left context, visible and free
+    places: range  # which windows of the score these are; seeds their random numbers
+
+    @property
+    def x0(self) -> Tensor:
+        return self.tokens[:, 1:]
+
+    def generators(self, score: str) -> list[torch.Generator]:
+        return [seeded("cpu", self.hp.seed, score, place) for place in self.places]
+
+    def keys(self, score: str) -> Iterator[Tensor]:
+        return random_keys(self.x0.shape, self.generators(score))
+
+
+def score_nelbo(model: Model, windows: Windows) -> Tensor:
+    hp = windows.hp
+    generator = seeded("cpu", hp.seed, "nelbo offset")
+    offset = torch.rand((), generator=generator, dtype=torch.float64)
+    times = golden_sequence(torch.tensor(windows.places), offset)
+    keys = next(windows.keys("nelbo"))
+    return any_order_nll(model, windows.x0, hp.nelbo_passes, times, keys)
+
+
+def score_in_order(model: Model, windows: Windows, place: Tensor) -> Tensor:
+    """Chain rule; place (L,) or (B, L) says when a position is revealed."""
+    context = (~windows.scored).sum(1, keepdim=True)  # (B, 1) tokens visible from the start
+    steps = (place.to(windows.x0.device) - context) // windows.hp.chain_group
+    return ordered_nll(model, windows.x0, steps)
+
+
+def score_left_to_right(model: Model, windows: Windows) -> Tensor:
+    return score_in_order(model, windows, torch.arange(windows.hp.train_seq_len))
+
+
+def score_random_order(model: Model, windows: Windows) -> Tensor:
+    return score_in_order(model, windows, ranks(next(windows.keys("random"))))
+
+
+def score_by_confidence(model: Model, windows: Windows) -> Tensor:
+    return confidence_nll(model, windows.x0, windows.hp.chain_group)
+
+
+def score_tstep(model: Model, windows: Windows) -> Tensor:
+    return discrete_elbo(model, windows.x0, windows.hp.tstep_steps, windows.generators("tstep"))
+
+
+def score_tgrid(model: Model, windows: Windows) -> Tensor:
+    points = windows.hp.final_eval_t_samples or TGRID_POINTS
+    return weighted_nll(model, windows.x0, tgrid_masks(points, windows.keys("tgrid")))
+
+
+def score_causally(model: Model, windows: Windows) -> Tensor:
+    return causal_nll(model, windows.tokens, windows.scored)
+
+
+class Estimator(NamedTuple):
+    """A score: the nats of some windows, and how it is measured on a split."""
+
+    nats: Callable[[Model, Windows], Tensor]  # (B,), or (B, L) by position
+    windows: int = 0  # where SCORES gives no number; 0: all
+    rows: int | None = None  # windows of one call at most; None: as many as VAL_BATCH_SIZE has
+    same_rows: bool = False  # `rows` whatever VAL_BATCH_SIZE is: rounding could change the order
+    sliding: bool = False  # windows overlap, and score their last STRIDE tokens
+    prefixes: bool = False  # log a line for each range of positions
+    biased: bool = False  # not a code length, and its line says so
+
+
+# The scores of each objective. The first is the headline, val_bpb.
+ESTIMATORS: dict[str, dict[str, Estimator]] = {
+    "mdlm": {
+        "nelbo": Estimator(score_nelbo),
+        "l2r": Estimator(score_left_to_right, windows=512, rows=16, prefixes=True),
+        "sliding": Estimator(score_left_to_right, windows=4096, rows=16, sliding=True),
+        "confidence": Estimator(score_by_confidence, windows=256, rows=16, same_rows=True),
+        "random": Estimator(score_random_order, windows=256, rows=16),
+        "tstep": Estimator(score_tstep, windows=1024),
+        "tgrid": Estimator(score_tgrid, windows=256, biased=True),
+    },
+    "ar": {
+        "ar": Estimator(score_causally, prefixes=True),
+        "sliding": Estimator(score_causally, windows=4096, sliding=True),
+    },
+}
+
+
+def boundary_bits(count: int, length: int) -> float:
+    """Bits for where `count` visible tokens stand in a window: log2(L + 1) + log2 C(L, count)."""
+    return math.log2(length + 1) + math.log2(math.comb(length, count))
+
+
+def bits_per_byte(bits: Tensor, nbytes: Tensor) -> tuple[float, float]:
+    """Σ bits / Σ bytes over windows (n,), and its standard error with windows as clusters.
+
+    The latter is sqrt(Σ (bits_s − bpb·bytes_s)²) / Σ bytes. For bits that are differences between
+    two models it is that of the paired difference.
+    """
+    bpb = bits.sum() / nbytes.sum()
+    stderr = (bits - bpb * nbytes).square().sum().sqrt() / nbytes.sum()
+    return bpb.item(), stderr.item() if len(bits) > 1 else math.nan
+
+
+class Score(NamedTuple):
+    """A code length of a split."""
+
+    bpb: float  # bits per byte
+    stderr: float  # its standard error
+    loss: float  # nats per token
+    seqs: int  # windows
+    tokens: int
+    bytes: int
+    ms: float
+    boundary_bits: float  # for the places of anchors, part of bpb
+
+    def line(self) -> str:
+        speed = 1000 * self.tokens / self.ms
+        line = (
+            f"bpb:{self.bpb:.4f} stderr:{self.stderr:.4f} seqs:{self.seqs} tokens:{self.tokens} "
+            f"bytes:{self.bytes} time:{self.ms:.0f}ms tokens_per_s:{speed:.0f}"
+        )
+        if self.boundary_bits > 0:
+            share = self.boundary_bits / self.bytes
+            line += f" boundary_bits:{self.boundary_bits:.1f} boundary_bpb:{share:.4f}"
+        return line
+
+
+def evenly_spaced(total: int, wanted: int) -> list[int]:
+    """`wanted` of the numbers 0 … total − 1, evenly spaced; all of them for 0."""
+    wanted = min(wanted, total) if wanted else total
+    return [i * total // wanted for i in range(wanted)]
+
+
+class WindowPlan:
+    """Which windows a score sees, what it scores of them, in what batches."""
+
+    def __init__(self, estimator: Estimator, hp: Hyperparameters, stream: TokenStream, seqs: int):
+        self.hp = hp
+        self.length = hp.train_seq_len
+        self.stride = min(hp.stride, self.length) if estimator.sliding else self.length
+        total = stream.count_windows(self.length, self.stride)
+        self.numbers = evenly_spaced(total, seqs)
+        # The tokens of the first window have not been scored by one to its left.
+        whole_split = len(self.numbers) == total
+        self.scored_tokens = [
+            self.length if number == 0 and whole_split else self.stride for number in self.numbers
+        ]
+        rows = min(hp.val_batch_size // self.length, len(self.numbers)) // world_size()
+        if estimator.same_rows:
+            rows = estimator.rows
+        elif estimator.rows:
+            rows = min(rows, estimator.rows)
+        self.rows = max(rows, 1)
+
+    def batches(self) -> Iterator[slice]:
+        """The share of this process."""
+        for start in range(rank() * self.rows, len(self.numbers), world_size() * self.rows):
+            yield slice(start, start + self.rows)
+
+    def read(self, batch: slice, split: Split) -> Windows:
+        device = split.luts.base_bytes.device
+        tokens = split.stream.windows(self.numbers[batch], self.length, self.stride).to(device)
+        scored_tokens = torch.tensor(self.scored_tokens[batch], device=device)[:, None]
+        scored = torch.arange(self.length, device=device) >= self.length - scored_tokens
+        return Windows(self.hp, tokens, scored, range(len(self.numbers))[batch])
+
+
+def score_windows(
+    name: str,
+    model: Model,
+    hp: Hyperparameters,
+    split: Split,
+    seqs: int,
+    note: Callable[[float], None] = lambda fraction: None,
+) -> tuple[Score, Tensor]:
+    """The score `name` of `seqs` evenly spaced windows (0: all), shared among the processes.
+
+    Also its table (windows, buckets, 2) of bits, without `boundary_bits`, and bytes. Bucket b has
+    the positions 2^(b−1) … 2^b − 1; scores without positions have all nats in bucket 0.
+    """
+    started = time.perf_counter()
+    estimator = ESTIMATORS[hp.objective][name]
+    plan = WindowPlan(estimator, hp, split.stream, seqs)
+    bucket = torch.tensor([position.bit_length() for position in range(plan.length)])
+    table = torch.zeros(len(plan.numbers), int(bucket[-1]) + 1, 2, dtype=torch.float64)
+    boundaries = torch.zeros(len(plan.numbers), dtype=torch.float64)
+    for batch in plan.batches():
+        windows = plan.read(batch, split)
+        nats = estimator.nats(model, windows).double()
+        if nats.dim() == 1:
+            nats = F.pad(nats[:, None], (0, plan.length - 1))
+        nbytes = token_bytes(windows.x0, windows.tokens[:, 0], split.luts) * windows.scored
+        columns = torch.stack([nats / math.log(2), nbytes], dim=2)
+        table[batch].index_add_(1, bucket, columns.cpu())
+        if hp.anchor_bos:
+            anchors = (windows.scored & ~maskable(hp, windows.x0)).sum(1).tolist()
+            paid = map(boundary_bits, anchors, plan.scored_tokens[batch])
+            boundaries[batch] = torch.tensor([*paid], dtype=torch.float64)
+        note(min(batch.stop / len(plan.numbers), 1.0))
+    all_reduce(table)
+    all_reduce(boundaries)
+    ms = 1000 * (time.perf_counter() - started)
+    return make_score(name, table, boundaries, sum(plan.scored_tokens), ms), table
+
+
+def make_score(name: str, table: Tensor, boundaries: Tensor, tokens: int, ms: float) -> Score:
+    """InputError if there is nothing to divide by, or bits are not finite."""
+    bits, nbytes = table.sum(1).unbind(1)
+    bits = bits + boundaries
+    if nbytes.sum() == 0:
+        raise InputError("the validation windows hold no bytes of text to divide by")
+    if not bits.isfinite().all():
+        raise InputError(f"the {name} score is not a finite number: the weights have diverged")
+    bpb, stderr = bits_per_byte(bits, nbytes)
+    loss = bits.sum().item() * math.log(2) / tokens
+    paid = boundaries.sum().item()
+    return Score(bpb, stderr, loss, len(bits), tokens, int(nbytes.sum()), ms, paid)
+
+
+def bucket_name(bucket: int, length: int) -> str:
+    """The positions of a bucket: 0, 1, 2-3, 4-7, …"""
+    first = (1 << bucket) >> 1
+    last = min((1 << bucket) - 1, length - 1)
+    return f"{first}-{last}" if last > first else f"{first}"
+
+
+def final_scores(hp: Hyperparameters) -> dict[str, int]:
+    """Windows (0: all) by score, the headline first."""
+    known = ESTIMATORS[hp.objective]
+    requested = hp.requested_scores
+    if hp.final_eval_t_samples:
+        requested.setdefault("tgrid", hp.final_eval_max_seqs)
+    found = {hp.headline: hp.final_eval_max_seqs}
+    for name, windows in requested.items():
+        if windows is not None and name in known:
+            found[name] = windows
+        elif name in known:
+            found.setdefault(name, known[name].windows)
+    return found
+
+
+def score_model(artifact: Artifact, hp: Hyperparameters, val: Split, log: Log) -> None:
+    """Logs the headline and the other final scores."""
+    model = artifact.model.on(val.luts.base_bytes.device)
+    label = artifact.storage.replace("+", "_")
+    scores = final_scores(hp)
+    for name in hp.requested_scores:
+        if name not in scores:  # l2r, one of the defaults, is the headline of a causal model
+            log(f"score:{name} is not for OBJECTIVE={hp.objective}", screen=name != "l2r")
+    started = time.perf_counter()
+    for name, seqs in scores.items():
+        estimator = ESTIMATORS[hp.objective][name]
+        note = functools.partial(log.progress, name)
+        score, table = score_windows(name, model, hp, val, seqs, note)
+        if name == hp.headline:
+            log(
+                f"final_{label}_roundtrip val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
+                f"stderr:{score.stderr:.4f} eval_time:{score.ms:.0f}ms"
+            )
+            exact = f"val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}"
+            log(f"final_{label}_roundtrip_exact {exact}")
+        log(f"score:{name} {'biased:1 ' if estimator.biased else ''}{score.line()}")
+        if estimator.prefixes:
+            for bucket, part in enumerate(table.unbind(1)):
+                bpb, stderr = bits_per_byte(*part.unbind(1))
+                positions = bucket_name(bucket, hp.train_seq_len)
+                log(f"prefix:{positions} bpb:{bpb:.4f} stderr:{stderr:.4f}", screen=False)
+    log.budget("Evaluation time", time.perf_counter() - started, BUDGET_SECONDS, "s")
+
+
+# ---- Checkpoints -------------------------------------------------------------
+#
+# A checkpoint is all that a run is: one tensor of weights, moments and average, the clock, and the
+# hyperparameters; then a checksum. Loading it unpickles tensors, numbers and text only. A run that
+# goes on from it ends in the same bytes as one that was never interrupted.
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is, over all of its lives."""
+
+    step: int = 0
+    train_ms: float = 0.0
+    validated: int = 0  # the step of the last validation
+    best_bpb: float = math.inf
+
+
+class Checkpoint(NamedTuple):
+    """What is in a checkpoint."""
+
+    hp: Hyperparameters
+    progress: Progress
+    state: Tensor  # of the optimizer
+    counts: Tensor
+    averages: int
+    data: int  # digest of the training shards
+
+    def fits(self, optimizer: Optimizer) -> bool:
+        """Whether its tensors are finite, and of the shapes of this optimizer."""
+        pairs = ((self.state, optimizer.state), (self.counts, optimizer.counts))
+        return all(
+            saved.shape == own.shape and saved.dtype == own.dtype and bool(saved.isfinite().all())
+            for saved, own in pairs
+        )
+
+    def changed_settings(self, hp: Hyperparameters) -> list[str]:
+        """What was different when it was made, of all that changes the result."""
+        return [
+            self.hp.shown(spec.name)
+            for spec in dataclasses.fields(hp)
+            if spec.metadata["group"] in RESULT_GROUPS
+            and getattr(self.hp, spec.name) != getattr(hp, spec.name)
+        ]
+
+
+def checkpoint_paths(run_id: str) -> list[Path]:
+    """Of one run, the newest first."""
+    return sorted(Path("logs").glob(f"{run_id}.{'[0-9]' * 8}.ckpt"), reverse=True)
+
+
+def write_checkpoint(checkpoint: Checkpoint) -> Path:
+    """logs/<RUN_ID>.<step>.ckpt; the one before it stays, older ones go."""
+    run_id = checkpoint.hp.run_id
+    path = Path("logs") / f"{run_id}.{checkpoint.progress.step:08d}.ckpt"
+    saved = checkpoint._asdict() | dict(version=FORMAT_VERSION)
+    for name in ("hp", "progress"):
+        saved[name] = dataclasses.asdict(saved[name])
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    write_file(path, sealed(buffer.getvalue()))
+    older = [other for other in checkpoint_paths(run_id) if other < path]
+    for other in older[1:]:
+        other.unlink()
+    return path
+
+
+def read_checkpoint(path: Path) -> Checkpoint | None:
+    """The same on all processes; None if it is damaged or foreign. InputError if not readable."""
+    data = on_first_process(path.read_bytes)
+    try:
+        body = unsealed(data)
+        saved = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        version = saved.pop("version")
+        saved["hp"] = Hyperparameters(**saved["hp"])
+        progress = saved["progress"] = Progress(**saved["progress"])
+        checkpoint = Checkpoint(**saved)
+        whole = (progress.step, progress.validated, checkpoint.averages, checkpoint.data)
+        sound = (
+            version == FORMAT_VERSION
+            and type(checkpoint.state) is type(checkpoint.counts) is Tensor
+            and all(type(number) is int and number >= 0 for number in whole)
+            and 0 <= progress.train_ms < math.inf
+            and progress.best_bpb > 0
+            and checkpoint.counts.sum() == progress.step
+        )
+        return checkpoint if sound else None
+    except Exception:  # there are as many kinds as ways to damage a file
+        return None
+
+
+# ---- Training ----------------------------------------------------------------
+#
+# The loop reads from top to bottom: save, stop, validate, step. The clock stands still while
+# anything but training is done. Schedules follow the steps or the clock, whichever ends first.
+
+
+def run_fraction(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
+    """How much of the run is done, in [0, 1]: of its steps or its time, whichever is more."""
+    by_steps = step / hp.iterations if hp.iterations else 1.0
+    by_clock = 0.0
+    if hp.max_wallclock_seconds:
+        by_clock = elapsed_ms / (1000 * hp.max_wallclock_seconds)
+    return min(max(by_steps, by_clock), 1.0)
+
+
+def lr_scale(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
+    """Of all learning rates: rises over LR_WARMUP_STEPS, decays to MIN_LR_FRAC at the end, which
+    is the last iteration or the end of the wall clock."""
+    left = hp.iterations - step
+    if hp.max_wallclock_seconds and step >= 10 and elapsed_ms > 0:  # a mean of fewer says little
+        ms_left = 1000 * hp.max_wallclock_seconds - elapsed_ms
+        left = min(left, ms_left / (elapsed_ms / step))
+    decay_steps = hp.warmdown_iters or hp.warmdown_frac * (step + left)
+    scale = min(max(left / decay_steps, 0.0), 1.0) if decay_steps > 0 else 1.0
+    if hp.warmdown_shape == "cosine":
+        scale = (1 - math.cos(math.pi * scale)) / 2
+    rise = min((step + 1) / max(hp.lr_warmup_steps, 1), 1.0)
+    return rise * (hp.min_lr_frac + (1 - hp.min_lr_frac) * scale)
+
+
+def micro_batches(hp: Hyperparameters) -> list[range]:
+    """This process's rows of a batch, in equal parts of at most MICRO_BATCH_TOKENS."""
+    length = hp.shown("train_seq_len")
+    rows, rest = divmod(hp.batch_rows, world_size())
+    if hp.train_batch_tokens % hp.train_seq_len or rest:
+        batch, share = hp.shown("train_batch_tokens"), hp.train_seq_len * world_size()
+        raise InputError(f"{batch} is no multiple of {share}: {length} x {world_size()} processes")
+    most = min(rows, hp.micro_batch_tokens // hp.train_seq_len)
+    fitting = [size for size in range(1, most + 1) if rows % size == 0]
+    if not fitting:
+        raise InputError(f"{hp.shown('micro_batch_tokens')} is less than one sequence, {length}")
+    size = fitting[-1]
+    first = rank() * rows
+    return [range(start, start + size) for start in range(first, first + rows, size)]
+
+
+class Trainer:
+    """Model, optimizer and progress of a run, and its one training step.
+
+    Any number of processes and micro-batches gives the same sums, up to rounding.
+    """
+
+    def __init__(self, hp: Hyperparameters, stream: TokenStream, device: torch.device, log: Log):
+        self.hp = hp
+        self.stream = stream
+        self.device = device
+        self.log = log
+        self.progress = Progress()
+        self.micros = micro_batches(hp)
+        self.capacity = scored_capacity(hp, len(self.micros[0]))
+        self.model = build_model(hp).on(device)
+        self.optimizer = Optimizer(self.model, hp)
+        self.step_done = torch.cuda.Event() if device.type == "cuda" else None
+        compiled = hp.compile == "on" or (hp.compile == "auto" and device.type == "cuda")
+        self.loss = batch_loss
+        if compiled:
+            self.loss = torch.compile(batch_loss, dynamic=False, fullgraph=True)
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """This process's micro-batches of a step."""
+        for rows in self.micros:
+            yield training_batch(self.hp, self.stream, step, rows, self.capacity, self.device)
+
+    def step(self, step: int, scale: float) -> Tensor:
+        """One step on the global batch of `step`; its loss, () on the device."""
+        for batch in self.batches(step):
+            loss = self.loss(self.model, batch)
+            loss.backward()
+            self.optimizer.add_sums(batch, loss)
+        mean_loss = self.optimizer.step(step, scale)
+        if self.step_done:  # the host stays one step ahead at most, so that its clock is right
+            self.step_done.synchronize()
+            self.step_done.record()
+        return mean_loss
+
+    def average_if_due(self) -> None:
+        """Averages the weights, once EMA_START_FRAC of the run is done."""
+        fraction = run_fraction(self.hp, self.progress.step, self.progress.train_ms)
+        if not self.hp.ema_decay or fraction < self.hp.ema_start_frac:
+            return
+        if not self.optimizer.averages:
+            self.log(f"ema:started step:{self.progress.step} decay:{self.hp.ema_decay}")
+        self.optimizer.update_average()
+
+    def check(self) -> None:
+        """InputError for dropped tokens, too many steps that were not finite, bad weights."""
+        optimizer, where = self.optimizer, f"step:{self.progress.step}"
+        if optimizer.dropped > 0:
+            dropped = f"{int(optimizer.dropped)} masked tokens had no place in their batch"
+            remedy = "`scored_capacity` is too small for this MASK_DIST and MASKING"
+            raise InputError(f"{where} {dropped}: {remedy}")
+        step, *norms, loss = optimizer.first_bad.tolist()
+        if step:
+            skipped = int(optimizer.counts[1])
+            pairs = zip(optimizer.groups, norms, strict=True)
+            bad = ", ".join(group.name for group, norm in pairs if not math.isfinite(norm))
+            text = f"step:{step:.0f} not finite: loss {loss}, gradients: {bad or 'none'}"
+            if skipped > self.hp.skip_nonfinite:
+                remedy = "lower the learning rates, or allow some such steps with SKIP_NONFINITE"
+                raise InputError(f"{text}; skipped:{skipped}; {remedy}")
+            self.log(f"{text}; skipped:{skipped}")
+            optimizer.first_bad.zero_()
+        if not optimizer.state.isfinite().all():
+            raise InputError(f"{where} the weights are not finite; lower the learning rates")
+
+    def warm_up(self) -> None:
+        """Compiles everything on real batches, then puts everything back."""
+        opt = self.optimizer
+        kept = [(x, x.clone()) for x in (opt.state, opt.counts, opt.dropped, opt.first_bad)]
+        for step in range(self.hp.warmup_steps):
+            self.step(step, 1.0)
+            self.log.progress("warm-up", (step + 1) / self.hp.warmup_steps)
+        for x, before in kept:
+            x.copy_(before)
+
+    def validate(self, val: Split) -> Score:
+        """The headline of the averaged weights, with one mask per window."""
+        self.check()
+        once = dataclasses.replace(self.hp, nelbo_passes=1)
+        seqs = self.hp.eval_max_seqs
+        self.optimizer.swap_average()
+        score, _ = score_windows(self.hp.headline, self.model, once, val, seqs)
+        self.optimizer.swap_average()
+        self.progress.validated = self.progress.step
+        self.progress.best_bpb = min(self.progress.best_bpb, score.bpb)
+        loss = f"val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} stderr:{score.stderr:.4f}"
+        self.log_step(f"{loss} seqs:{score.seqs}")
+        return score
+
+    def log_step(self, figures: str) -> None:
+        """A line on the present step."""
+        step, ms = self.progress.step, self.progress.train_ms
+        times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
+        self.log(f"step:{step}/{self.hp.iterations} {figures} {times}")
+
+    def save(self) -> None:
+        """A checkpoint, written by the first process."""
+        self.check()
+        started = time.perf_counter()
+        checkpoint = Checkpoint(
+            hp=self.hp,
+            progress=self.progress,
+            state=self.optimizer.state,
+            counts=self.optimizer.counts,
+            averages=self.optimizer.averages,
+            data=self.stream.digest,
+        )
+        path = on_first_process(functools.partial(write_checkpoint, checkpoint))
+        self.log(f"checkpoint:{path} time:{1000 * (time.perf_counter() - started):.0f}ms")
+
+    def resume(self) -> None:
+        """Goes on from the newest sound checkpoint of this run, else from RESUME=path.
+
+        InputError if it is of a run with other settings or other data.
+        """
+        hp = self.hp
+        own = on_first_process(lambda: checkpoint_paths(hp.run_id))
+        given = [] if hp.resume in ("auto", "never") else [Path(hp.resume)]
+        if set(given) & set(own[1:]):
+            remedy = "remove that, or give another RUN_ID"
+            raise InputError(f"{hp.shown('resume')}, but this run is at {own[0]}: {remedy}")
+        for path in own + given:
+            try:
+                checkpoint = read_checkpoint(path)
+            except InputError as error:
+                raise InputError(f"{hp.shown('resume')}: {error}") from None
+            changed = checkpoint.changed_settings(hp) if checkpoint else []
+            sound = checkpoint and (changed or checkpoint.fits(self.optimizer))
+            if not sound:
+                self.log(f"skipped:{path}: damaged, or not of this version of train_mdlm.py")
+                if path not in given:
+                    on_first_process(functools.partial(path.replace, f"{path}.damaged"))
+                continue
+            if changed or checkpoint.data != self.stream.digest:
+                made_with = " ".join(changed) or "other shards"
+                remedy = "give it the same, or start another run, with another RUN_ID"
+                raise InputError(f"{path} was made with {made_with}: {remedy}")
+            self.restore(checkpoint)
+            step, ms = self.progress.step, self.progress.train_ms
+            self.log(
+                f"resumed:{path} step:{step}/{hp.iterations} train_time:{ms:.0f}ms best_val_bpb:"
+                f"{self.progress.best_bpb:.4f}; skips {step * hp.train_batch_tokens} tokens"
+            )
+            return
+        if given:
+            raise InputError(f"{hp.shown('resume')}: no sound checkpoint there; give another")
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        self.progress = checkpoint.progress
+        self.optimizer.averages = checkpoint.averages
+        self.optimizer.state.copy_(checkpoint.state)
+        self.optimizer.counts.copy_(checkpoint.counts)
+
+
+def due(every: int, step: int) -> bool:
+    """Whether something is to be done at this step; 0 means never."""
+    return every > 0 and step % every == 0
+
+
+def train(trainer: Trainer, val: Split) -> Model:
+    """To the last iteration or the wall-clock cap; the model with its averaged weights.
+
+    InputError after a signal, when the checkpoint is written.
+    """
+    hp, progress, log = trainer.hp, trainer.progress, trainer.log
+    clock = Clock(trainer.device)
+    with clock.paused("warm-up"):
+        trainer.warm_up()
+        next(trainer.batches(progress.step))  # a stream of documents has to find its place
+    clock.started -= progress.train_ms / 1000
+    first_step, saved_ms = progress.step, progress.train_ms
+    stopped, note = False, ""
+    on_signals(clock.stop)
+    while True:
+        fraction = run_fraction(hp, progress.step, progress.train_ms)
+        finished = fraction >= 1
+        where = f"step:{progress.step}/{hp.iterations}"
+        waited = progress.train_ms - saved_ms >= 1000 * hp.checkpoint_every
+        checkpoint_due = hp.checkpoint_every and (finished or waited)
+        if (checkpoint_due or stopped) and progress.step > first_step:
+            with clock.paused("checkpoints"):
+                trainer.save()
+            saved_ms = progress.train_ms
+        if stopped:
+            remedy = f"the same command with RUN_ID={hp.run_id} goes on from here"
+            raise InputError(f"{where} stopped by a signal; {remedy}")
+        validate = due(hp.val_loss_every, progress.step) and progress.step != progress.validated
+        if finished or validate:
+            with clock.paused("validation"):
+                score = trainer.validate(val)
+            note = f"val_bpb {score.bpb:.3f}"
+        if finished:
+            _, stopped = clock.read()
+            if stopped:
+                continue
+            break
+        loss = trainer.step(progress.step, lr_scale(hp, progress.step, progress.train_ms))
+        progress.step += 1
+        progress.train_ms, stopped = clock.read()
+        trainer.average_if_due()
+        every = hp.train_log_every
+        if due(every, progress.step) or (every and progress.step <= 10):
+            trainer.check()
+            if loss.isfinite():
+                trainer.log_step(f"train_loss:{loss:.4f}")
+        log.progress("train", fraction, note)
+    on_signals(signal.default_int_handler)
+    if progress.step < hp.iterations:
+        log(f"stopping_early: wallclock_cap train_time:{progress.train_ms:.0f}ms {where}")
+    pauses = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in clock.pauses.items())
+    seconds, limit = progress.train_ms / 1000, BUDGET_SECONDS + 1  # the last step may pass it
+    log.budget("Training time", seconds, limit, "s", f"; not counted: {pauses}")
+    trainer.optimizer.swap_average()
+    return trainer.model
+
+
+# ---- Main --------------------------------------------------------------------
+#
+# What the user got wrong is found before training where that is possible: one line, exit status 2.
+
+
+def hardware(device: torch.device) -> str:
+    """For example 8xNVIDIA_H100_80GB_HBM3 or 2xCPU_AVX512_(2_threads)."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        capability = torch.backends.cpu.get_cpu_capability()
+        name = f"CPU {capability} ({torch.get_num_threads()} threads)"
+    return f"{world_size()}x{name}".replace(" ", "_")
+
+
+def peak_memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        allocated = torch.cuda.max_memory_allocated() >> 20
+        reserved = torch.cuda.max_memory_reserved() >> 20
+        return f"{allocated} MiB reserved: {reserved} MiB"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB"
+
+
+def resolve_hyperparameters(
+    asked: Hyperparameters, env: Mapping[str, str], device: torch.device, artifact: Artifact | None
+) -> Hyperparameters:
+    """`asked`, with the predictor of the artifact that is scored, a RUN_ID and a dtype.
+
+    InputError if `env` asks for another predictor than the artifact's.
+    """
+    hp = asked
+    if artifact:
+        stored = {name: getattr(artifact.hp, name) for name in stored_fields() if name != "preset"}
+        for name, value in stored.items():
+            if name.upper() in env and getattr(asked, name) not in ("auto", value):
+                made_with = f"{asked.eval_only} was made with {artifact.hp.shown(name)}"
+                raise InputError(f"{asked.shown(name)}, but {made_with}")
+        fixed = {name.upper(): value for name, value in stored.items()}
+        hp = Hyperparameters.from_env({"PRESET": artifact.hp.preset, **env, **fixed})
+    stamp = on_first_process(lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}_{hp.preset}")
+    dtype = resolve_dtype(hp, device)  # the artifact will carry it
+    return dataclasses.replace(hp, run_id=hp.run_id or stamp, compute_dtype=dtype)
+
+
+def claim_run(hp: Hyperparameters, log: Log) -> None:
+    """Locks the log of this RUN_ID, and begins it with the source of this file.
+
+    InputError if another process has it, or if the run is finished or may not go on.
+    """
+    path = log.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log.lock = path.open("a+", encoding="utf-8", errors="replace")
+    try:
+        fcntl.flock(log.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        message = f"{path}: {hp.shown('run_id')} is running already; choose another"
+        raise InputError(message) from None
+    except OSError:
+        pass  # some file systems cannot lock
+    log.lock.seek(0)
+    text = log.lock.read()
+    begun = re.search("^run_id:", text, re.MULTILINE)
+    finished = re.search("^finished:", text, re.MULTILINE)
+    may_not_go_on = hp.resume == "never" or hp.eval_only
+    if finished or (may_not_go_on and (text or checkpoint_paths(hp.run_id))):
+        raise InputError(f"{hp.shown('run_id')} was used before: see {path}; choose another")
+    half_written = path.parent.glob(f"{hp.run_id}.{'[0-9]' * 8}.ckpt.part")
+    for leftover in [*half_written, *checkpoint_paths(hp.run_id)[2:]]:
+        leftover.unlink()  # of a process that was killed while it wrote
+    source = Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n"
+    if not begun:
+        log.lock.truncate(0)
+        log.lock.write(source)
+    else:
+        if not text.endswith("\n"):
+            log.lock.write("\n")
+        if source not in text:
+            log.lock.write(source)
+    log.lock.flush()
+
+
+def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) -> Log:
+    """The log of a run, with its first lines."""
+    log = Log(Path(f"logs/{hp.run_id}.txt"))
+    on_first_process(functools.partial(claim_run, hp, log))
+    log(f"run_id:{hp.run_id} started:{time.strftime('%Y-%m-%dT%H:%M:%S')} log:{log.path}")
+    python = sys.version.split()[0]
+    log(f"hardware:{hardware(device)} torch:{torch.__version__} python:{python}")
+    names = [spec.name for spec in dataclasses.fields(hp)]
+    log("hyperparameters: " + " ".join(map(hp.shown, names)), screen=False)
+    overridden = [hp.shown(name) for name in names if name.upper() in env]
+    log("overridden: " + (" ".join(overridden) or "nothing"))
+    for warning in near_misses(env):
+        log(warning, screen=False)  # `run` has printed it
+    return log
+
+
+def write_artifact(
+    model: Model, moments: Mapping[str, Tensor], hp: Hyperparameters, path: Path, log: Log
+) -> None:
+    """Packs the model, and logs code + artifact against the limit."""
+    info = on_first_process(lambda: save_artifact(model, hp, path, moments))
+    label, kinds, artifact_bytes = info["label"], info["kinds"], info["artifact_bytes"]
+    for name, kind in kinds.items():
+        weights = max(kind["weights"], 1)
+        packers = " ".join(f"{packer}:{size}" for packer, size in kind["packed_bytes"].items())
+        log(
+            f"kind:{name} storage:{kind['storage']} weights:{kind['weights']} "
+            f"bytes:{kind['bytes']} bits_per_weight:{8 * kind['bytes'] / weights:.3f} "
+            f"entropy:{kind['entropy_bits'] / weights:.3f} {packers}"
+        )
+    code_bytes = len(Path(__file__).read_bytes())
+    bits = 8 * artifact_bytes / sum(kind["weights"] for kind in kinds.values())
+    log(f"Code size: {code_bytes} bytes")
+    log(f"Serialized model {label}: {artifact_bytes} bytes ({bits:.3f} bits per weight)")
+    total = code_bytes + artifact_bytes
+    log.budget(f"Total submission size {label}", total, SIZE_LIMIT_BYTES, "bytes")
+
+
+def train_and_pack(trainer: Trainer, val: Split) -> Artifact:
+    """Trains, writes the artifact, and returns it as it is on disk."""
+    hp, log = trainer.hp, trainer.log
+    log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())}")
+    predicted = on_first_process(lambda: predicted_bytes(hp))
+    note = " for normal weights"
+    log.budget("Predicted submission size", predicted, SIZE_LIMIT_BYTES, "bytes", note)
+    accumulated = f"grad_accum_steps:{len(trainer.micros)}"
+    log(f"world_size:{world_size()} {accumulated} compute_dtype:{hp.compute_dtype}")
+    trainer.resume()
+    model = train(trainer, val)
+    log(f"peak memory allocated: {peak_memory(trainer.device)}")
+    batches = (batch for step in range(hp.quant_feedback) for batch in trainer.batches(step))
+    path = Path("logs") / f"{hp.run_id}.mdlm"
+    write_artifact(model, input_moments(model, batches), hp, path, log)
+    return read_artifact(path)
+
+
+def run(env: Mapping[str, str]) -> None:
+    """The story at the top of this file, for the hyperparameters in `env`."""
+    if env.get("RANK", "0") == "0":
+        for warning in near_misses(env):  # first, because they may explain what goes wrong next
+            print(warning, file=sys.stderr, flush=True)
+    asked = Hyperparameters.from_env(env)
+    device = start_processes()
+    artifact = read_artifact(asked.eval_only) if asked.eval_only else None
+    hp = resolve_hyperparameters(asked, env, device, artifact)
+    tokenizer = load_tokenizer(hp.tokenizer_path, hp.vocab_size)
+    luts = build_sentencepiece_luts(tokenizer, hp.vocab_size, device)
+    val = open_validation(hp, tokenizer, luts)
+    windows = val.stream.count_windows(hp.train_seq_len)
+    sizes = f"val_tokens:{val.stream.total} val_windows:{windows}"
+    if not artifact:
+        stream = open_training(hp, tokenizer, luts)
+        sizes += f" train_tokens:{stream.total}"
+        micro_batches(hp)  # before there is a log: do the processes divide the batch?
+    log = open_log(hp, env, device)
+    try:
+        log(f"dataset:{Path(hp.data_path).name} {sizes}")
+        if artifact:
+            log(f"eval_only:{hp.eval_only} compute_dtype:{hp.compute_dtype}")
+        else:
+            artifact = train_and_pack(Trainer(hp, stream, device, log), val)
+        score_model(artifact, hp, val, log)
+        log(f"finished:{hp.run_id}")
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # which may be a full disk
+            log(f"error: rank:{rank()} {explain(error)}", screen=False, every_rank=True)
+        raise
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    sys.stdout.reconfigure(errors="backslashreplace")  # for screens without Unicode
+    on_signals(signal.default_int_handler)  # raises a KeyboardInterrupt
+    try:
+        if arguments and arguments[0] in ("-h", "--help"):
+            print(help_text(arguments[1:]))
+            return
+        if arguments:
+            raise InputError(f"{arguments[0]}: hyperparameters are environment variables; --help")
+        run(os.environ)
+    except (
+        InputError,
+        OSError,
+        ImportError,
+        KeyboardInterrupt,
+        MemoryError,
+        RuntimeError,
+    ) as error:
+        if not foreseen(error):
+            raise
+        on_signals(signal.SIG_DFL)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(5)  # what all processes meet, the first one says
+        print("train_mdlm.py: error:", foreseen(error), file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            os._exit(2)  # without waiting for collectives that a lost process will never join
+        sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
