@@ -1,9 +1,10 @@
 """Turns text into what train_mdlm.py reads: a SentencePiece tokenizer and token shards.
 
-    python data/prepare_text.py --source docs                        # of installed packages
-    python data/prepare_text.py --source a.txt b.md --name mine      # text files, a document each
-    python data/prepare_text.py --source books.jsonl.xz --name books # lines of {"text": …}
+    python data/prepare_text.py --source docs                         # of installed packages
+    python data/prepare_text.py --source a.txt b.md --name mine --val-docs 1   # files
+    python data/prepare_text.py --source books.jsonl.xz --name books  # lines of {"text": …}
 
+A file is a document, and so is a line of a .jsonl file; the validation split gets some of them.
 Files may be packed (.gz, .xz). Writes <out>/tokenizers/<name>_<vocab>_bpe.model and
 <out>/datasets/<name>_sp<vocab>/fineweb_{train,val}_*.bin, and prints the two variables that point
 train_mdlm.py at them. The same input and options give the same bytes. Held in memory are one batch

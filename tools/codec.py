@@ -5,7 +5,7 @@
 
 The text is cut into windows of TRAIN_SEQ_LEN tokens; the last one may be shorter. Each is coded by
 the chain rule in the order and with the group size asked for, windows side by side in batches, by
-the range coder of the package `constriction`. What is written is a header of about 45 bytes and
+the range coder of the package `constriction`. What is written is a header of about 40 bytes and
 the code; the reader needs the same artifact and tokenizer.
 
 Both directions run the same model calls, on batches of the same shape, with one thread each
