@@ -106,7 +106,7 @@ class Bench:
             f"exact any-order NELBO: {exact.mean:.4f} ± {exact.stderr:.4f} bpb on {measured} "
             f"of {windows} windows ({passes} passes)",
             "",
-            "| estimator | calls | bpb | off by | sampling | split | ms a repetition "
+            "| estimator | calls | bpb | off by | sampling | split | ms per repetition "
             "| repetitions |",
             "|---|---|---|---|---|---|---|---|",
         ]
