@@ -26,6 +26,7 @@ import multiprocessing
 import os
 import sys
 import sysconfig
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -376,23 +377,28 @@ class Source:
 
 
 def prepare(arguments: argparse.Namespace, log: Log) -> None:
+    """Everything is made in a folder of its own first: a failure leaves the old data alone."""
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=arguments.out) as staging:
+        prepare_in(Path(staging), arguments, log)
+
+
+def prepare_in(staging: Path, arguments: argparse.Namespace, log: Log) -> None:
     source = Source(arguments, log)
     name = arguments.name or source.name
     model_path = arguments.tokenizer
+    staged_model = staging / "tokenizer.model"
     if model_path is None:
         vocab_size = arguments.vocab_size
         model_path = arguments.out / "tokenizers" / f"{name}_{vocab_size}_bpe.model"
         log(f"training a tokenizer of {vocab_size} pieces …")
         documents = source.training_documents()
-        train_tokenizer(documents, model_path, vocab_size, arguments.normalization)
-    sp = load_tokenizer(model_path)
+        train_tokenizer(documents, staged_model, vocab_size, arguments.normalization)
+    sp = load_tokenizer(staged_model if staged_model.exists() else model_path)
     vocab_size = sp.vocab_size()
     folder = arguments.out / "datasets" / f"{name}_sp{vocab_size}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("fineweb_*.bin"):
-        old.unlink()
-    train = ShardWriter(folder, "train", arguments.shard_tokens)
-    val = ShardWriter(folder, "val", arguments.shard_tokens)
+    train = ShardWriter(staging, "train", arguments.shard_tokens)
+    val = ShardWriter(staging, "val", arguments.shard_tokens)
 
     def choose(number: int, text: str) -> ShardWriter:
         return val if source.is_validation(number, text) else train
@@ -411,10 +417,23 @@ def prepare(arguments: argparse.Namespace, log: Log) -> None:
         )
     if left_out:
         log(f"left out: {left_out} documents that the tokenizer cannot give back unchanged")
+    if staged_model.exists():
+        model_path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staged_model, model_path)
+    replace_shards(staging, folder)
     places = f"DATA_PATH={os.path.relpath(folder)} TOKENIZER_PATH={os.path.relpath(model_path)}"
     if vocab_size != 1024:
         places += f" VOCAB_SIZE={vocab_size}"
     log(places)
+
+
+def replace_shards(staging: Path, folder: Path) -> None:
+    """Moves the shards in `staging` to `folder`, in place of those that are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("fineweb_*.bin"):
+        old.unlink()
+    for shard in staging.glob("fineweb_*.bin"):
+        os.replace(shard, folder / shard.name)
 
 
 @common.run_tool

@@ -214,6 +214,19 @@ def test_what_cannot_be_decoded_is_said_in_one_line(files, tmp_path, tool):
     assert not back.exists() and not list(tmp_path.glob("*.part")) and out.read_bytes() == good
 
 
+@pytest.mark.parametrize("replaced", ["input", "artifact", "tokenizer"])
+def test_what_a_command_reads_is_not_replaced(files, tmp_path, tool, replaced):
+    paths = {name: tmp_path / name for name in ("input", "artifact", "tokenizer")}
+    for path in paths.values():
+        path.write_text("something")
+    line = ["compress", paths["input"], tmp_path / "sub/.." / replaced]
+    (tmp_path / "sub").mkdir()
+    options = ["--artifact", paths["artifact"], "--tokenizer", paths["tokenizer"]]
+    done = tool(codec, *line, *options)
+    assert done.returncode == 2 and "is read by this command; choose another name" in done.stderr
+    assert all(path.read_text() == "something" for path in paths.values())
+
+
 def test_text_that_is_not_utf8_is_refused(files, tmp_path, tool):
     source = tmp_path / "in.bin"
     out = tmp_path / "out"

@@ -206,6 +206,30 @@ def test_prepare_explains_bad_input(tmp_path, arguments, message):
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_failure_leaves_the_old_data_alone(tmp_path):
+    """A bad last line ends in an error before a tokenizer or a shard is replaced."""
+    lines = [json.dumps({"text": text_of(i, 60)}) + "\n" for i in range(20)]
+    source = tmp_path / "a.jsonl"
+    out = tmp_path / "out"
+    line = ["data/prepare_text.py", "--source", source, "--out", out, "--vocab-size", "384"]
+    line += ["--val-docs", "4"]
+
+    def contents():
+        return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    source.write_text("".join(lines), encoding="utf-8")
+    run_python(*line, cwd=tmp_path)
+    before = contents()
+    assert len(before) == 3
+    source.write_text("".join(lines[:9]) + '{"body": "two"}\n', encoding="utf-8")
+    done = run_python(*line, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "a.jsonl:10: not a JSON object" in done.stderr
+    assert contents() == before and len(list(out.iterdir())) == 2
+    source.write_text("".join(lines[:9]), encoding="utf-8")
+    run_python(*line, cwd=tmp_path)
+    assert contents().keys() == before.keys() and contents() != before
+
+
 def encode_all(docs, sp, writer):
     """Encodes documents, which have to come back unchanged, into one split."""
     return prepare_text.encode(

@@ -407,10 +407,15 @@ def decompress(data: bytes, loaded: Loaded, path: Path, note: Note = no_note) ->
 # ---- Command line
 
 
-def check_output(path: Path) -> None:
-    """Before hours of work: InputError if the file could not be written afterwards."""
+def check_output(arguments: argparse.Namespace) -> None:
+    """Before hours of work: InputError if the output could not be written, or would replace what
+    the codec needs."""
+    path = arguments.output
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"{path}: cannot be written: not a file name in a folder that exists")
+    for needed in (arguments.input, arguments.artifact, arguments.tokenizer):
+        if needed and path.exists() and path.samefile(needed):
+            raise InputError(f"{path}: is read by this command; choose another name for the output")
 
 
 def run_compress(arguments: argparse.Namespace) -> None:
@@ -418,7 +423,7 @@ def run_compress(arguments: argparse.Namespace) -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: there is no GPU here")
     source = arguments.input.read_bytes()
-    check_output(arguments.output)
+    check_output(arguments)
     try:
         text = source.decode()
     except UnicodeDecodeError as error:
@@ -452,7 +457,7 @@ def run_compress(arguments: argparse.Namespace) -> None:
 def run_decompress(arguments: argparse.Namespace) -> None:
     log = tm.Log()
     data = arguments.input.read_bytes()
-    check_output(arguments.output)
+    check_output(arguments)
     check_magic(data, arguments.input)  # before the artifact is asked for
     loaded = load(arguments.artifact, arguments.tokenizer)
     note = functools.partial(log.progress, "decompress")
