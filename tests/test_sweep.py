@@ -66,6 +66,13 @@ def in_environment(tiny_env, monkeypatch):
     return set_environment
 
 
+def test_a_readme_of_somebody_else_stays(tmp_path, tool):
+    (tmp_path / "README.md").write_text("mine")
+    done = tool(sweep, "NUM_HEADS=4,2", "--out", tmp_path)
+    assert done.returncode == 2 and "has a README.md that no sweep wrote" in done.stderr
+    assert (tmp_path / "README.md").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_sweep_runs_continues_and_compares(in_environment, tmp_path, tool):
     in_environment(ITERATIONS="2", SCORES="nelbo,l2r:4")
     arguments = ["NUM_HEADS=4,3,2", "--seeds", "1,2", "--out", tmp_path]

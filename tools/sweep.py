@@ -492,6 +492,8 @@ def main() -> None:
     rows = parse_grid(arguments.grid)
     found = read_results(arguments.beside) if arguments.beside else []
     out.mkdir(parents=True, exist_ok=True)
+    if (out / "README.md").exists() and not (out / "results.json").exists():
+        raise InputError(f"--out {out}: has a README.md that no sweep wrote; give another folder")
     failed = {}
     if not arguments.report:
         jobs = [Job(row, seed, out) for seed in seeds for row in rows]
