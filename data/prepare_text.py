@@ -384,6 +384,7 @@ def prepare(arguments: argparse.Namespace, log: Log) -> None:
 
 
 def prepare_in(staging: Path, arguments: argparse.Namespace, log: Log) -> None:
+    """Makes tokenizer and shards in `staging`, and moves them to their places at the end."""
     source = Source(arguments, log)
     name = arguments.name or source.name
     model_path = arguments.tokenizer

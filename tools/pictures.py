@@ -20,25 +20,32 @@ import itertools
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import common
-import matplotlib.style
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.patches import FancyBboxPatch, Rectangle
-from matplotlib.textpath import TextToPath
 from torch import Tensor
 
 import train_mdlm as tm
 from train_mdlm import InputError
+
+try:
+    import matplotlib.style
+    from matplotlib.axes import Axes
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.patches import FancyBboxPatch, Rectangle
+    from matplotlib.textpath import TextToPath
+except ImportError:
+    missing = "matplotlib is missing: pip install -r requirements-dev.txt"
+    print(f"pictures.py: error: {missing}", file=sys.stderr)
+    sys.exit(2)
 
 # ---- Sheets and text ---------------------------------------------------------
 #
