@@ -553,6 +553,20 @@ def on_first_process(work: Callable):
     return result
 
 
+def shared_work(work: Callable, items: Sequence) -> list:
+    """[work(item) for item in items], shared among the processes; InputError on all of them."""
+    shares: list = [None] * world_size()
+    try:
+        shares[rank()] = [work(item) for item in items[rank() :: world_size()]]
+    except (InputError, OSError) as error:
+        shares[rank()] = InputError(explain(error))
+    run_collective(dist.all_gather_object, shares, shares[rank()])
+    for share in shares:
+        if isinstance(share, InputError):
+            raise share
+    return [shares[number % world_size()].pop(0) for number in range(len(items))]
+
+
 def start_processes() -> torch.device:
     """Joins the group that torchrun describes, if any; this process's device."""
     device = torch.device("cpu")
@@ -658,6 +672,10 @@ class Log:
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
+def file_sha256(path: str | Path) -> str:
+    return hashlib.sha256(read_file(path)).hexdigest()
+
+
 def sealed(data: bytes) -> bytes:
     """`data`, then its SHA-256."""
     return data + hashlib.sha256(data).digest()
@@ -667,6 +685,16 @@ def unsealed(data: bytes) -> bytes | None:
     """What was sealed, or None if it is damaged."""
     body = data[:-DIGEST_BYTES]
     return body if hashlib.sha256(body).digest() == data[-DIGEST_BYTES:] else None
+
+
+def read_file(path: str | Path) -> bytes:
+    """InputError unless it is an ordinary file that can be read: a pipe would never end."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: there is no such file")
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -687,13 +715,14 @@ def write_file(path: Path, data: bytes) -> None:
 # ---- Data and bytes ----------------------------------------------------------
 #
 # Shards are read a batch at a time, so memory does not grow with them. The bytes of bits per byte,
-# which published scores got wrong, are counted token by token, with a table that
-# data/prepare_text.py has compared with the decoded text.
+# which published scores got wrong, are counted token by token. What says that they are right is
+# verified.json beside the shards; without it the text is decoded, and its bytes are counted too.
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER_INTS = 256
 SHARD_HEADER_BYTES = 4 * SHARD_HEADER_INTS
+VERIFIED = "verified.json"  # what the program that wrote the shards counted in them
 BOS_ID = 1  # <s> in the challenge's tokenizers
 REMEDY = (
     "run 'python data/prepare_text.py --source docs' (for PRESET=demo) or "
@@ -703,6 +732,8 @@ REMEDY = (
 
 def open_shard(path: Path) -> np.ndarray:
     """Memory-maps a shard: 256 int32 (magic, version, tokens, zeros), then uint16."""
+    if not path.is_file():
+        raise InputError(f"{path}: is not a file; {REMEDY}")
     header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
     if header.size < SHARD_HEADER_INTS or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
         raise InputError(f"{path}: not a token shard (bad header); {REMEDY}")
@@ -723,7 +754,7 @@ class TokenStream:
         self.ends = sizes.cumsum()
         self.begins = self.ends - sizes
         self.total = int(sizes.sum())
-        self.digest = 0  # of what `check_tokens` has read
+        self.facts: dict = {}  # what `measure` has found
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from position `start` of the ring on, uint16."""
@@ -757,19 +788,49 @@ class TokenStream:
         """The shards in the order in which they are read."""
         return range(len(self.files))
 
-    def check_tokens(self, vocab_size: int, first_tokens: float = math.inf) -> None:
-        """Reads the shards of the first tokens into `digest`; InputError for a foreign token."""
-        tokens_before = 0
-        for number in self.order(0):
-            if tokens_before >= first_tokens:
-                break
-            shard = open_shard(self.files[number])
-            self.digest = zlib.crc32(shard, self.digest)
-            largest = int(shard.max())
+    def measure(
+        self, vocab_size: int, first_tokens: float = math.inf, luts: ByteTables | None = None
+    ) -> None:
+        """Reads the shards of the first tokens, shared among the processes, and notes in `facts`
+        what verified.json should say of them: bytes and documents if `luts` are given.
+
+        InputError for a foreign token.
+        """
+        order = list(self.order(0))
+        sizes = (self.ends - self.begins)[order]
+        reached = order[: int(np.searchsorted(sizes.cumsum(), first_tokens)) + 1]
+        counted = shared_work(functools.partial(self._count, vocab_size, luts), reached)
+        names = [self.files[number].name for number in reached]
+        checksums, documents, nbytes = zip(*counted, strict=True)
+        self.facts = dict(tokens=self.total, shards=dict(zip(names, checksums, strict=True)))
+        if luts:
+            self.facts |= dict(documents=sum(documents), bytes=sum(nbytes))
+
+    def pieces(self, number: int) -> Iterator[np.ndarray]:
+        """The tokens of a shard, a million at a time."""
+        for start in range(self.begins[number], self.ends[number], 1 << 20):
+            yield self.read(start, min(1 << 20, int(self.ends[number]) - start))
+
+    def _count(self, vocab_size: int, luts: ByteTables | None, number: int) -> tuple:
+        """Checksum, documents and bytes of text of a shard."""
+        before = int(self.read(self.begins[number] - 1, 1)[0]) if number else BOS_ID
+        checksum = documents = nbytes = 0
+        for tokens in self.pieces(number):
+            largest = int(tokens.max())
             if largest >= vocab_size:
                 found = f"holds token {largest}, but VOCAB_SIZE={vocab_size}"
                 raise InputError(f"{self.files[number]}: {found}; another tokenizer made it")
-            tokens_before += len(shard)
+            checksum = zlib.crc32(tokens, checksum)
+            documents += int((tokens == BOS_ID).sum())
+            if luts:
+                nbytes += int(count_bytes(torch.from_numpy(tokens).long(), before, luts))
+                before = int(tokens[-1])
+        return checksum, documents, nbytes
+
+    @property
+    def digest(self) -> int:
+        """Of all tokens that `measure` has read."""
+        return zlib.crc32(json.dumps(self.facts["shards"]).encode())
 
 
 class DocumentStream(TokenStream):
@@ -871,40 +932,93 @@ def count_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
 
 
 def load_tokenizer(path: str, vocab_size: int):
-    """The SentencePiece model at `path`; InputError if there is none of this size."""
+    """The SentencePiece model at `path`; InputError if there is none of this size and kind."""
     import sentencepiece
 
     try:
-        sp = sentencepiece.SentencePieceProcessor(model_file=path)
-        sp.id_to_piece(list(range(sp.vocab_size())))  # raises if a piece is no UTF-8
-    except (RuntimeError, OSError, ValueError):
+        sp = sentencepiece.SentencePieceProcessor(model_proto=read_file(path))
+        pieces = sp.id_to_piece(list(range(sp.vocab_size())))  # raises if one is no UTF-8
+    except (RuntimeError, ValueError):
         message = f"TOKENIZER_PATH={path}: there is no SentencePiece model; {REMEDY}"
         raise InputError(message) from None
-    if int(sp.vocab_size()) != vocab_size:
-        raise InputError(f"{path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
+    if len(pieces) != vocab_size:
+        raise InputError(f"{path}: has {len(pieces)} pieces, but VOCAB_SIZE={vocab_size}")
+    if sp.bos_id() != BOS_ID:
+        raise InputError(f"{path}: its <s> is token {sp.bos_id()}, but it has to be {BOS_ID}")
+    special = (sp.is_control, sp.is_unknown, sp.is_unused, sp.is_byte)
+    texts = [piece for n, piece in enumerate(pieces) if not any(test(n) for test in special)]
+    strange = set("".join(texts)) - set(pieces)
+    if strange:
+        message = f"{path}: damaged: {min(strange)!r} is in its pieces, but is no piece"
+        raise InputError(f"{message}; {REMEDY}")
     return sp
 
 
-def check_tokenizer(path: str, sp, stream: TokenStream, luts: ByteTables) -> None:
-    """InputError unless the text of the first tokens comes back as nearly the same tokens.
+def check_text(path: Path, tokens: np.ndarray, sp, luts: ByteTables) -> None:
+    """InputError unless the decoded text of tokens (n,), which are those of a shard, has as many
+    bytes as the tables count, and is split into nearly the same tokens again.
 
     Tokens that are about equally frequent are random, not text, and pass.
     """
+    boundary = luts.is_boundary.cpu().numpy()
+    if np.bincount(tokens).max() <= 10 + 4 * len(tokens) / len(boundary):
+        return
+    parts = np.split(tokens, np.flatnonzero(boundary[tokens]))
+    parts = [part[~boundary[part]].tolist() for part in parts]
+    texts = sp.decode(parts)
+    counted = int(count_bytes(torch.from_numpy(tokens).long(), BOS_ID, luts))
+    decoded = sum(len(text.encode()) for text in texts)
+    if abs(counted - decoded) > 8 + 1e-4 * decoded:  # characters may be cut off at both ends
+        wrong = f"counts {counted} bytes in a text of {decoded}"
+        raise InputError(f"{path}: its tokenizer {wrong}, so scores would be wrong; {REMEDY}")
 
     def pairs(documents: Iterable[Sequence[int]]) -> collections.Counter:
         return collections.Counter(itertools.chain(*map(itertools.pairwise, documents)))
 
-    first = stream.files[stream.order(0)[0]]
-    tokens = np.array(open_shard(first)[:50_000])
-    boundary = luts.is_boundary.cpu().numpy()
-    parts = np.split(tokens, np.flatnonzero(boundary[tokens]))
-    parts = [part[~boundary[part]].tolist() for part in parts]
-    stored = pairs(parts)
-    again = pairs(sp.encode(sp.decode(parts)))
-    is_text = np.bincount(tokens).max() > 10 + 4 * len(tokens) / len(boundary)
-    if is_text and (stored & again).total() < 0.99 * stored.total():
-        made = f"is not the tokenizer that made {first}"
-        raise InputError(f"{path}: {made}; it splits the text differently")
+    sample = slice(1 + int(np.searchsorted(np.cumsum([*map(len, parts)]), 50_000)))  # tokens
+    stored = pairs(parts[sample])
+    if (stored & pairs(sp.encode(texts[sample]))).total() < 0.99 * stored.total():
+        made = "was made with another tokenizer, which splits the text differently"
+        raise InputError(f"{path}: {made}; {REMEDY}")
+
+
+def check_verified(hp: Hyperparameters, stream: TokenStream, split: str) -> bool:
+    """InputError unless tokenizer and shards are what verified.json says; False without one."""
+    path = Path(hp.data_path) / VERIFIED
+    text = on_first_process(lambda: read_file(path) if path.exists() else None)
+    if text is None:
+        return False
+    digest = file_sha256(hp.tokenizer_path)
+    try:
+        verified = json.loads(text)
+        pairs = {f"{hp.tokenizer_path} (SHA-256)": (verified["tokenizer_sha256"], digest)}
+        for name, value in verified[split].items():
+            if name != "shards":
+                pairs[f"{split} {name}"] = (value, stream.facts.get(name, value))
+        for name, checksum in stream.facts["shards"].items():
+            pairs[f"{name} (CRC-32)"] = (verified[split]["shards"].get(name), checksum)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{path}: damaged, and perhaps the data with it; {REMEDY}") from None
+    for name, (stated, found) in pairs.items():
+        if stated != found:
+            wrong = f"{name} is {found}, but was {stated} when the data were made"
+            raise InputError(f"{path}: {wrong}; {REMEDY}")
+    return True
+
+
+def check_data(hp: Hyperparameters, stream: TokenStream, split: str, sp, luts: ByteTables) -> None:
+    """Against verified.json or, without it, against the text: all of the validation split, and the
+    beginning of every training shard."""
+    if check_verified(hp, stream, split):
+        return
+
+    def check(number: int) -> None:
+        pieces = stream.pieces(number)
+        for tokens in pieces if split == "val" else [next(pieces)[:50_000]]:
+            check_text(stream.files[number], tokens, sp, luts)
+
+    names = stream.facts["shards"]
+    shared_work(check, [n for n, path in enumerate(stream.files) if path.name in names])
 
 
 def open_training(hp: Hyperparameters, sp, luts: ByteTables) -> TokenStream:
@@ -914,8 +1028,8 @@ def open_training(hp: Hyperparameters, sp, luts: ByteTables) -> TokenStream:
     else:
         stream = TokenStream(hp.data_path, "train")
     batches = max(hp.iterations, hp.warmup_steps, hp.quant_feedback)
-    stream.check_tokens(hp.vocab_size, 1 + batches * hp.train_batch_tokens)
-    check_tokenizer(hp.tokenizer_path, sp, stream, luts)
+    stream.measure(hp.vocab_size, 1 + batches * hp.train_batch_tokens)
+    check_data(hp, stream, "train", sp, luts)
     return stream
 
 
@@ -932,8 +1046,8 @@ def open_validation(hp: Hyperparameters, sp, luts: ByteTables) -> Split:
     if not stream.count_windows(hp.train_seq_len):
         needed = f"less than a window of {hp.shown('train_seq_len')} and the token before it"
         raise InputError(f"{stream.files[0]}: the split has {stream.total} tokens, {needed}")
-    stream.check_tokens(hp.vocab_size)
-    check_tokenizer(hp.tokenizer_path, sp, stream, luts)
+    stream.measure(hp.vocab_size, luts=luts)
+    check_data(hp, stream, "val", sp, luts)
     return Split(stream, luts)
 
 
@@ -2037,7 +2151,7 @@ def _unpack_sound(data: bytes) -> Artifact:
 
 def read_artifact(path: str | Path) -> Artifact:
     """All processes get what the first one reads; InputError if it is not sound."""
-    return unpack_artifact(on_first_process(Path(path).read_bytes), path)
+    return unpack_artifact(on_first_process(functools.partial(read_file, path)), path)
 
 
 def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
@@ -3070,14 +3184,15 @@ def run(env: Mapping[str, str]) -> None:
     luts = build_sentencepiece_luts(tokenizer, hp.vocab_size, device)
     val = open_validation(hp, tokenizer, luts)
     windows = val.stream.count_windows(hp.train_seq_len)
-    sizes = f"val_tokens:{val.stream.total} val_windows:{windows}"
+    data = f"tokenizer_sha256:{file_sha256(hp.tokenizer_path)} val_tokens:{val.stream.total} "
+    data += f"val_bytes:{val.stream.facts['bytes']} val_windows:{windows}"
     if not artifact:
         stream = open_training(hp, tokenizer, luts)
-        sizes += f" train_tokens:{stream.total}"
+        data += f" train_tokens:{stream.total}"
         micro_batches(hp)  # before there is a log: do the processes divide the batch?
     log = open_log(hp, env, device)
     try:
-        log(f"dataset:{Path(hp.data_path).name} {sizes}")
+        log(f"dataset:{Path(hp.data_path).name} {data}")
         if artifact:
             log(f"eval_only:{hp.eval_only} compute_dtype:{hp.compute_dtype}")
         else:
