@@ -52,7 +52,6 @@ import difflib
 import fcntl
 import functools
 import hashlib
-import io
 import itertools
 import json
 import lzma
@@ -161,13 +160,16 @@ class Hyperparameters:
     vocab_size: int = knob("model", 1024, "real tokens V; MASK is V, PAD V + 1", low=2, high=65_534)
     doc_chunks: bool = knob("model", False, "train on documents, in chunks of L tokens and PAD")
     anchor_bos: bool = knob("model", False, "never mask <s>; scores pay for where it stands")
-    train_seq_len: int = knob("model", 1024, "tokens L of a window, in training and scoring", low=1)
+    train_seq_len: int = knob("model", 1024, "tokens L of a window, in training and scoring",
+                              low=1, high=2**20)
     num_layers: int = knob("model", 8, "blocks; in the U-Net half of them feed skips to the others",
                            low=1, high=200)
-    model_dim: int = knob("model", 576, "width D of the residual stream", low=2)
-    num_heads: int = knob("model", 8, "attention heads H", low=1)
-    num_kv_heads: int = knob("model", 4, "key/value heads, each for an equal share of H", low=1)
-    mlp_mult: int = knob("model", 2, "hidden width of the MLP as a multiple of MODEL_DIM", low=1)
+    model_dim: int = knob("model", 576, "width D of the residual stream", low=2, high=2**16)
+    num_heads: int = knob("model", 8, "attention heads H", low=1, high=2**12)
+    num_kv_heads: int = knob("model", 4, "key/value heads, each for an equal share of H", low=1,
+                             high=2**12)
+    mlp_mult: int = knob("model", 2, "hidden width of the MLP as a multiple of MODEL_DIM", low=1,
+                         high=64)
     tie_embeddings: bool = knob("model", True, "use the embedding as the output head too")
     neighbors: int = knob("model", 0, "tokens on each side of a position whose embeddings, from "
                           "tables of their own, join its input", high=64)
@@ -195,7 +197,8 @@ class Hyperparameters:
     seed: int = knob("training", 1337, "seed of weights, mask times and masks", high=2**63 - 1)
     iterations: int = knob("training", 20_000, "optimizer steps at most", high=2**24)
     max_wallclock_seconds: float = knob("training", 600.0, "training time at most; 0: no limit")
-    train_batch_tokens: int = knob("training", 524_288, "tokens of a step, of all processes", low=1)
+    train_batch_tokens: int = knob("training", 524_288, "tokens of a step, of all processes", low=1,
+                                   high=2**28)
     lr_warmup_steps: int = knob("training", 0, "steps in which the learning rates rise at first")
     warmdown_iters: int = knob("training", 1200, "steps in which they decay; 0: see WARMDOWN_FRAC")
     warmdown_frac: float = knob("training", 0.0, "share of the run in which they decay", high=1)
@@ -205,9 +208,10 @@ class Hyperparameters:
 
     compile: str = knob("execution", "auto", "compile the loss with torch.compile; auto: on GPUs",
                         choices=("auto", "on", "off"))
-    warmup_steps: int = knob("execution", 20, "steps that warm the compiler up and are undone")
+    warmup_steps: int = knob("execution", 20, "steps that warm the compiler up and are undone",
+                             high=1000)
     micro_batch_tokens: int = knob("execution", 65_536, "most tokens of one pass of a process",
-                                   low=1)
+                                   low=1, high=2**24)
     train_log_every: int = knob("execution", 200, "steps between log lines, after the first ten; "
                                 "0: no such lines")
     val_loss_every: int = knob("execution", 1000, "steps between validations; 0: only at the end")
@@ -233,7 +237,8 @@ class Hyperparameters:
     muon_momentum: float = knob("optimizer", 0.95, "Nesterov momentum of Muon", high=1)
     muon_momentum_warmup_start: float = knob("optimizer", 0.85, "its momentum at step 0", high=1)
     muon_momentum_warmup_steps: int = knob("optimizer", 500, "steps until it is MUON_MOMENTUM")
-    muon_backend_steps: int = knob("optimizer", 5, "Newton-Schulz iterations of Muon", low=1)
+    muon_backend_steps: int = knob("optimizer", 5, "Newton-Schulz iterations of Muon", low=1,
+                                   high=99)
     beta1: float = knob("optimizer", 0.9, "decay of AdamW's first moment", high=0.999999)
     beta2: float = knob("optimizer", 0.95, "decay of AdamW's second moment", high=0.999999)
     adam_eps: float = knob("optimizer", 1e-8, "ε of AdamW", low=1e-30)
@@ -246,21 +251,22 @@ class Hyperparameters:
     quant_clip: float = knob("export", 0.0, "largest code, in root mean squares of its row; 0: the "
                              "one with the least squared error", high=16)
     quant_feedback: int = knob("export", 0, "training batches for GPTQ rounding, best with "
-                               "QUANT_CLIP of 10 or more; 0: round to nearest")
+                               "QUANT_CLIP of 10 or more; 0: round to nearest", high=1000)
     pack: str = knob("export", "auto", "compressor of each kind of parameter; auto: the smallest",
                      choices=lambda: ("auto", *PACKERS))
 
     scores: str = knob("scoring", "nelbo,l2r", "final scores, each with a number of windows if "
                        "wanted (0: all): nelbo,l2r:512")
-    nelbo_passes: int = knob("scoring", 4, "masks per window of the final NELBO", low=1)
+    nelbo_passes: int = knob("scoring", 4, "masks per window of the final NELBO", low=1, high=9999)
     eval_max_seqs: int = knob("scoring", 4096, "windows of a validation in training; 0: all")
     final_eval_max_seqs: int = knob("scoring", 0, "windows of the final val_bpb; 0: all")
-    final_eval_t_samples: int = knob("scoring", 0, "points of PR 1699's grid; adds the score tgrid")
-    tstep_steps: int = knob("scoring", 128, "T of the T-step bound", low=1)
+    final_eval_t_samples: int = knob("scoring", 0, "points of PR 1699's grid; adds the score tgrid",
+                                     high=100_000)
+    tstep_steps: int = knob("scoring", 128, "T of the T-step bound", low=1, high=100_000)
     stride: int = knob("scoring", 64, "tokens that a sliding window scores", low=1)
     chain_group: int = knob("scoring", 1, "positions a chain rule reveals in one call", low=1)
     val_batch_size: int = knob("scoring", 524_288, "tokens of one scoring pass, over all processes",
-                               low=1)
+                               low=1, high=2**24)
 # fmt: on
 
     def __init__(self, preset: str = "mdlm", **overrides):
@@ -570,22 +576,29 @@ def shared_work(work: Callable, items: Sequence) -> list:
 def start_processes() -> torch.device:
     """Joins the group that torchrun describes, if any; this process's device."""
     device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        found = torch.cuda.device_count()
-        if device.index >= found:
-            raise InputError(f"--nproc_per_node is more than {found}, the GPUs of this machine")
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ:  # control messages go through gloo, so they never wait for a GPU
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend)
+    try:
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            found = torch.cuda.device_count()
+            if device.index >= found:
+                raise InputError(f"--nproc_per_node is more than {found}, the GPUs of this machine")
+            torch.cuda.set_device(device)
+        if "RANK" in os.environ:  # control messages go through gloo, so they never wait for a GPU
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend)
+    except (ValueError, dist.DistError) as error:
+        given = f"RANK={os.environ.get('RANK')} WORLD_SIZE={os.environ.get('WORLD_SIZE')}"
+        raise InputError(
+            f"{given}: no group of processes, start it with torchrun: {error}"
+        ) from None
     return device
 
 
 def on_signals(handler) -> None:
-    """Sets the handler of SIGTERM and SIGINT."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
+    """Sets the handler of the signals that end a run, but for those that nohup switches off."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 class Clock:
@@ -593,7 +606,7 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.stopped = False  # by a signal, on this process
+        self.stopped = 0.0  # when a signal told this process to stop
         self.pauses: dict[str, float] = {}  # seconds by name
         self.started = self.now()
 
@@ -608,13 +621,16 @@ class Clock:
 
         Does not wait for the device.
         """
-        own = [1000 * (time.perf_counter() - self.started), self.stopped]
+        own = [1000 * (time.perf_counter() - self.started), bool(self.stopped)]
         ms, stopped = all_reduce(torch.tensor(own, dtype=torch.float64)).tolist()
         return ms / world_size(), stopped > 0
 
     def stop(self, *signal_and_frame) -> None:
-        """A signal handler; the step that is running is finished first."""
-        self.stopped = True
+        """A signal handler; the step that is running is finished first. A second signal does not
+        wait for it, unless it is the first one again, which torchrun has passed on."""
+        if self.stopped and time.perf_counter() > self.stopped + 1:
+            raise KeyboardInterrupt
+        self.stopped = self.stopped or time.perf_counter()
 
     @contextlib.contextmanager
     def paused(self, name: str) -> Iterator[None]:
@@ -638,7 +654,8 @@ class Log:
     def __call__(self, line: str, screen: bool = True, every_rank: bool = False) -> None:
         if screen and rank() == 0:
             erase = "\r\x1b[K" if self.on_terminal else ""
-            print(erase + line, flush=True)
+            with contextlib.suppress(OSError):  # a run outlives the screen that it was started from
+                print(erase + line, flush=True)
         if self.path and (every_rank or rank() == 0):
             with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
@@ -659,7 +676,8 @@ class Log:
             left = f"{minutes}:{seconds:02d} left" if fraction > first else ""
             bar = "█" * int(30 * fraction)
             line = f"{name} {bar:░<30} {100 * fraction:3.0f} % {left} {note}"
-        print("\r\x1b[K" + line, end="", flush=True)
+        with contextlib.suppress(OSError):
+            print("\r\x1b[K" + line, end="", flush=True)
 
     def budget(self, name: str, value: float, limit: float, unit: str, note: str = "") -> None:
         """A line on something that the challenge limits, and one more if it is over."""
@@ -754,7 +772,7 @@ class TokenStream:
         self.ends = sizes.cumsum()
         self.begins = self.ends - sizes
         self.total = int(sizes.sum())
-        self.facts: dict = {}  # what `measure` has found
+        self.facts: dict = dict(shards={})  # what `measure` has found
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from position `start` of the ring on, uint16."""
@@ -947,30 +965,29 @@ def load_tokenizer(path: str, vocab_size: int):
         raise InputError(f"{path}: its <s> is token {sp.bos_id()}, but it has to be {BOS_ID}")
     special = (sp.is_control, sp.is_unknown, sp.is_unused, sp.is_byte)
     texts = [piece for n, piece in enumerate(pieces) if not any(test(n) for test in special)]
-    strange = set("".join(texts)) - set(pieces)
-    if strange:
+    strange = {character for character in set("".join(texts)) - set(pieces) if character > "~"}
+    if strange:  # no trainer makes such a file
         message = f"{path}: damaged: {min(strange)!r} is in its pieces, but is no piece"
         raise InputError(f"{message}; {REMEDY}")
     return sp
 
 
-def check_text(path: Path, tokens: np.ndarray, sp, luts: ByteTables) -> None:
-    """InputError unless the decoded text of tokens (n,), which are those of a shard, has as many
-    bytes as the tables count, and is split into nearly the same tokens again.
+def text_fault(tokens: np.ndarray, sp, luts: ByteTables) -> str:
+    """What speaks against this tokenizer for tokens (n,) of a shard: their text has not the bytes
+    that the tables count, or comes back as other tokens.
 
     Tokens that are about equally frequent are random, not text, and pass.
     """
     boundary = luts.is_boundary.cpu().numpy()
     if np.bincount(tokens).max() <= 10 + 4 * len(tokens) / len(boundary):
-        return
+        return ""
     parts = np.split(tokens, np.flatnonzero(boundary[tokens]))
     parts = [part[~boundary[part]].tolist() for part in parts]
     texts = sp.decode(parts)
     counted = int(count_bytes(torch.from_numpy(tokens).long(), BOS_ID, luts))
     decoded = sum(len(text.encode()) for text in texts)
     if abs(counted - decoded) > 8 + 1e-4 * decoded:  # characters may be cut off at both ends
-        wrong = f"counts {counted} bytes in a text of {decoded}"
-        raise InputError(f"{path}: its tokenizer {wrong}, so scores would be wrong; {REMEDY}")
+        return f"counts {counted} bytes where there are {decoded}: it did not make"
 
     def pairs(documents: Iterable[Sequence[int]]) -> collections.Counter:
         return collections.Counter(itertools.chain(*map(itertools.pairwise, documents)))
@@ -978,8 +995,8 @@ def check_text(path: Path, tokens: np.ndarray, sp, luts: ByteTables) -> None:
     sample = slice(1 + int(np.searchsorted(np.cumsum([*map(len, parts)]), 50_000)))  # tokens
     stored = pairs(parts[sample])
     if (stored & pairs(sp.encode(texts[sample]))).total() < 0.99 * stored.total():
-        made = "was made with another tokenizer, which splits the text differently"
-        raise InputError(f"{path}: {made}; {REMEDY}")
+        return "splits the text differently: it did not make"
+    return ""
 
 
 def check_verified(hp: Hyperparameters, stream: TokenStream, split: str) -> bool:
@@ -1015,7 +1032,9 @@ def check_data(hp: Hyperparameters, stream: TokenStream, split: str, sp, luts: B
     def check(number: int) -> None:
         pieces = stream.pieces(number)
         for tokens in pieces if split == "val" else [next(pieces)[:50_000]]:
-            check_text(stream.files[number], tokens, sp, luts)
+            if fault := text_fault(tokens, sp, luts):
+                tokenizer = hp.shown("tokenizer_path")
+                raise InputError(f"{tokenizer} {fault} {stream.files[number]}; {REMEDY}")
 
     names = stream.facts["shards"]
     shared_work(check, [n for n, path in enumerate(stream.files) if path.name in names])
@@ -2041,10 +2060,16 @@ def unpack_kind(
 #     MAGIC · u32 length of the header · JSON header · every kind of parameter, packed · SHA-256
 #
 # Names and shapes follow from the hyperparameters in the header. Nothing in a file is executed, and
-# memory is taken only for weights that it has bytes for.
+# memory is taken only for weights that it has bytes for: a model that packs to less than a bit a
+# weight, as tables of zeros do, is filled up with spaces.
 
 ARTIFACT_MAGIC = b"MDLMgolf"
 FORMAT_VERSION = 2
+
+
+def least_bytes(weights: int) -> int:
+    """Of the artifact of so many weights."""
+    return max(weights - 2**16, 0) // 8
 
 
 class Artifact(NamedTuple):
@@ -2096,8 +2121,10 @@ def save_artifact(
             for name, facts in kinds.items()
         },
     )
-    text = json.dumps(header).encode()
-    data = sealed(b"".join([ARTIFACT_MAGIC, len(text).to_bytes(4, "little"), text, *blobs]))
+    weights = sum(facts["weights"] for facts in kinds.values())
+    packed = b"".join(blobs)
+    text = json.dumps(header).ljust(least_bytes(weights) - len(packed)).encode()
+    data = sealed(ARTIFACT_MAGIC + len(text).to_bytes(4, "little") + text + packed)
     write_file(Path(path), data)
     return dict(artifact_bytes=len(data), label=storage_label(header), kinds=kinds)
 
@@ -2138,7 +2165,7 @@ def _unpack_sound(data: bytes) -> Artifact:
     packed_bytes = sum(size for _, _, size in kinds.values())
     _require(list(kinds) == [kind.name for kind in groups], "it has other kinds of parameters")
     _require(position + packed_bytes == len(data) - DIGEST_BYTES, "its parts do not fill it")
-    _require(weights <= 8 * len(data) + 2**16, "it has less than a bit for each weight")
+    _require(len(data) >= least_bytes(weights), "it has less than a bit for each weight")
     state = {}
     for named, (storage, packer, size) in zip(groups.values(), kinds.values(), strict=True):
         shapes = [parameter.shape for parameter in named.values()]
@@ -2581,9 +2608,11 @@ def score_windows(
     hp: Hyperparameters,
     split: Split,
     seqs: int,
-    note: Callable[[float], None] = lambda fraction: None,
+    note: Callable[[float], object] = lambda fraction: None,
 ) -> tuple[Score, Tensor]:
     """The score `name` of `seqs` evenly spaced windows (0: all), shared among the processes.
+
+    `note` is told the fraction that is done; KeyboardInterrupt if it returns True on any process.
 
     Also its table (windows, buckets, 2) of bits, without `boundary_bits`, and bytes. Bucket b has
     the positions 2^(b−1) … 2^b − 1; scores without positions have all nats in bucket 0.
@@ -2594,6 +2623,7 @@ def score_windows(
     bucket = torch.tensor([position.bit_length() for position in range(plan.length)])
     table = torch.zeros(len(plan.numbers), int(bucket[-1]) + 1, 2, dtype=torch.float64)
     boundaries = torch.zeros(len(plan.numbers), dtype=torch.float64)
+    stopped = False
     for batch in plan.batches():
         windows = plan.read(batch, split)
         nats = estimator.nats(model, windows).double()
@@ -2606,7 +2636,11 @@ def score_windows(
             anchors = (windows.scored & ~maskable(hp, windows.x0)).sum(1).tolist()
             paid = map(boundary_bits, anchors, plan.scored_tokens[batch])
             boundaries[batch] = torch.tensor([*paid], dtype=torch.float64)
-        note(min(batch.stop / len(plan.numbers), 1.0))
+        stopped = bool(note(min(batch.stop / len(plan.numbers), 1.0)))
+        if stopped:
+            break
+    if all_reduce(torch.tensor(float(stopped))) > 0:
+        raise KeyboardInterrupt
     all_reduce(table)
     all_reduce(boundaries)
     ms = 1000 * (time.perf_counter() - started)
@@ -2680,9 +2714,10 @@ def score_model(artifact: Artifact, hp: Hyperparameters, val: Split, log: Log) -
 
 # ---- Checkpoints -------------------------------------------------------------
 #
-# A checkpoint is all that a run is: one tensor of weights, moments and average, the clock, and the
-# hyperparameters; then a checksum. Loading it unpickles tensors, numbers and text only. A run that
-# goes on from it ends in the same bytes as one that was never interrupted.
+#     u32 length of the header · JSON header · weights, moments and average in float32 · SHA-256
+#
+# A checkpoint is all that a run is: its optimizer, its clock, its hyperparameters. A run that goes
+# on from it ends in the same bytes as one that was never interrupted.
 
 
 @dataclasses.dataclass
@@ -2700,18 +2735,14 @@ class Checkpoint(NamedTuple):
 
     hp: Hyperparameters
     progress: Progress
-    state: Tensor  # of the optimizer
-    counts: Tensor
+    state: Tensor  # (4, total) of the optimizer
+    counts: list[int]
     averages: int
     data: int  # digest of the training shards
 
     def fits(self, optimizer: Optimizer) -> bool:
-        """Whether its tensors are finite, and of the shapes of this optimizer."""
-        pairs = ((self.state, optimizer.state), (self.counts, optimizer.counts))
-        return all(
-            saved.shape == own.shape and saved.dtype == own.dtype and bool(saved.isfinite().all())
-            for saved, own in pairs
-        )
+        """Whether its weights are finite, and as many as those of this optimizer."""
+        return self.state.shape == optimizer.state.shape and bool(self.state.isfinite().all())
 
     def changed_settings(self, hp: Hyperparameters) -> list[str]:
         """What was different when it was made, of all that changes the result."""
@@ -2732,12 +2763,10 @@ def write_checkpoint(checkpoint: Checkpoint) -> Path:
     """logs/<RUN_ID>.<step>.ckpt; the one before it stays, older ones go."""
     run_id = checkpoint.hp.run_id
     path = Path("logs") / f"{run_id}.{checkpoint.progress.step:08d}.ckpt"
-    saved = checkpoint._asdict() | dict(version=FORMAT_VERSION)
-    for name in ("hp", "progress"):
-        saved[name] = dataclasses.asdict(saved[name])
-    buffer = io.BytesIO()
-    torch.save(saved, buffer)
-    write_file(path, sealed(buffer.getvalue()))
+    header = checkpoint._asdict() | dict(version=FORMAT_VERSION)
+    state = header.pop("state").cpu().numpy().tobytes()
+    text = json.dumps(header, default=dataclasses.asdict).encode()
+    write_file(path, sealed(len(text).to_bytes(4, "little") + text + state))
     older = [other for other in checkpoint_paths(run_id) if other < path]
     for other in older[1:]:
         other.unlink()
@@ -2746,22 +2775,24 @@ def write_checkpoint(checkpoint: Checkpoint) -> Path:
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
     """The same on all processes; None if it is damaged or foreign. InputError if not readable."""
-    data = on_first_process(path.read_bytes)
+    data = on_first_process(functools.partial(read_file, path))
     try:
         body = unsealed(data)
-        saved = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        begin = 4 + int.from_bytes(body[:4], "little")
+        saved = json.loads(body[4:begin])
         version = saved.pop("version")
         saved["hp"] = Hyperparameters(**saved["hp"])
         progress = saved["progress"] = Progress(**saved["progress"])
-        checkpoint = Checkpoint(**saved)
-        whole = (progress.step, progress.validated, checkpoint.averages, checkpoint.data)
+        state = np.frombuffer(body, np.float32, offset=begin).reshape(4, -1)
+        checkpoint = Checkpoint(state=torch.from_numpy(state.copy()), **saved)
+        whole = (progress.step, progress.validated, checkpoint.averages, *checkpoint.counts)
         sound = (
             version == FORMAT_VERSION
-            and type(checkpoint.state) is type(checkpoint.counts) is Tensor
             and all(type(number) is int and number >= 0 for number in whole)
+            and type(progress.train_ms) is type(progress.best_bpb) is float
             and 0 <= progress.train_ms < math.inf
             and progress.best_bpb > 0
-            and checkpoint.counts.sum() == progress.step
+            and sum(checkpoint.counts) == progress.step
         )
         return checkpoint if sound else None
     except Exception:  # there are as many kinds as ways to damage a file
@@ -2789,7 +2820,7 @@ def lr_scale(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
     left = hp.iterations - step
     if hp.max_wallclock_seconds and step >= 10 and elapsed_ms > 0:  # a mean of fewer says little
         ms_left = 1000 * hp.max_wallclock_seconds - elapsed_ms
-        left = min(left, ms_left / (elapsed_ms / step))
+        left = min(left, ms_left * step / elapsed_ms)
     decay_steps = hp.warmdown_iters or hp.warmdown_frac * (step + left)
     scale = min(max(left / decay_steps, 0.0), 1.0) if decay_steps > 0 else 1.0
     if hp.warmdown_shape == "cosine":
@@ -2806,12 +2837,34 @@ def micro_batches(hp: Hyperparameters) -> list[range]:
         batch, share = hp.shown("train_batch_tokens"), hp.train_seq_len * world_size()
         raise InputError(f"{batch} is no multiple of {share}: {length} x {world_size()} processes")
     most = min(rows, hp.micro_batch_tokens // hp.train_seq_len)
-    fitting = [size for size in range(1, most + 1) if rows % size == 0]
-    if not fitting:
+    if most < 1:
         raise InputError(f"{hp.shown('micro_batch_tokens')} is less than one sequence, {length}")
-    size = fitting[-1]
+    size = next(size for size in range(most, 0, -1) if rows % size == 0)
     first = rank() * rows
     return [range(start, start + size) for start in range(first, first + rows, size)]
+
+
+def check_memory(hp: Hyperparameters, device: torch.device) -> None:
+    """InputError if a run cannot fit; counts what it takes at least, before it is built."""
+    rows = len(micro_batches(hp)[0])
+    per_token = (2 if hp.compute_dtype == "bfloat16" else 4) * hp.model_dim * (4 + hp.mlp_mult)
+    weights = sum(parameter.numel() for parameter in outline_model(hp).parameters())
+    needed = {
+        "weights and optimizer": 20 * weights,
+        "activations": rows * hp.train_seq_len * hp.num_layers * per_token,
+        "logits": 8 * scored_capacity(hp, rows) * hp.vocab_size,
+        "noise": 4 * hp.train_batch_tokens,
+    }
+    if device.type == "cuda":
+        there_are = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there_are = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        there_are /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if sum(needed.values()) > there_are:
+        parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in needed.items())
+        remedy = "lower MODEL_DIM, NUM_LAYERS, TRAIN_BATCH_TOKENS or MICRO_BATCH_TOKENS"
+        memory = f"a process has {there_are / 2**30:.1f} GiB, and needs more: {parts}"
+        raise InputError(f"{hp.shown('model_dim')} {hp.shown('num_layers')}: {memory}; {remedy}")
 
 
 class Trainer:
@@ -2893,14 +2946,19 @@ class Trainer:
         for x, before in kept:
             x.copy_(before)
 
-    def validate(self, val: Split) -> Score:
-        """The headline of the averaged weights, with one mask per window."""
+    def validate(self, val: Split, note: Callable[[float], object] = bool) -> Score | None:
+        """The headline of the averaged weights, with one mask per window; None if interrupted, as
+        `note` can do."""
         self.check()
         once = dataclasses.replace(self.hp, nelbo_passes=1)
         seqs = self.hp.eval_max_seqs
         self.optimizer.swap_average()
-        score, _ = score_windows(self.hp.headline, self.model, once, val, seqs)
-        self.optimizer.swap_average()
+        try:
+            score, _ = score_windows(self.hp.headline, self.model, once, val, seqs, note)
+        except KeyboardInterrupt:
+            return None
+        finally:
+            self.optimizer.swap_average()
         self.progress.validated = self.progress.step
         self.progress.best_bpb = min(self.progress.best_bpb, score.bpb)
         loss = f"val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} stderr:{score.stderr:.4f}"
@@ -2921,7 +2979,7 @@ class Trainer:
             hp=self.hp,
             progress=self.progress,
             state=self.optimizer.state,
-            counts=self.optimizer.counts,
+            counts=[int(count) for count in self.optimizer.counts],
             averages=self.optimizer.averages,
             data=self.stream.digest,
         )
@@ -2969,7 +3027,7 @@ class Trainer:
         self.progress = checkpoint.progress
         self.optimizer.averages = checkpoint.averages
         self.optimizer.state.copy_(checkpoint.state)
-        self.optimizer.counts.copy_(checkpoint.counts)
+        self.optimizer.counts.copy_(torch.tensor(checkpoint.counts))
 
 
 def due(every: int, step: int) -> bool:
@@ -3007,7 +3065,10 @@ def train(trainer: Trainer, val: Split) -> Model:
         validate = due(hp.val_loss_every, progress.step) and progress.step != progress.validated
         if finished or validate:
             with clock.paused("validation"):
-                score = trainer.validate(val)
+                score = trainer.validate(val, lambda fraction: clock.stopped)
+            if not score:
+                stopped = True
+                continue
             note = f"val_bpb {score.bpb:.3f}"
         if finished:
             _, stopped = clock.read()
@@ -3078,6 +3139,10 @@ def resolve_hyperparameters(
     return dataclasses.replace(hp, run_id=hp.run_id or stamp, compute_dtype=dtype)
 
 
+def artifact_path(hp: Hyperparameters) -> Path:
+    return Path("logs") / f"{hp.run_id}.mdlm"
+
+
 def claim_run(hp: Hyperparameters, log: Log) -> None:
     """Locks the log of this RUN_ID, and begins it with the source of this file.
 
@@ -3095,15 +3160,21 @@ def claim_run(hp: Hyperparameters, log: Log) -> None:
         pass  # some file systems cannot lock
     log.lock.seek(0)
     text = log.lock.read()
-    begun = re.search("^run_id:", text, re.MULTILINE)
+    source = Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n"
+    begun = re.search(
+        f"^={{100}}$.*^run_id:{re.escape(hp.run_id)} ", text, re.MULTILINE | re.DOTALL
+    )
     finished = re.search("^finished:", text, re.MULTILINE)
     may_not_go_on = hp.resume == "never" or hp.eval_only
     if finished or (may_not_go_on and (text or checkpoint_paths(hp.run_id))):
         raise InputError(f"{hp.shown('run_id')} was used before: see {path}; choose another")
+    artifact = artifact_path(hp)
+    if not begun and (not source.startswith(text) or (artifact.exists() and not hp.eval_only)):
+        foreign = path if text else artifact
+        raise InputError(f"{foreign}: is not of this run; choose another RUN_ID than {hp.run_id}")
     half_written = path.parent.glob(f"{hp.run_id}.{'[0-9]' * 8}.ckpt.part")
     for leftover in [*half_written, *checkpoint_paths(hp.run_id)[2:]]:
         leftover.unlink()  # of a process that was killed while it wrote
-    source = Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n"
     if not begun:
         log.lock.truncate(0)
         log.lock.write(source)
@@ -3166,7 +3237,7 @@ def train_and_pack(trainer: Trainer, val: Split) -> Artifact:
     model = train(trainer, val)
     log(f"peak memory allocated: {peak_memory(trainer.device)}")
     batches = (batch for step in range(hp.quant_feedback) for batch in trainer.batches(step))
-    path = Path("logs") / f"{hp.run_id}.mdlm"
+    path = artifact_path(hp)
     write_artifact(model, input_moments(model, batches), hp, path, log)
     return read_artifact(path)
 
@@ -3180,6 +3251,8 @@ def run(env: Mapping[str, str]) -> None:
     device = start_processes()
     artifact = read_artifact(asked.eval_only) if asked.eval_only else None
     hp = resolve_hyperparameters(asked, env, device, artifact)
+    if not artifact:
+        check_memory(hp, device)
     tokenizer = load_tokenizer(hp.tokenizer_path, hp.vocab_size)
     luts = build_sentencepiece_luts(tokenizer, hp.vocab_size, device)
     val = open_validation(hp, tokenizer, luts)
@@ -3189,7 +3262,6 @@ def run(env: Mapping[str, str]) -> None:
     if not artifact:
         stream = open_training(hp, tokenizer, luts)
         data += f" train_tokens:{stream.total}"
-        micro_batches(hp)  # before there is a log: do the processes divide the batch?
     log = open_log(hp, env, device)
     try:
         log(f"dataset:{Path(hp.data_path).name} {data}")
@@ -3207,7 +3279,10 @@ def run(env: Mapping[str, str]) -> None:
 
 def main() -> None:
     arguments = sys.argv[1:]
-    sys.stdout.reconfigure(errors="backslashreplace")  # for screens without Unicode
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # for screens without Unicode
     on_signals(signal.default_int_handler)  # raises a KeyboardInterrupt
     try:
         if arguments and arguments[0] in ("-h", "--help"):
