@@ -1,8 +1,8 @@
 """Damaged and hostile files: each is used, or refused with one line, and nothing is executed."""
 
 import json
-import shutil
 import random
+import shutil
 from pathlib import Path
 
 import fetch_fineweb
