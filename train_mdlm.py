@@ -1,7 +1,7 @@
 """Masked diffusion language models for parameter golf: train, pack, score as a code length.
 
-Claim: every score that this file prints is the length of a code that somebody could decode, except
-those marked biased:1, which repeat a published estimator. The defaults are PR 1699 of the
+Every score that this file prints is the length of a code that somebody could decode, except those
+marked biased:1, which repeat a published estimator. The defaults are PR 1699 of the
 challenge, published at 1.4784 bits per byte; llada and eos are PR 1106 and PR 1241, ar is the
 causal baseline, golf our own recipe (docs/recipe.md).
 
@@ -17,11 +17,11 @@ causal baseline, golf our own recipe (docs/recipe.md).
 The life of a token, from its shard to the score:
 
     shard    data/prepare_text.py or data/fetch_fineweb.py wrote it down in 16 bits. The shards of a
-             split form one ring of tokens; `TokenStream.read` copies a stretch of it.
+             split form one ring of tokens, `TokenStream`.
     window   `TokenStream.windows` cuts the ring into rows of L tokens, each with the token before
              it; `training_batch` takes the rows of one step.
     mask     `draw_noise` draws how much of each row is masked, and `apply_noise` chooses the tokens
-             for which the model will see MASK. LOSS_WEIGHTS says how much each of them counts.
+             that the model will see as MASK. LOSS_WEIGHTS says how much each of them counts.
     model    `Model.hidden` embeds the row and sends it through one of BACKBONES; `Model.head` gives
              logits over V tokens at the masked positions.
     loss     `batch_loss` sums weight · −ln p(token) over the masked tokens.
@@ -30,8 +30,8 @@ The life of a token, from its shard to the score:
     average  `Optimizer.update_average` keeps an exponential average of the weights.
     codes    `quantize` rounds each weight to a grid of QUANTIZERS, and `pack_kind` compresses the
              codes with the best of PACKERS.
-    file     `save_artifact` writes header, codes and checksum, and `read_artifact` builds a fresh
-             model from these bytes and nothing else.
+    file     `save_artifact` writes them, and `read_artifact` builds a fresh model from these bytes
+             and nothing else.
     score    `score_windows` masks the validation split as one of ESTIMATORS does, adds up −log2 p
              of that model, and divides by the bytes of the text, which `token_bytes` counts.
     log      `Log` writes it all to logs/<run>.txt, below the source of this file.
@@ -40,7 +40,7 @@ The life of a token, from its shard to the score:
 
 Letters in shapes: B rows (windows), L positions, D width, H heads, V real tokens, N scored
 positions; R rows and C columns of a matrix. MASK is token V and PAD is token V + 1: the model sees
-them and never predicts them.
+them and never predicts them. `hp` is always a Hyperparameters.
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(2))  # the next imports take seconds
 
 import numpy as np
 import torch
@@ -111,9 +114,8 @@ def seeded(device: torch.device | str, *key) -> torch.Generator:
 
 # ---- Hyperparameters: knobs, presets, rules, help ----------------------------
 #
-# A knob is a field here and an environment variable; a preset is nothing but values for knobs.
-# Names are the challenge's, so published commands run. Choices are the rows of the table behind
-# them.
+# A knob is a field here and an environment variable, with the challenge's name, so that published
+# commands run; a preset is nothing but values for knobs.
 
 
 def knob(group: str, default, meaning: str, low=0, high=1e12, choices=()):
@@ -139,10 +141,8 @@ RESULT_GROUPS = ("model", "noise", "training", "optimizer")  # the same when a r
 # fmt: off
 @dataclasses.dataclass(frozen=True, init=False)
 class Hyperparameters:
-    """The defaults, changed by the preset, changed by the values that are given.
-
-    InputError for unknown names, values out of range, and values that do not fit together.
-    """
+    """The defaults, changed by the preset, changed by the values that are given; InputError if
+    they are unknown, out of range, or do not fit together."""
 
     preset: str = knob("run", "mdlm", "values to start from", choices=lambda: PRESETS)
     run_id: str = knob("run", "", "name of logs/<RUN_ID>.txt and .mdlm; empty: time and preset")
@@ -165,9 +165,8 @@ class Hyperparameters:
     num_layers: int = knob("model", 8, "blocks; in the U-Net half of them feed skips to the others",
                            low=1, high=200)
     model_dim: int = knob("model", 576, "width D of the residual stream", low=2, high=2**16)
-    num_heads: int = knob("model", 8, "attention heads H", low=1, high=2**12)
-    num_kv_heads: int = knob("model", 4, "key/value heads, each for an equal share of H", low=1,
-                             high=2**12)
+    num_heads: int = knob("model", 8, "attention heads H", low=1)
+    num_kv_heads: int = knob("model", 4, "key/value heads, each for an equal share of H", low=1)
     mlp_mult: int = knob("model", 2, "hidden width of the MLP as a multiple of MODEL_DIM", low=1,
                          high=64)
     tie_embeddings: bool = knob("model", True, "use the embedding as the output head too")
@@ -488,8 +487,8 @@ def knob_help(spec: dataclasses.Field, presets: Mapping[str, Hyperparameters]) -
 
 # ---- Processes, clock, log, files --------------------------------------------
 #
-# One process is a group of one: nothing below asks whether it is alone. Only the first one writes.
-# What could differ between processes (a file, the time, a signal) is decided once and told to all.
+# One process is a group of one. Only the first one writes. What could differ between processes (a
+# file, the time, a signal) is decided once and told to all.
 
 
 def world_size() -> int:
@@ -559,20 +558,6 @@ def on_first_process(work: Callable):
     return result
 
 
-def shared_work(work: Callable, items: Sequence) -> list:
-    """[work(item) for item in items], shared among the processes; InputError on all of them."""
-    shares: list = [None] * world_size()
-    try:
-        shares[rank()] = [work(item) for item in items[rank() :: world_size()]]
-    except (InputError, OSError) as error:
-        shares[rank()] = InputError(explain(error))
-    run_collective(dist.all_gather_object, shares, shares[rank()])
-    for share in shares:
-        if isinstance(share, InputError):
-            raise share
-    return [shares[number % world_size()].pop(0) for number in range(len(items))]
-
-
 def start_processes() -> torch.device:
     """Joins the group that torchrun describes, if any; this process's device."""
     device = torch.device("cpu")
@@ -626,8 +611,8 @@ class Clock:
         return ms / world_size(), stopped > 0
 
     def stop(self, *signal_and_frame) -> None:
-        """A signal handler; the step that is running is finished first. A second signal does not
-        wait for it, unless it is the first one again, which torchrun has passed on."""
+        """A signal handler: the step is finished first, but for a second signal. (torchrun passes
+        on the first one again.)"""
         if self.stopped and time.perf_counter() > self.stopped + 1:
             raise KeyboardInterrupt
         self.stopped = self.stopped or time.perf_counter()
@@ -647,37 +632,28 @@ class Log:
     def __init__(self, path: Path | None = None):
         self.path = path
         self.on_terminal = rank() == 0 and sys.stdout.isatty()
-        self.bar = ("", 0.0, 0.0)  # its name, and the time and fraction at which it began
         self.bar_drawn = 0.0
         self.lock = None  # the open file of `path`, locked while this process lives
 
     def __call__(self, line: str, screen: bool = True, every_rank: bool = False) -> None:
         if screen and rank() == 0:
-            erase = "\r\x1b[K" if self.on_terminal else ""
-            with contextlib.suppress(OSError):  # a run outlives the screen that it was started from
-                print(erase + line, flush=True)
+            self.show("\r\x1b[K" * self.on_terminal + line)
         if self.path and (every_rank or rank() == 0):
             with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
 
     def progress(self, name: str, fraction: float, note: str = "") -> None:
-        """Draws the bar, at most five times a second; `fraction` in [0, 1] is done."""
+        """On terminals a bar, at most five times a second; `fraction` in [0, 1] is done."""
         now = time.monotonic()
-        if not self.on_terminal or (now - self.bar_drawn < 0.2 and 0.0 < fraction < 1.0):
-            return
-        self.bar_drawn = now
-        if name != self.bar[0]:
-            self.bar = (name, now, fraction)
-        _, began, first = self.bar
-        line = ""
-        if fraction < 1.0:
-            speed = max(fraction - first, 1e-9) / max(now - began, 1e-9)
-            minutes, seconds = divmod(int((1 - fraction) / speed), 60)
-            left = f"{minutes}:{seconds:02d} left" if fraction > first else ""
-            bar = "█" * int(30 * fraction)
-            line = f"{name} {bar:░<30} {100 * fraction:3.0f} % {left} {note}"
+        if self.on_terminal and (now - self.bar_drawn > 0.2 or fraction >= 1.0):
+            self.bar_drawn = now
+            line = f"{name} {'█' * int(30 * fraction):░<30} {100 * fraction:3.0f} % {note}"
+            self.show("\r\x1b[K" + (line if fraction < 1.0 else ""), end="")
+
+    def show(self, text: str, end: str = "\n") -> None:
+        """A run outlives the screen that it was started from."""
         with contextlib.suppress(OSError):
-            print("\r\x1b[K" + line, end="", flush=True)
+            print(text, end=end, flush=True)
 
     def budget(self, name: str, value: float, limit: float, unit: str, note: str = "") -> None:
         """A line on something that the challenge limits, and one more if it is over."""
@@ -817,19 +793,23 @@ class TokenStream:
         order = list(self.order(0))
         sizes = (self.ends - self.begins)[order]
         reached = order[: int(np.searchsorted(sizes.cumsum(), first_tokens)) + 1]
-        counted = shared_work(functools.partial(self._count, vocab_size, luts), reached)
+        counts = torch.zeros(len(reached), 3, dtype=torch.int64)
+        for i in range(rank(), len(reached), world_size()):
+            counts[i] = torch.tensor(self._count(reached[i], vocab_size, luts))
+        checksums, documents, nbytes = all_reduce(counts).unbind(1)
         names = [self.files[number].name for number in reached]
-        checksums, documents, nbytes = zip(*counted, strict=True)
-        self.facts = dict(tokens=self.total, shards=dict(zip(names, checksums, strict=True)))
+        self.facts = dict(
+            tokens=self.total, shards=dict(zip(names, checksums.tolist(), strict=True))
+        )
         if luts:
-            self.facts |= dict(documents=sum(documents), bytes=sum(nbytes))
+            self.facts |= dict(documents=int(documents.sum()), bytes=int(nbytes.sum()))
 
     def pieces(self, number: int) -> Iterator[np.ndarray]:
         """The tokens of a shard, a million at a time."""
         for start in range(self.begins[number], self.ends[number], 1 << 20):
             yield self.read(start, min(1 << 20, int(self.ends[number]) - start))
 
-    def _count(self, vocab_size: int, luts: ByteTables | None, number: int) -> tuple:
+    def _count(self, number: int, vocab_size: int, luts: ByteTables | None) -> tuple:
         """Checksum, documents and bytes of text of a shard."""
         before = int(self.read(self.begins[number] - 1, 1)[0]) if number else BOS_ID
         checksum = documents = nbytes = 0
@@ -854,11 +834,11 @@ class TokenStream:
 class DocumentStream(TokenStream):
     """The shards as documents, from <s> to <s>, in chunks of at most L tokens, then PAD.
 
-    The order of shards, and of chunks in a shard, depends on (seed, epoch). A visit is one shard in
-    one epoch. Two shards at most are in memory.
+    Shards, and chunks in a shard, are shuffled in every epoch. A visit is one shard in one epoch.
+    Two shards at most are in memory.
     """
 
-    def __init__(self, folder: str | Path, split: str, hp: Hyperparameters):
+    def __init__(self, folder: str | Path, split: str, hp):
         super().__init__(folder, split)
         self.length = hp.train_seq_len
         self.pad_id = hp.pad_id
@@ -999,13 +979,12 @@ def text_fault(tokens: np.ndarray, sp, luts: ByteTables) -> str:
     return ""
 
 
-def check_verified(hp: Hyperparameters, stream: TokenStream, split: str) -> bool:
+def check_verified(hp, stream: TokenStream, split: str) -> bool:
     """InputError unless tokenizer and shards are what verified.json says; False without one."""
     path = Path(hp.data_path) / VERIFIED
-    text = on_first_process(lambda: read_file(path) if path.exists() else None)
-    if text is None:
+    if not path.exists():
         return False
-    digest = file_sha256(hp.tokenizer_path)
+    text, digest = read_file(path), file_sha256(hp.tokenizer_path)
     try:
         verified = json.loads(text)
         pairs = {f"{hp.tokenizer_path} (SHA-256)": (verified["tokenizer_sha256"], digest)}
@@ -1023,24 +1002,22 @@ def check_verified(hp: Hyperparameters, stream: TokenStream, split: str) -> bool
     return True
 
 
-def check_data(hp: Hyperparameters, stream: TokenStream, split: str, sp, luts: ByteTables) -> None:
+def check_data(hp, stream: TokenStream, split: str, sp, luts: ByteTables) -> None:
     """Against verified.json or, without it, against the text: all of the validation split, and the
     beginning of every training shard."""
     if check_verified(hp, stream, split):
         return
-
-    def check(number: int) -> None:
+    shards = stream.facts["shards"]
+    numbers = [number for number, path in enumerate(stream.files) if path.name in shards]
+    for number in numbers[rank() :: world_size()]:
         pieces = stream.pieces(number)
         for tokens in pieces if split == "val" else [next(pieces)[:50_000]]:
             if fault := text_fault(tokens, sp, luts):
                 tokenizer = hp.shown("tokenizer_path")
                 raise InputError(f"{tokenizer} {fault} {stream.files[number]}; {REMEDY}")
 
-    names = stream.facts["shards"]
-    shared_work(check, [n for n, path in enumerate(stream.files) if path.name in names])
 
-
-def open_training(hp: Hyperparameters, sp, luts: ByteTables) -> TokenStream:
+def open_training(hp, sp, luts: ByteTables) -> TokenStream:
     """The training split, checked as far as the run can reach."""
     if hp.doc_chunks:
         stream = DocumentStream(hp.data_path, "train", hp)
@@ -1059,7 +1036,7 @@ class Split(NamedTuple):
     luts: ByteTables
 
 
-def open_validation(hp: Hyperparameters, sp, luts: ByteTables) -> Split:
+def open_validation(hp, sp, luts: ByteTables) -> Split:
     """The validation split, checked."""
     stream = TokenStream(hp.data_path, "val")
     if not stream.count_windows(hp.train_seq_len):
@@ -1072,9 +1049,9 @@ def open_validation(hp: Hyperparameters, sp, luts: ByteTables) -> Split:
 
 # ---- Noise and loss weights --------------------------------------------------
 #
-# The bound that is reported is exact whatever the model was trained on, so training noise is a free
-# choice, made in four tables. Its random numbers are those of a global batch, drawn from one
-# generator for each (seed, step): all processes, restarts and micro-batches see the same masks.
+# The reported bound is exact whatever the model was trained on, so training noise is a free choice,
+# made in four tables. One generator for each (seed, step) draws that of the global batch, so that
+# processes, restarts and micro-batches make no difference.
 
 
 def stratified_times(u: Tensor) -> Tensor:
@@ -1097,11 +1074,11 @@ TIME_SAMPLINGS = {
 }
 
 
-def uniform_probability(hp: Hyperparameters, t: Tensor) -> Tensor:
+def uniform_probability(hp, t: Tensor) -> Tensor:
     return hp.mask_eps + (hp.mask_max - hp.mask_eps) * t
 
 
-def normal_probability(hp: Hyperparameters, t: Tensor) -> Tensor:
+def normal_probability(hp, t: Tensor) -> Tensor:
     quantile = hp.mask_mean + hp.mask_std * torch.special.ndtri(t)
     return quantile.clamp(hp.mask_eps, hp.mask_max)
 
@@ -1113,12 +1090,12 @@ MASK_DISTS = {
 }
 
 
-def mask_probability(hp: Hyperparameters, u: Tensor) -> Tensor:
+def mask_probability(hp, u: Tensor) -> Tensor:
     """(B,) for the tokens of a row, from uniform draws u (B,)."""
     return MASK_DISTS[hp.mask_dist](hp, TIME_SAMPLINGS[hp.time_sampling](u))
 
 
-def maskable(hp: Hyperparameters, x: Tensor) -> Tensor:
+def maskable(hp, x: Tensor) -> Tensor:
     """(B, L) bool: all of x (B, L) but PAD and, with ANCHOR_BOS, <s>."""
     not_pad = x != hp.pad_id
     return not_pad & (x != BOS_ID) if hp.anchor_bos else not_pad
@@ -1160,17 +1137,17 @@ MASKINGS = {
 }
 
 
-def elbo_weight(hp: Hyperparameters, probability: Tensor, share: Tensor) -> Tensor:
+def elbo_weight(hp, probability: Tensor, share: Tensor) -> Tensor:
     """For uniform probabilities the loss is then the any-order bound."""
     return 1 / share
 
 
-def dsigma_weight(hp: Hyperparameters, probability: Tensor, share: Tensor) -> Tensor:
+def dsigma_weight(hp, probability: Tensor, share: Tensor) -> Tensor:
     """PR 1106's σ′(t): the fewer tokens are visible, the more a masked one counts. No bound."""
     return (hp.mask_max - hp.mask_eps) / (1 - probability)
 
 
-def flat_weight(hp: Hyperparameters, probability: Tensor, share: Tensor) -> Tensor:
+def flat_weight(hp, probability: Tensor, share: Tensor) -> Tensor:
     """Every masked token counts the same."""
     return torch.ones_like(probability)
 
@@ -1183,7 +1160,7 @@ LOSS_WEIGHTS = {
 }
 
 
-def draw_noise(hp: Hyperparameters, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw_noise(hp, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mask probabilities (B,) and keys (B, L) of a global batch."""
     draw = functools.partial(torch.rand, generator=generator, device=generator.device)
     probability = mask_probability(hp, draw(hp.batch_rows))
@@ -1191,21 +1168,18 @@ def draw_noise(hp: Hyperparameters, generator: torch.Generator) -> tuple[Tensor,
     return probability, keys
 
 
-def apply_noise(
-    hp: Hyperparameters, x0: Tensor, probability: Tensor, keys: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def apply_noise(hp, x0: Tensor, probability: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mask (B, L), weight (B,) of its tokens, and masked share (B,), of x0 (B, L)."""
     mask, share = MASKINGS[hp.masking].mask(probability, keys, maskable(hp, x0))
     weight = LOSS_WEIGHTS[hp.loss_weight](hp, probability, share)
     return mask, weight.clamp(max=hp.weight_clamp), share
 
 
-def scored_capacity(hp: Hyperparameters, rows: int) -> int:
+def scored_capacity(hp, rows: int) -> int:
     """The most positions that are scored in a micro-batch of `rows` rows: a static shape.
 
-    For the distributions above, the sum of its mask probabilities is largest if every random draw
-    is 1, or, for pairs t and 1 − t, if it is 0 or ½. If a new one masks more, `Trainer.check` ends
-    the run.
+    For the distributions above, most are masked if every random draw is 1, or, for pairs t and
+    1 − t, if it is 0 or ½. If a new one masks more, `Trainer.check` ends the run.
     """
     tokens = rows * hp.train_seq_len
     if hp.causal:
@@ -1222,9 +1196,8 @@ def scored_capacity(hp: Hyperparameters, rows: int) -> int:
 
 # ---- Model -------------------------------------------------------------------
 #
-# Parameters are float32, and cast to the dtype of the activations where they are used. Only real
-# tokens have an output column, so there is no MASK or PAD to forbid. The last MLP and the head are
-# computed at scored positions only.
+# Parameters are float32, and cast to the dtype of the activations where they are used. The last MLP
+# and the head are computed at scored positions only.
 
 NORM_EPS = torch.finfo(torch.float32).eps
 COND_DIM = 128  # width of the noise condition of the DiT, as published
@@ -1266,7 +1239,7 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     """Grouped-query attention with normalised and rotated queries and keys."""
 
-    def __init__(self, hp: Hyperparameters, query_gain: float | None = None):
+    def __init__(self, hp, query_gain: float | None = None):
         super().__init__()
         self.head_dim = hp.head_dim
         self.causal = hp.causal
@@ -1298,7 +1271,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """ReLU² between two matrices."""
 
-    def __init__(self, hp: Hyperparameters):
+    def __init__(self, hp):
         super().__init__()
         self.fc = Linear(hp.model_dim, hp.mlp_mult * hp.model_dim, bias=False)
         self.proj = Linear(hp.mlp_mult * hp.model_dim, hp.model_dim, bias=False)
@@ -1310,7 +1283,7 @@ class MLP(nn.Module):
 class UNetBlock(nn.Module):
     """A block of the challenge's trunk: it can mix the embedding in again."""
 
-    def __init__(self, hp: Hyperparameters):
+    def __init__(self, hp):
         super().__init__()
         self.attn = Attention(hp, query_gain=hp.qk_gain_init)
         self.mlp = MLP(hp)
@@ -1332,7 +1305,7 @@ class UNetBlock(nn.Module):
 class DiTBlock(nn.Module):
     """A pre-norm block, its norms scaled and shifted by the noise: adaLN, no gates."""
 
-    def __init__(self, hp: Hyperparameters):
+    def __init__(self, hp):
         super().__init__()
         self.attn = Attention(hp)
         self.mlp = MLP(hp)
@@ -1353,17 +1326,14 @@ class DiTBlock(nn.Module):
 
 
 class Model(nn.Module):
-    """Embedding, neighbours and output head, which all backbones share.
-
-    A backbone has `build_trunk(hp)`, which makes its blocks, and `trunk(x, z, masked_fraction,
-    positions)`, which takes tokens z (B, L), embedded as x (B, L, D), through them.
-    """
+    """Embedding, neighbours and output head. A backbone adds `build_trunk(hp)`, its blocks, and
+    `trunk(x, z, masked_fraction, positions)`, which takes z (B, L), embedded as x, through them."""
 
     told_noise = False  # whether `trunk` uses masked_fraction, which causal models have not
     normalize_embedding = False
     zero_head = False  # whether a head that is not tied starts at zero
 
-    def __init__(self, hp: Hyperparameters):
+    def __init__(self, hp):
         super().__init__()
         self.hp = hp
         self.compute_dtype = torch.float32
@@ -1426,7 +1396,7 @@ class UNet(Model):
     normalize_embedding = True
     zero_head = True
 
-    def build_trunk(self, hp: Hyperparameters) -> None:
+    def build_trunk(self, hp) -> None:
         self.blocks = nn.ModuleList(UNetBlock(hp) for _ in range(hp.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(hp.num_layers // 2, hp.model_dim))
 
@@ -1460,7 +1430,7 @@ class DiT(Model):
 
     told_noise = True
 
-    def build_trunk(self, hp: Hyperparameters) -> None:
+    def build_trunk(self, hp) -> None:
         self.blocks = nn.ModuleList(DiTBlock(hp) for _ in range(hp.num_layers))
         self.time_embed = nn.Sequential(
             nn.Linear(COND_DIM, 4 * COND_DIM), nn.SiLU(), nn.Linear(4 * COND_DIM, COND_DIM)
@@ -1483,20 +1453,20 @@ class DiT(Model):
 BACKBONES: dict[str, type[Model]] = {"unet": UNet, "dit": DiT}
 
 
-def resolve_dtype(hp: Hyperparameters, device: torch.device) -> str:
+def resolve_dtype(hp, device: torch.device) -> str:
     if hp.compute_dtype != "auto":
         return hp.compute_dtype
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def build_model(hp: Hyperparameters) -> Model:
+def build_model(hp) -> Model:
     """A new float32 model on the CPU; its weights depend on hp.seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hp.seed)
         return BACKBONES[hp.backbone](hp)
 
 
-def outline_model(hp: Hyperparameters) -> Model:
+def outline_model(hp) -> Model:
     """The same names and shapes without memory."""
     with torch.device("meta"):
         return BACKBONES[hp.backbone](hp)
@@ -1543,7 +1513,7 @@ def by_kind(model: Model) -> dict[Kind, dict[str, nn.Parameter]]:
 # ---- Batch and loss ----------------------------------------------------------
 #
 # Shapes are static, so that the compiled loss is one graph: scored positions are gathered into N
-# places, and places that are left over have weight 0.
+# places, and those left over have weight 0.
 
 
 class Batch(NamedTuple):
@@ -1565,7 +1535,7 @@ def compact(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
 
 
 def training_batch(
-    hp: Hyperparameters,
+    hp,
     stream: TokenStream,
     step: int,
     rows: range,
@@ -1598,9 +1568,7 @@ def causal_batch(window: Tensor) -> Batch:
     )
 
 
-def masked_batch(
-    hp: Hyperparameters, x0: Tensor, probability: Tensor, keys: Tensor, capacity: int
-) -> Batch:
+def masked_batch(hp, x0: Tensor, probability: Tensor, keys: Tensor, capacity: int) -> Batch:
     """The tokens of x0 (B, L) that the noise hides, given the others."""
     mask, weight, share = apply_noise(hp, x0, probability, keys)
     positions, used = compact(mask, capacity)
@@ -1625,8 +1593,8 @@ def batch_loss(model: Model, batch: Batch) -> Tensor:
 # ---- Optimizer and average ---------------------------------------------------
 #
 # Weights, gradients and moments are flat buffers of which the parameters are views: a step is a few
-# large operations and one collective, a checkpoint is one tensor. Nothing here waits for the
-# device: a step that was not finite is noted there until `Trainer.check` looks.
+# large operations and one collective. Nothing here waits for the device: a step that was not finite
+# is noted there until `Trainer.check` looks.
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
@@ -1653,7 +1621,7 @@ def orthogonalize_shared(matrices: Tensor, steps: int) -> Tensor:
     return all_reduce(whole)
 
 
-def learning_rate(hp: Hyperparameters, kind: Kind) -> float:
+def learning_rate(hp, kind: Kind) -> float:
     """AdamW's follow the square root of the batch (Malladi et al. 2022)."""
     knob_name = "tied_embed_lr" if kind.name == "embed" and hp.tie_embeddings else kind.lr
     rate = getattr(hp, knob_name)
@@ -1663,7 +1631,7 @@ def learning_rate(hp: Hyperparameters, kind: Kind) -> float:
 
 
 class StepSettings(NamedTuple):
-    """Scalars of a step, on the device; 0, 1, 1, 1 let a step that is not finite move nothing."""
+    """Scalars of a step, on the device; 0, 1, 1, 1 let it move nothing."""
 
     scale: Tensor  # of the learning rates
     momentum: Tensor  # of Muon
@@ -1685,7 +1653,7 @@ class ParameterGroup(NamedTuple):
     first: Tensor  # first moment
     second: Tensor  # second moment, of AdamW only
 
-    def muon_update(self, hp: Hyperparameters, now: StepSettings) -> Tensor:
+    def muon_update(self, hp, now: StepSettings) -> Tensor:
         self.first.mul_(now.momentum).add_(self.grads)
         nesterov = self.grads.addcmul(self.first, now.momentum)
         update = orthogonalize_shared(nesterov, hp.muon_backend_steps).float()
@@ -1693,14 +1661,14 @@ class ParameterGroup(NamedTuple):
         update *= max(1.0, rows / columns) ** 0.5
         return update
 
-    def adamw_update(self, hp: Hyperparameters, now: StepSettings) -> Tensor:
+    def adamw_update(self, hp, now: StepSettings) -> Tensor:
         self.first.lerp_(self.grads, 1 - now.beta1)
         self.second.lerp_(self.grads.square(), 1 - now.beta2)
         mean = self.first / (1 - hp.beta1**now.steps_taken)
         square = self.second / (1 - hp.beta2**now.steps_taken)
         return mean / (square.sqrt() + hp.adam_eps)
 
-    def step(self, hp: Hyperparameters, now: StepSettings) -> None:
+    def step(self, hp, now: StepSettings) -> None:
         update = self.muon_update(hp, now) if self.muon else self.adamw_update(hp, now)
         decay = 1 - self.lr * self.weight_decay * now.scale
         self.weights.mul_(decay).sub_(update.mul_(self.lr * now.scale))
@@ -1709,7 +1677,7 @@ class ParameterGroup(NamedTuple):
 class Optimizer:
     """Muon and AdamW over flat buffers, and the average of the weights."""
 
-    def __init__(self, model: Model, hp: Hyperparameters):
+    def __init__(self, model: Model, hp):
         self.hp = hp
         self.averages = 0  # updates of the average so far
 
@@ -1820,7 +1788,7 @@ class Optimizer:
             self.state[[0, 3]] = self.state[[3, 0]]
 
 
-def muon_momentum(hp: Hyperparameters, step: int) -> float:
+def muon_momentum(hp, step: int) -> float:
     """Rises to MUON_MOMENTUM over the first steps."""
     share = 1.0
     if hp.muon_momentum_warmup_steps:
@@ -1830,9 +1798,8 @@ def muon_momentum(hp: Hyperparameters, step: int) -> float:
 
 # ---- Quantizing and packing --------------------------------------------------
 #
-# 16,000,000 bytes are a budget of weights, so each gets few bits. Codes that are rare cost little,
-# because an entropy coder makes the common ones short: what counts is the step of the grid, and
-# rounding so that errors cancel (docs/artifact.md).
+# Each weight gets few bits. An entropy coder makes common codes short, so rare ones may be large:
+# what counts is the step of the grid, and rounding so that errors cancel (docs/artifact.md).
 
 
 class Quantizer(NamedTuple):
@@ -2003,7 +1970,7 @@ def entropy_bits(planes: np.ndarray) -> float:
 def pack_kind(
     weights: Mapping[str, Tensor],
     storage: str,
-    hp: Hyperparameters,
+    hp,
     moments: Mapping[str, Tensor] | None = None,
 ) -> tuple[bytes, dict]:
     """One kind of parameter, packed, and facts for the header and the log."""
@@ -2060,8 +2027,7 @@ def unpack_kind(
 #     MAGIC · u32 length of the header · JSON header · every kind of parameter, packed · SHA-256
 #
 # Names and shapes follow from the hyperparameters in the header. Nothing in a file is executed, and
-# memory is taken only for weights that it has bytes for: a model that packs to less than a bit a
-# weight, as tables of zeros do, is filled up with spaces.
+# memory is taken only for weights that it has a bit for: spaces fill up what packs to less.
 
 ARTIFACT_MAGIC = b"MDLMgolf"
 FORMAT_VERSION = 2
@@ -2096,13 +2062,12 @@ def storage_label(header: Mapping) -> str:
 
 def save_artifact(
     model: Model,
-    hp: Hyperparameters,
+    hp,
     path: str | Path,
     moments: Mapping[str, Tensor] | None = None,
 ) -> dict:
-    """Quantizes, packs and writes the model; `input_moments` let rounding errors cancel.
-
-    Returns artifact_bytes, label and kinds. InputError if something is not finite or not written.
+    """Packs and writes the model; its artifact_bytes, label and kinds. `input_moments` let rounding
+    errors cancel. InputError if something is not finite or not written.
     """
     for name, tensor in [*model.named_parameters(), *(moments or {}).items()]:
         if not tensor.isfinite().all():
@@ -2187,7 +2152,7 @@ def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
     return artifact.model, artifact.hp
 
 
-def predicted_bytes(hp: Hyperparameters) -> int:
+def predicted_bytes(hp) -> int:
     """Code + artifact if all weights were normal, from 256 rows of each kind."""
     total = len(Path(__file__).read_bytes())
     for kind, named in by_kind(outline_model(hp)).items():
@@ -2203,8 +2168,8 @@ def predicted_bytes(hp: Hyperparameters) -> int:
 # ---- Scoring -----------------------------------------------------------------
 #
 # Bottom up: −ln p of single tokens; masks and orders whose weighted sums are code lengths; the
-# table of estimators; a whole split. A score is Σ bits / Σ bytes over evenly spaced windows. Each
-# has random numbers of its own, so batches and processes do not matter.
+# estimators; a whole split. A score is Σ bits / Σ bytes over evenly spaced windows, each of which
+# has random numbers of its own: batches and processes do not matter.
 
 
 @torch.no_grad()
@@ -2270,10 +2235,10 @@ def nelbo_masks(passes: int, times: Tensor, keys: Tensor, allowed: Tensor) -> We
     n counts the `allowed` (B, L) positions: the mean code length over all orders of these tokens,
     and the bound of Sahoo et al. (2024) in continuous time.
 
-    Small masks vary most, so with several passes k = 1 + ⌊n·t^1.5⌋ favours small k, and dividing by
-    P(k) corrects for it. Pass i takes t from the i-th of `passes` strata, as `times` (B,) in [0, 1)
-    say; in half of the strata t runs backwards, so that its errors cancel. All passes share one
-    random order of the positions, the ranks of keys (B, L): each masks the next k, cyclically.
+    Small masks vary most, so with several passes k = 1 + ⌊n·t^1.5⌋ favours small k, for which P(k)
+    makes up. Pass i has t = `times` (B,) in [0, 1) in the i-th of `passes` strata, in half of them
+    backwards. All share one random order of the positions, that of keys (B, L): each masks the next
+    k, cyclically.
     """
     power = 1.5 if passes > 1 else 1.0
     place = ranks(torch.where(allowed, keys, 2))
@@ -2407,9 +2372,8 @@ def chain_rule(
 ) -> Tensor:
     """(B, L) nats by position: −ln p(x_i | what was revealed before the group of i).
 
-    An exact code that can be decoded. `order` is l2r, confidence, random (drawn from `seed`), or
-    positions (L,) or (B, L) as revealed, `group` of them by one call; `boundary_bits` pays for
-    anchors. A causal model goes l2r, after the token `before` (B,).
+    `order` is l2r, confidence, random (drawn from `seed`), or positions (L,) or (B, L) as revealed,
+    `group` of them by one call. A causal model goes l2r, after the token `before` (B,).
     """
     rows, length = x0.shape
     if model.hp.causal:
@@ -2571,7 +2535,7 @@ def evenly_spaced(total: int, wanted: int) -> list[int]:
 class WindowPlan:
     """Which windows a score sees, what it scores of them, in what batches."""
 
-    def __init__(self, estimator: Estimator, hp: Hyperparameters, stream: TokenStream, seqs: int):
+    def __init__(self, estimator: Estimator, hp, stream: TokenStream, seqs: int):
         self.hp = hp
         self.length = hp.train_seq_len
         self.stride = min(hp.stride, self.length) if estimator.sliding else self.length
@@ -2605,17 +2569,16 @@ class WindowPlan:
 def score_windows(
     name: str,
     model: Model,
-    hp: Hyperparameters,
+    hp,
     split: Split,
     seqs: int,
     note: Callable[[float], object] = lambda fraction: None,
 ) -> tuple[Score, Tensor]:
     """The score `name` of `seqs` evenly spaced windows (0: all), shared among the processes.
 
-    `note` is told the fraction that is done; KeyboardInterrupt if it returns True on any process.
-
     Also its table (windows, buckets, 2) of bits, without `boundary_bits`, and bytes. Bucket b has
     the positions 2^(b−1) … 2^b − 1; scores without positions have all nats in bucket 0.
+    KeyboardInterrupt if `note`, which is told the fraction that is done, returns True.
     """
     started = time.perf_counter()
     estimator = ESTIMATORS[hp.objective][name]
@@ -2668,7 +2631,7 @@ def bucket_name(bucket: int, length: int) -> str:
     return f"{first}-{last}" if last > first else f"{first}"
 
 
-def final_scores(hp: Hyperparameters) -> dict[str, int]:
+def final_scores(hp) -> dict[str, int]:
     """Windows (0: all) by score, the headline first."""
     known = ESTIMATORS[hp.objective]
     requested = hp.requested_scores
@@ -2683,7 +2646,7 @@ def final_scores(hp: Hyperparameters) -> dict[str, int]:
     return found
 
 
-def score_model(artifact: Artifact, hp: Hyperparameters, val: Split, log: Log) -> None:
+def score_model(artifact: Artifact, hp, val: Split, log: Log) -> None:
     """Logs the headline and the other final scores."""
     model = artifact.model.on(val.luts.base_bytes.device)
     label = artifact.storage.replace("+", "_")
@@ -2744,7 +2707,7 @@ class Checkpoint(NamedTuple):
         """Whether its weights are finite, and as many as those of this optimizer."""
         return self.state.shape == optimizer.state.shape and bool(self.state.isfinite().all())
 
-    def changed_settings(self, hp: Hyperparameters) -> list[str]:
+    def changed_settings(self, hp) -> list[str]:
         """What was different when it was made, of all that changes the result."""
         return [
             self.hp.shown(spec.name)
@@ -2774,7 +2737,7 @@ def write_checkpoint(checkpoint: Checkpoint) -> Path:
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
-    """The same on all processes; None if it is damaged or foreign. InputError if not readable."""
+    """None if it is damaged or foreign; InputError if not readable."""
     data = on_first_process(functools.partial(read_file, path))
     try:
         body = unsealed(data)
@@ -2801,11 +2764,11 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
 
 # ---- Training ----------------------------------------------------------------
 #
-# The loop reads from top to bottom: save, stop, validate, step. The clock stands still while
-# anything but training is done. Schedules follow the steps or the clock, whichever ends first.
+# The loop: save, stop, validate, step. The clock stands still while anything but training is done.
+# Schedules follow the steps or the clock, whichever ends first.
 
 
-def run_fraction(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
+def run_fraction(hp, step: int, elapsed_ms: float) -> float:
     """How much of the run is done, in [0, 1]: of its steps or its time, whichever is more."""
     by_steps = step / hp.iterations if hp.iterations else 1.0
     by_clock = 0.0
@@ -2814,7 +2777,7 @@ def run_fraction(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
     return min(max(by_steps, by_clock), 1.0)
 
 
-def lr_scale(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
+def lr_scale(hp, step: int, elapsed_ms: float) -> float:
     """Of all learning rates: rises over LR_WARMUP_STEPS, decays to MIN_LR_FRAC at the end, which
     is the last iteration or the end of the wall clock."""
     left = hp.iterations - step
@@ -2829,7 +2792,7 @@ def lr_scale(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
     return rise * (hp.min_lr_frac + (1 - hp.min_lr_frac) * scale)
 
 
-def micro_batches(hp: Hyperparameters) -> list[range]:
+def micro_batches(hp) -> list[range]:
     """This process's rows of a batch, in equal parts of at most MICRO_BATCH_TOKENS."""
     length = hp.shown("train_seq_len")
     rows, rest = divmod(hp.batch_rows, world_size())
@@ -2844,7 +2807,7 @@ def micro_batches(hp: Hyperparameters) -> list[range]:
     return [range(start, start + size) for start in range(first, first + rows, size)]
 
 
-def check_memory(hp: Hyperparameters, device: torch.device) -> None:
+def check_memory(hp, device: torch.device) -> None:
     """InputError if a run cannot fit; counts what it takes at least, before it is built."""
     rows = len(micro_batches(hp)[0])
     per_token = (2 if hp.compute_dtype == "bfloat16" else 4) * hp.model_dim * (4 + hp.mlp_mult)
@@ -2862,18 +2825,17 @@ def check_memory(hp: Hyperparameters, device: torch.device) -> None:
         there_are /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if sum(needed.values()) > there_are:
         parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in needed.items())
-        remedy = "lower MODEL_DIM, NUM_LAYERS, TRAIN_BATCH_TOKENS or MICRO_BATCH_TOKENS"
-        memory = f"a process has {there_are / 2**30:.1f} GiB, and needs more: {parts}"
-        raise InputError(f"{hp.shown('model_dim')} {hp.shown('num_layers')}: {memory}; {remedy}")
+        names = ("model_dim", "num_layers", "train_batch_tokens", "micro_batch_tokens")
+        given = ", ".join(map(hp.shown, names))
+        memory = f"more GiB than the {there_are / 2**30:.1f} there are: {parts}"
+        raise InputError(f"{memory}; lower one of {given}")
 
 
 class Trainer:
-    """Model, optimizer and progress of a run, and its one training step.
+    """Model, optimizer and progress of a run, and its one training step, which is the same for any
+    number of processes and micro-batches, up to rounding."""
 
-    Any number of processes and micro-batches gives the same sums, up to rounding.
-    """
-
-    def __init__(self, hp: Hyperparameters, stream: TokenStream, device: torch.device, log: Log):
+    def __init__(self, hp, stream: TokenStream, device: torch.device, log: Log):
         self.hp = hp
         self.stream = stream
         self.device = device
@@ -2947,8 +2909,7 @@ class Trainer:
             x.copy_(before)
 
     def validate(self, val: Split, note: Callable[[float], object] = bool) -> Score | None:
-        """The headline of the averaged weights, with one mask per window; None if interrupted, as
-        `note` can do."""
+        """The headline of the averaged weights, with one mask per window; None if interrupted."""
         self.check()
         once = dataclasses.replace(self.hp, nelbo_passes=1)
         seqs = self.hp.eval_max_seqs
@@ -2989,7 +2950,7 @@ class Trainer:
     def resume(self) -> None:
         """Goes on from the newest sound checkpoint of this run, else from RESUME=path.
 
-        InputError if it is of a run with other settings or other data.
+        InputError if its settings or data were others.
         """
         hp = self.hp
         own = on_first_process(lambda: checkpoint_paths(hp.run_id))
@@ -3121,10 +3082,8 @@ def peak_memory(device: torch.device) -> str:
 def resolve_hyperparameters(
     asked: Hyperparameters, env: Mapping[str, str], device: torch.device, artifact: Artifact | None
 ) -> Hyperparameters:
-    """`asked`, with the predictor of the artifact that is scored, a RUN_ID and a dtype.
-
-    InputError if `env` asks for another predictor than the artifact's.
-    """
+    """`asked`, with the predictor of the artifact that is scored, a RUN_ID and a dtype; InputError
+    if `env` asks for another predictor."""
     hp = asked
     if artifact:
         stored = {name: getattr(artifact.hp, name) for name in stored_fields() if name != "preset"}
@@ -3139,11 +3098,11 @@ def resolve_hyperparameters(
     return dataclasses.replace(hp, run_id=hp.run_id or stamp, compute_dtype=dtype)
 
 
-def artifact_path(hp: Hyperparameters) -> Path:
+def artifact_path(hp) -> Path:
     return Path("logs") / f"{hp.run_id}.mdlm"
 
 
-def claim_run(hp: Hyperparameters, log: Log) -> None:
+def claim_run(hp, log: Log) -> None:
     """Locks the log of this RUN_ID, and begins it with the source of this file.
 
     InputError if another process has it, or if the run is finished or may not go on.
@@ -3186,7 +3145,7 @@ def claim_run(hp: Hyperparameters, log: Log) -> None:
     log.lock.flush()
 
 
-def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) -> Log:
+def open_log(hp, env: Mapping[str, str], device: torch.device) -> Log:
     """The log of a run, with its first lines."""
     log = Log(Path(f"logs/{hp.run_id}.txt"))
     on_first_process(functools.partial(claim_run, hp, log))
@@ -3197,14 +3156,10 @@ def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) 
     log("hyperparameters: " + " ".join(map(hp.shown, names)), screen=False)
     overridden = [hp.shown(name) for name in names if name.upper() in env]
     log("overridden: " + (" ".join(overridden) or "nothing"))
-    for warning in near_misses(env):
-        log(warning, screen=False)  # `run` has printed it
     return log
 
 
-def write_artifact(
-    model: Model, moments: Mapping[str, Tensor], hp: Hyperparameters, path: Path, log: Log
-) -> None:
+def write_artifact(model: Model, moments: Mapping[str, Tensor], hp, path: Path, log: Log) -> None:
     """Packs the model, and logs code + artifact against the limit."""
     info = on_first_process(lambda: save_artifact(model, hp, path, moments))
     label, kinds, artifact_bytes = info["label"], info["kinds"], info["artifact_bytes"]
