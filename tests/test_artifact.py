@@ -330,7 +330,7 @@ def test_what_is_saved_is_read_whatever_the_knobs(tmp_path):
                 assert torch.equal(back.state_dict()[name], expected)
         packed = sum(kind["bytes"] for kind in info["kinds"].values())
         filled += info["artifact_bytes"] > packed + 5_000
-    assert filled > 2  # some were filled up to a bit a weight
+    assert filled > 1  # some were filled up to a bit a weight
 
 
 def test_a_small_file_claims_no_large_model(tmp_path):
