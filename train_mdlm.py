@@ -154,7 +154,9 @@ class Hyperparameters:
                                "SentencePiece model that made them")
 
     objective: str = knob("model", "mdlm", "masked diffusion, or causal next-token prediction",
-                          choices=lambda: ESTIMATORS)
+                          choices=("mdlm", "ar"))
+    block_size: int = knob("model", 0, "tokens of a block: diffusion inside, autoregression over "
+                           "blocks; 0: one block, the whole window", high=2**20)
     backbone: str = knob("model", "unet", "the challenge's trunk, or one told the noise level",
                          choices=lambda: BACKBONES)
     vocab_size: int = knob("model", 1024, "real tokens V; MASK is V, PAD V + 1", low=2, high=65_534)
@@ -191,6 +193,8 @@ class Hyperparameters:
     mask_max: float = knob("noise", 1.0, "largest mask probability", high=1)
     loss_weight: str = knob("noise", "elbo", "weight of a token masked with probability p: 1/p, "
                             "about 1/(1 − p), or 1", choices=lambda: LOSS_WEIGHTS)
+    causal_weight: float = knob("noise", 1.0, "with BLOCK_SIZE: weight of the next-token loss of "
+                                "clean tokens")
     weight_clamp: float = knob("noise", 100.0, "largest weight of a masked token", low=1)
 
     seed: int = knob("training", 1337, "seed of weights, mask times and masks", high=2**63 - 1)
@@ -263,6 +267,8 @@ class Hyperparameters:
                                      high=100_000)
     tstep_steps: int = knob("scoring", 128, "T of the T-step bound", low=1, high=100_000)
     stride: int = knob("scoring", 64, "tokens that a sliding window scores", low=1)
+    score_block_size: int = knob("scoring", 0, "BLOCK_SIZE of the scores; 0: as trained",
+                                 high=2**20)
     chain_group: int = knob("scoring", 1, "positions a chain rule reveals in one call", low=1)
     val_batch_size: int = knob("scoring", 524_288, "tokens of one scoring pass, over all processes",
                                low=1, high=2**24)
@@ -300,8 +306,12 @@ class Hyperparameters:
     head_dim = property(lambda self: self.model_dim // self.num_heads)
     # Windows of a global batch
     batch_rows = property(lambda self: self.train_batch_tokens // self.train_seq_len)
-    # The score behind val_bpb
-    headline = property(lambda self: next(iter(ESTIMATORS[self.objective])))
+    # Tokens that are noised together, and how many of them a global batch has
+    noise_length = property(lambda self: self.block_size or self.train_seq_len)
+    noise_rows = property(lambda self: self.train_batch_tokens // self.noise_length)
+    # Row of ESTIMATORS; its first score is the one behind val_bpb
+    system = property(lambda self: "block" if self.block_size else self.objective)
+    headline = property(lambda self: next(iter(ESTIMATORS[self.system])))
 
     @property
     def embedding_rows(self) -> int:
@@ -352,6 +362,11 @@ class Hyperparameters:
         told_noise = BACKBONES[self.backbone].told_noise
         if self.causal and (told_noise or self.doc_chunks or self.anchor_bos):
             yield "OBJECTIVE=ar does not go with BACKBONE=dit, DOC_CHUNKS=1 or ANCHOR_BOS=1"
+        for name in ("block_size", "score_block_size"):
+            if getattr(self, name) and self.train_seq_len % getattr(self, name):
+                yield f"{self.shown(name)} must divide {self.shown('train_seq_len')}"
+        if self.block_size and (self.causal or told_noise or self.doc_chunks or self.anchor_bos):
+            yield "BLOCK_SIZE does not go with OBJECTIVE=ar, BACKBONE=dit, DOC_CHUNKS or ANCHOR_BOS"
         scores = list(dict.fromkeys(itertools.chain(*ESTIMATORS.values())))
         for name in self.requested_scores:
             if name not in scores:
@@ -384,6 +399,7 @@ DEMO = GOLF | dict(  # for two CPU cores and some minutes, on the text of the in
     train_log_every=100, val_loss_every=200, eval_max_seqs=256,
     scores="nelbo,l2r:32", nelbo_passes=1, val_batch_size=2048,
 )
+BLOCK = GOLF | dict(block_size=4, mask_dist="uniform", loss_weight="elbo")
 LLADA = dict(  # PR 1106
     backbone="dit", num_layers=11, model_dim=512, num_kv_heads=8, mlp_mult=3,
     tie_embeddings=False, logit_softcap=0.0, train_seq_len=2048,
@@ -403,6 +419,7 @@ PRESETS: dict[str, dict] = {
     "mdlm": {},
     "mdlm16": MDLM16,  # as many layers as fit if a weight takes fewer bits
     "golf": GOLF,  # the better recipe: docs/recipe.md
+    "block": BLOCK,  # autoregression over blocks: docs/blocks.md
     "llada": LLADA,
     "eos": EOS,
     "ar": AR,
@@ -1161,9 +1178,9 @@ LOSS_WEIGHTS = {
 
 
 def draw_noise(hp, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mask probabilities (B,) and keys (B, L) of a global batch."""
+    """Mask probabilities (B·L/b,) and keys (B, L) of a global batch in blocks of b tokens."""
     draw = functools.partial(torch.rand, generator=generator, device=generator.device)
-    probability = mask_probability(hp, draw(hp.batch_rows))
+    probability = mask_probability(hp, draw(hp.noise_rows))
     keys = draw(hp.batch_rows, hp.train_seq_len)
     return probability, keys
 
@@ -1184,14 +1201,16 @@ def scored_capacity(hp, rows: int) -> int:
     tokens = rows * hp.train_seq_len
     if hp.causal:
         return tokens
+    length = hp.noise_length
+    rows = tokens // length
     most = 0.0
     for u in (0.0, 0.5, 1.0):
-        probability = mask_probability(hp, torch.full((hp.batch_rows,), u))
+        probability = mask_probability(hp, torch.full((hp.noise_rows,), u))
         most = max(most, float(probability.view(-1, rows).sum(1).max()))
-    slack = MASKINGS[hp.masking].slack(rows, hp.train_seq_len)
+    slack = MASKINGS[hp.masking].slack(rows, length)
     if hp.time_sampling == "antithetic" and rows % 2:  # a row may lack its other half
-        slack += hp.train_seq_len
-    return min(tokens, math.ceil(most * hp.train_seq_len + slack))
+        slack += length
+    return min(tokens, math.ceil(most * length + slack))
 
 
 # ---- Model -------------------------------------------------------------------
@@ -1201,7 +1220,6 @@ def scored_capacity(hp, rows: int) -> int:
 
 NORM_EPS = torch.finfo(torch.float32).eps
 COND_DIM = 128  # width of the noise condition of the DiT, as published
-Rotary = tuple[Tensor, Tensor]  # cos and sin, (L, head_dim/2) each
 Positions = Tensor | None  # flat positions (N,) of a batch that are wanted; None: all
 
 
@@ -1210,11 +1228,48 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
 
 
-def rotary_table(length: int, head_dim: int, base: float, like: Tensor) -> Rotary:
-    """In the dtype and on the device of `like`."""
+class View(NamedTuple):
+    """Where the L positions of an input are, and what they see."""
+
+    place: Tensor  # (L,) in the text
+    rotary: tuple[Tensor, ...] = ()  # cos and sin, (L, head_dim/2) each, of these places
+    causal: bool = False  # only what is to the left
+    mask: Tensor | None = None  # (L, keys) bool, or these
+    index: Tensor | None = None  # (1 + neighbours, L): columns of z with their tokens; −1: none
+    cache: dict | None = None  # keys and values of earlier calls, by module
+    keep: bool = False  # those of this call too
+
+
+def block_view(hp, block: int, length: int, device: torch.device) -> View:
+    """Of [noisy x_1 … x_L, clean x_0 … x_{L−1}] for x_0, which is before the window of L tokens.
+
+    A noisy token sees its own block, and the clean tokens before that block; a clean one itself and
+    the clean ones before it. Neighbours are what is seen.
+    """
+    place = torch.arange(length, device=device)
+    noisy = torch.arange(2 * length, device=device) < length
+    first = place // block * block + 1  # place of the first token of the block
+    last_clean = torch.cat([first - 1, place])
+    first = torch.cat([first, place.new_full((length,), 2 * length)])
+    place = torch.cat([place + 1, place])
+    mask = torch.where(noisy, first[:, None] == first, place <= last_clean[:, None])
+    wanted = place + torch.tensor([0, *hp.neighbor_offsets], device=device)[:, None]
+    in_block = noisy & (wanted >= first) & (wanted < first + block)
+    clean = torch.where((wanted >= 0) & (wanted <= last_clean), length + wanted, -1)
+    return View(place, mask=mask, index=torch.where(in_block, wanted - 1, clean))
+
+
+def clean_view(hp, length: int, device: torch.device) -> View:
+    """Of clean x_0 … x_{L−1}, as `block_view` has them."""
+    place = torch.arange(length, device=device)
+    wanted = place + torch.tensor([0, *hp.neighbor_offsets], device=device)[:, None]
+    return View(place, causal=True, index=wanted.where(wanted <= place, -1))
+
+
+def rotary_table(place: Tensor, head_dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin (L, head_dim/2) for places (L,), in the dtype of `like`."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=like.device) / head_dim
-    position = torch.arange(length, dtype=torch.float32, device=like.device)
-    angle = torch.outer(position, base**-exponent)
+    angle = torch.outer(place.float(), base**-exponent)
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
@@ -1242,7 +1297,6 @@ class Attention(nn.Module):
     def __init__(self, hp, query_gain: float | None = None):
         super().__init__()
         self.head_dim = hp.head_dim
-        self.causal = hp.causal
         kv_dim = hp.num_kv_heads * hp.head_dim
         self.c_q = Linear(hp.model_dim, hp.model_dim, bias=False)
         self.c_k = Linear(hp.model_dim, kv_dim, bias=False)
@@ -1256,15 +1310,22 @@ class Attention(nn.Module):
         """(B, L, heads · head_dim) → (B, heads, L, head_dim)."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def forward(self, x: Tensor, rotary: Rotary, positions: Positions) -> Tensor:
+    def forward(self, x: Tensor, view: View, positions: Positions) -> Tensor:
         """(B, L, D) → (B, L, D), or (N, D) at the positions."""
-        q = rotate(norm(self.heads(self.c_q(x))), *rotary)
-        k = rotate(norm(self.heads(self.c_k(x))), *rotary)
+        q = rotate(norm(self.heads(self.c_q(x))), *view.rotary)
+        k = rotate(norm(self.heads(self.c_k(x))), *view.rotary)
         v = self.heads(self.c_v(x))
+        if view.cache is not None:
+            earlier = view.cache.get(self, (k[:, :, :0], v[:, :, :0]))
+            k, v = (torch.cat(pair, dim=2) for pair in zip(earlier, (k, v), strict=True))
+            if view.keep:
+                view.cache[self] = k, v
         if self.q_gain is not None:
             q = q * self.q_gain.to(x.dtype)[:, None, None]
         grouped = k.shape[1] < q.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=view.mask, is_causal=view.causal, enable_gqa=grouped
+        )
         return self.proj(select_positions(y.transpose(1, 2).flatten(2), positions))
 
 
@@ -1293,12 +1354,12 @@ class UNetBlock(nn.Module):
         for starts_at_zero in (self.resid_mix[1], self.attn.proj.weight, self.mlp.proj.weight):
             nn.init.zeros_(starts_at_zero)
 
-    def forward(self, x: Tensor, x_emb: Tensor, rotary: Rotary, positions: Positions) -> Tensor:
+    def forward(self, x: Tensor, x_emb: Tensor, view: View, positions: Positions) -> Tensor:
         """(B, L, D) → (B, L, D), or (N, D) at the positions; attention sees all of x."""
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x_emb
         kept = select_positions(x, positions)
-        x = kept + self.attn_scale.to(x.dtype) * self.attn(norm(x), rotary, positions)
+        x = kept + self.attn_scale.to(x.dtype) * self.attn(norm(x), view, positions)
         return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
 
 
@@ -1312,7 +1373,7 @@ class DiTBlock(nn.Module):
         self.attn_mod = nn.Linear(COND_DIM, 2 * hp.model_dim)
         self.mlp_mod = nn.Linear(COND_DIM, 2 * hp.model_dim)
 
-    def forward(self, x: Tensor, cond: Tensor, rotary: Rotary, positions: Positions) -> Tensor:
+    def forward(self, x: Tensor, cond: Tensor, view: View, positions: Positions) -> Tensor:
         """As UNetBlock, with the noise (B, COND_DIM) in place of the embedding."""
         attn_mod = self.attn_mod(cond)[:, None]  # (B, 1, 2D): scale, then shift
         mlp_mod = self.mlp_mod(cond)[:, None]
@@ -1320,14 +1381,15 @@ class DiTBlock(nn.Module):
             mlp_mod = mlp_mod[positions // x.shape[1], 0]
         scale, shift = attn_mod.to(x.dtype).chunk(2, -1)
         kept = select_positions(x, positions)
-        x = kept + self.attn(norm(x) * (1 + scale) + shift, rotary, positions)
+        x = kept + self.attn(norm(x) * (1 + scale) + shift, view, positions)
         scale, shift = mlp_mod.to(x.dtype).chunk(2, -1)
         return x + self.mlp(norm(x) * (1 + scale) + shift)
 
 
 class Model(nn.Module):
     """Embedding, neighbours and output head. A backbone adds `build_trunk(hp)`, its blocks, and
-    `trunk(x, z, masked_fraction, positions)`, which takes z (B, L), embedded as x, through them."""
+    `trunk(x, z, masked_fraction, view, positions)`, which takes z (B, L), embedded as x, through
+    them."""
 
     told_noise = False  # whether `trunk` uses masked_fraction, which causal models have not
     normalize_embedding = False
@@ -1337,6 +1399,7 @@ class Model(nn.Module):
         super().__init__()
         self.hp = hp
         self.compute_dtype = torch.float32
+        self.block_size = hp.block_size  # a score may choose another one
         std = hp.tied_embed_init_std if hp.tie_embeddings else 1.0
         shape = (hp.embedding_rows, hp.model_dim)
         self.tok_emb = nn.Embedding.from_pretrained(torch.randn(shape).mul_(std), freeze=False)
@@ -1356,25 +1419,43 @@ class Model(nn.Module):
         self.compute_dtype = getattr(torch, resolve_dtype(self.hp, device))
         return self.to(device)
 
-    def embed(self, z: Tensor) -> Tensor:
-        """(B, L, D): embeddings of tokens z (B, L) and of their NEIGHBORS in the row."""
-        x = self.tok_emb(z)
+    def view(self, length: int, device: torch.device) -> View:
+        """Of an input of so many columns."""
+        if self.block_size:
+            return block_view(self.hp, self.block_size, length // 2, device)
+        return View(torch.arange(length, device=device), causal=self.hp.causal)
+
+    def embed(self, z: Tensor, index: Tensor | None = None) -> Tensor:
+        """(B, L, D): embeddings of tokens z (B, L) and of their NEIGHBORS in the row, or where the
+        `index` of a View says."""
+        x = self.tok_emb(z if index is None else z[:, index[0]])
         if self.normalize_embedding:
             x = norm(x)
         length = z.shape[1]
-        for name, table in self.near.items():
-            offset = max(-length, min(int(name), length))  # a row may be shorter
-            x = x + F.pad(table(z), (0, 0, -offset, offset))
+        for i, (name, table) in enumerate(self.near.items(), 1):
+            if index is None:
+                offset = max(-length, min(int(name), length))  # a row may be shorter
+                x = x + F.pad(table(z), (0, 0, -offset, offset))
+            else:
+                x = x + table(z[:, index[i]]) * (index[i] >= 0)[:, None]
         return x.to(self.compute_dtype)
 
     def hidden(
-        self, z: Tensor, masked_fraction: Tensor | None = None, positions: Positions = None
+        self,
+        z: Tensor,
+        masked_fraction: Tensor | None = None,
+        positions: Positions = None,
+        view: View | None = None,
     ) -> Tensor:
         """Normalised last hidden state (B, L, D) of tokens z (B, L), or (N, D) at the positions.
 
         `masked_fraction` (B,) is what a DiT is told of the noise; by default the truth.
         """
-        return norm(self.trunk(self.embed(z), z, masked_fraction, positions))
+        view = view or self.view(z.shape[1], z.device)
+        x = self.embed(z, view.index)
+        rotary = rotary_table(view.place, self.hp.head_dim, self.hp.rope_base, x)
+        view = view._replace(rotary=rotary)
+        return norm(self.trunk(x, z, masked_fraction, view, positions))
 
     def head(self, h: Tensor) -> Tensor:
         """Logits (…, V) float32 of hidden states (…, D)."""
@@ -1401,17 +1482,16 @@ class UNet(Model):
         self.skip_weights = nn.Parameter(torch.ones(hp.num_layers // 2, hp.model_dim))
 
     def trunk(
-        self, x: Tensor, z: Tensor, masked_fraction: Tensor | None, positions: Positions
+        self, x: Tensor, z: Tensor, masked_fraction: Tensor | None, view: View, positions: Positions
     ) -> Tensor:
         x_emb = x
-        rotary = rotary_table(z.shape[1], self.hp.head_dim, self.hp.rope_base, x)
         half = len(self.blocks) // 2
         skips = []
         for i, block in enumerate(self.blocks):
             if i >= half and skips:
                 x = x + self.skip_weights[i - half].to(x.dtype) * skips.pop()
             is_last = block is self.blocks[-1]
-            x = block(x, x_emb, rotary, positions if is_last else None)
+            x = block(x, x_emb, view, positions if is_last else None)
             if i < half:
                 skips.append(x)
         return x
@@ -1437,16 +1517,15 @@ class DiT(Model):
         )
 
     def trunk(
-        self, x: Tensor, z: Tensor, masked_fraction: Tensor | None, positions: Positions
+        self, x: Tensor, z: Tensor, masked_fraction: Tensor | None, view: View, positions: Positions
     ) -> Tensor:
         if masked_fraction is None:
             masked = (z == self.hp.mask_id).sum(1)
             masked_fraction = masked / maskable(self.hp, z).sum(1).clamp(min=1)
         cond = F.silu(self.time_embed(noise_features(masked_fraction)))
-        rotary = rotary_table(z.shape[1], self.hp.head_dim, self.hp.rope_base, x)
         for block in self.blocks:
             is_last = block is self.blocks[-1]
-            x = block(x, cond, rotary, positions if is_last else None)
+            x = block(x, cond, view, positions if is_last else None)
         return x
 
 
@@ -1550,8 +1629,11 @@ def training_batch(
     if hp.causal:
         return causal_batch(window)
     probability, keys = draw_noise(hp, seeded(device, hp.seed, "train", step))
-    own = slice(rows.start, rows.stop)
-    return masked_batch(hp, window[:, 1:], probability[own], keys[own], capacity)
+    probability = probability.view(hp.batch_rows, -1)[rows.start : rows.stop].flatten()
+    keys = keys[rows.start : rows.stop]
+    if hp.block_size:
+        return block_batch(hp, window, probability, keys, capacity)
+    return masked_batch(hp, window[:, 1:], probability, keys, capacity)
 
 
 def causal_batch(window: Tensor) -> Batch:
@@ -1576,11 +1658,38 @@ def masked_batch(hp, x0: Tensor, probability: Tensor, keys: Tensor, capacity: in
         z=torch.where(mask, hp.mask_id, x0),
         positions=positions,
         targets=torch.where(used, x0.flatten()[positions], 0),
-        weights=torch.where(used, weight[positions // hp.train_seq_len], 0),
+        weights=torch.where(used, weight[positions // x0.shape[1]], 0),
         tokens=(x0 != hp.pad_id).sum(),
         dropped=mask.sum() - used.sum(),
         masked_fraction=share,
     )
+
+
+def block_batch(hp, window: Tensor, probability: Tensor, keys: Tensor, capacity: int) -> Batch:
+    """The tokens of window (B, 1 + L) that the noise hides, block by block, and all but the first,
+    given those before them."""
+    x0 = window[:, 1:]
+    noisy = masked_batch(
+        hp, x0.reshape(-1, hp.block_size), probability, keys.view(-1, hp.block_size), capacity
+    )
+    clean = causal_batch(window)
+    z, positions = beside_clean(noisy.z.view(x0.shape), noisy.positions, window)
+    length = x0.shape[1]
+    after = clean.positions + (clean.positions // length + 1) * length
+    return noisy._replace(
+        z=z,
+        positions=torch.cat([positions, after]),
+        targets=torch.cat([noisy.targets, clean.targets]),
+        weights=torch.cat([noisy.weights, hp.causal_weight * clean.weights]),
+        masked_fraction=None,
+    )
+
+
+def beside_clean(z: Tensor, positions: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+    """Noisy tokens z (B, L) beside the clean ones of window (B, 1 + L), as `block_view` has them,
+    and flat positions (N,) of z in both together."""
+    length = z.shape[1]
+    return torch.cat([z, window[:, :-1]], dim=1), positions + positions // length * length
 
 
 def batch_loss(model: Model, batch: Batch) -> Tensor:
@@ -2046,10 +2155,11 @@ class Artifact(NamedTuple):
     storage: str  # of its weights, for example fp8+lzma
 
 
-def stored_fields() -> list[str]:
+def stored_fields(hp) -> list[str]:
     """The hyperparameters in an artifact: those that define the predictor."""
     specs = dataclasses.fields(Hyperparameters)
-    return ["preset"] + [spec.name for spec in specs if spec.metadata["group"] == "model"]
+    names = [spec.name for spec in specs if spec.metadata["group"] == "model"]
+    return ["preset"] + [name for name in names if name != "block_size" or hp.block_size]
 
 
 def storage_label(header: Mapping) -> str:
@@ -2080,7 +2190,7 @@ def save_artifact(
         kinds[kind.name] = facts
     header = dict(
         version=FORMAT_VERSION,
-        hyperparameters={field: getattr(hp, field) for field in stored_fields()},
+        hyperparameters={field: getattr(hp, field) for field in stored_fields(hp)},
         kinds={
             name: [facts["storage"], facts["packer"], facts["bytes"]]
             for name, facts in kinds.items()
@@ -2122,8 +2232,8 @@ def _unpack_sound(data: bytes) -> Artifact:
     header = json.loads(data[12:position])
     kinds, fields = header["kinds"], header["hyperparameters"]
     _require(header["version"] == FORMAT_VERSION, f"its format is version {header['version']}")
-    _require(list(fields) == stored_fields(), "it has other hyperparameters")
     hp = Hyperparameters(**fields)
+    _require(list(fields) == stored_fields(hp), "it has other hyperparameters")
     model = outline_model(hp)
     groups = by_kind(model)
     weights = sum(parameter.numel() for parameter in model.parameters())
@@ -2174,13 +2284,29 @@ def predicted_bytes(hp) -> int:
 
 @torch.no_grad()
 def token_nll(
-    model: Model, z: Tensor, x0: Tensor, scored: Tensor, masked_fraction: Tensor | None = None
+    model: Model,
+    z: Tensor,
+    x0: Tensor,
+    scored: Tensor,
+    masked_fraction: Tensor | None = None,
+    before: Tensor | int = BOS_ID,
+    view: View | None = None,
 ) -> Tensor:
-    """(B, L) nats: −ln p(x0_i | z) at the positions `scored` (B, L), 0 elsewhere."""
+    """(B, L) nats: −ln p(x0_i | z) at the positions `scored` (B, L), 0 elsewhere. A block model is
+    also given the clean tokens, the one `before` (B,) the window first."""
     positions = scored.flatten().nonzero()[:, 0]
-    h = model.hidden(z, masked_fraction, positions)
+    at = positions
+    if model.block_size and not view:
+        z, at = beside_clean(z, positions, with_before(x0, before))
+    h = model.hidden(z, masked_fraction, at, view)
     nll = F.cross_entropy(model.head(h), x0.flatten()[positions], reduction="none")
     return nll.new_zeros(x0.numel()).index_copy_(0, positions, nll).view(x0.shape)
+
+
+def with_before(x0: Tensor, before: Tensor | int) -> Tensor:
+    """(B, 1 + L): the token before the window, then x0 (B, L)."""
+    before = torch.as_tensor(before, device=x0.device).expand(len(x0))
+    return torch.cat([before[:, None], x0], dim=1)
 
 
 def masked_nll(
@@ -2189,10 +2315,11 @@ def masked_nll(
     mask: Tensor,
     scored: Tensor | None = None,
     masked_fraction: Tensor | None = None,
+    before: Tensor | int = BOS_ID,
 ) -> Tensor:
     """(B, L) nats of the `scored`, by default of all masked tokens of x0 (B, L)."""
     z = torch.where(mask, model.hp.mask_id, x0)
-    return token_nll(model, z, x0, mask if scored is None else scored, masked_fraction)
+    return token_nll(model, z, x0, mask if scored is None else scored, masked_fraction, before)
 
 
 def causal_nll(model: Model, window: Tensor, scored: Tensor | None = None) -> Tensor:
@@ -2200,20 +2327,25 @@ def causal_nll(model: Model, window: Tensor, scored: Tensor | None = None) -> Te
     x0 = window[:, 1:]
     if scored is None:
         scored = torch.ones_like(x0, dtype=torch.bool)
-    return token_nll(model, window[:, :-1], x0, scored)
+    view = clean_view(model.hp, x0.shape[1], x0.device) if model.hp.block_size else None
+    return token_nll(model, window[:, :-1], x0, scored, view=view)
 
 
-WeightedMasks = Iterator[tuple[Tensor, Tensor | float]]  # (B, L) bool, and (B,) or one for all
+# Masks of the rows, or of the blocks, of x0: (n, length) bool, and weights, (n,) or one for all
+WeightedMasks = Iterator[tuple[Tensor, Tensor | float]]
 
 
-def weighted_nll(model: Model, x0: Tensor, masks: WeightedMasks) -> Tensor:
+def weighted_nll(
+    model: Model, x0: Tensor, masks: WeightedMasks, before: Tensor | int = BOS_ID
+) -> Tensor:
     """(B,) float64 nats: Σ weight · nll of masked tokens; anchors and PAD stay visible."""
-    nats = torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
     allowed = maskable(model.hp, x0)
+    nats = torch.zeros((), dtype=torch.float64, device=x0.device)
     for mask, weight in masks:
-        nll = masked_nll(model, x0, mask.to(x0.device) & allowed).double().sum(1)
-        nats += torch.as_tensor(weight, device=x0.device) * nll
-    return nats
+        hidden = mask.to(x0.device).view(x0.shape) & allowed
+        nll = masked_nll(model, x0, hidden, before=before).double().view(mask.shape).sum(1)
+        nats = nats + torch.as_tensor(weight, device=x0.device) * nll
+    return nats.view(len(x0), -1).sum(1)
 
 
 def random_keys(
@@ -2255,10 +2387,24 @@ def nelbo_masks(passes: int, times: Tensor, keys: Tensor, allowed: Tensor) -> We
         masked_before = masked_before + k[:, None]
 
 
-def any_order_nll(model: Model, x0: Tensor, passes: int, times: Tensor, keys: Tensor) -> Tensor:
-    """(B,) float64 nats: the NELBO of x0 (B, L), with the masks of `nelbo_masks`."""
-    allowed = maskable(model.hp, x0).to(keys.device)
-    return weighted_nll(model, x0, nelbo_masks(passes, times, keys, allowed))
+def any_order_nll(
+    model: Model,
+    x0: Tensor,
+    passes: int,
+    numbers: Tensor,
+    offset: Tensor,
+    keys: Tensor,
+    before: Tensor | int = BOS_ID,
+) -> Tensor:
+    """(B,) float64 nats: the NELBO of x0 (B, L), with the masks of `nelbo_masks` for the windows
+    `numbers` (B,) of a golden sequence."""
+    length = model.block_size or x0.shape[1]
+    blocks = x0.shape[1] // length
+    numbers = numbers[:, None] * blocks + torch.arange(blocks, device=numbers.device)
+    times = golden_sequence(numbers.flatten(), offset)
+    allowed = maskable(model.hp, x0).to(keys.device).view(-1, length)
+    masks = nelbo_masks(passes, times, keys.view(-1, length), allowed)
+    return weighted_nll(model, x0, masks, before)
 
 
 def nelbo(
@@ -2267,8 +2413,8 @@ def nelbo(
     """(B,) float64 nats: an unbiased estimate of the any-order bound of x0 (B, L)."""
     device = generator.device if generator else "cpu"
     offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
-    times = golden_sequence(torch.arange(len(x0), device=device), offset)
-    return any_order_nll(model, x0, passes, times, next(random_keys(x0.shape, generator)))
+    keys = next(random_keys(x0.shape, generator))
+    return any_order_nll(model, x0, passes, torch.arange(len(x0), device=device), offset, keys)
 
 
 TSTEP_EPS = 1e-3  # ε of the T-step bound and of the t-grid, as published
@@ -2308,8 +2454,9 @@ def tgrid_masks(points: int, keys: Iterator[Tensor]) -> WeightedMasks:
         yield mask, (1 - TSTEP_EPS) / points / t
 
 
-def ordered_nll(model: Model, x0: Tensor, steps: Tensor) -> Tensor:
-    """(B, L) nats of every token of x0 (B, L) given those of earlier `steps` (B, L).
+def ordered_nll(model: Model, x0: Tensor, steps: Tensor, before: Tensor | int = BOS_ID) -> Tensor:
+    """(B, L) nats of every token of x0 (B, L) given those of earlier `steps` (B, L); in a block
+    model, of its block and of all blocks before.
 
     Tokens with negative steps, and anchors, are visible and free. Each (row, step) is one masked
     input; they are independent, so many share a forward pass.
@@ -2321,45 +2468,59 @@ def ordered_nll(model: Model, x0: Tensor, steps: Tensor) -> Tensor:
     pass_tokens = 65_536 if x0.is_cuda else 2_048
     at_once = max(pass_tokens // x0.shape[1], 1)
     nats = torch.zeros(x0.shape, device=x0.device)
+    before = torch.as_tensor(before, device=x0.device).expand(len(x0))
     for rows, now in zip(row.split(at_once), step[:, None].split(at_once), strict=True):
-        nll = masked_nll(model, x0[rows], steps[rows] >= now, steps[rows] == now)
+        later, this = steps[rows] >= now, steps[rows] == now
+        nll = masked_nll(model, x0[rows], later, this, before=before[rows])
         nats.index_add_(0, rows, nll)
     return nats
 
 
 @torch.no_grad()
-def reveal_surest(model: Model, z: Tensor, group: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """Reveals z (B, L), MASK but for anchors, `group` positions a call, the surest first.
+def reveal_surest(
+    model: Model, z: Tensor, group: int = 1, window: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Reveals z (n, length), MASK but for anchors, `group` positions a call, the surest first.
 
-    Yields positions (B, g) and log-probabilities (B, g, V); the caller writes the tokens into z.
+    Yields positions (n, g) and log-probabilities (n, g, V); the caller writes the tokens into z.
     The surest has the largest probability of any token; less than 2^-13 nats is a tie, which the
-    leftmost wins. Rows that are done yield positions that are no longer MASK.
+    leftmost wins. Rows that are done yield positions that are no longer MASK. Of a block model they
+    are the blocks of `window` (B, 1 + L).
     """
     rows, length = z.shape
     row_starts = length * torch.arange(rows, device=z.device)[:, None]
     for done in range(0, length, group):
         masked = z == model.hp.mask_id
         candidates = (~masked).byte().argsort(dim=1, stable=True)[:, : length - done]  # MASK first
-        h = model.hidden(z, positions=(candidates + row_starts).flatten())
-        logp = model.head(h).log_softmax(-1).unflatten(0, candidates.shape)
+        seen, at = z, (candidates + row_starts).flatten()
+        if window is not None:
+            seen, at = beside_clean(z.view(len(window), -1), at, window)
+        logp = model.head(model.hidden(seen, positions=at)).log_softmax(-1)
+        logp = logp.unflatten(0, candidates.shape)
         surest = logp.amax(-1).where(masked.gather(1, candidates), -math.inf)
         behind = ((surest.amax(1, keepdim=True) - surest) * 2**12).round()
         chosen = behind.argsort(dim=1, stable=True)[:, :group]
         yield candidates.gather(1, chosen), logp.take_along_dim(chosen[..., None], 1)
 
 
-def confidence_nll(model: Model, x0: Tensor, group: int = 1) -> Tensor:
+def confidence_nll(
+    model: Model, x0: Tensor, group: int = 1, before: Tensor | int = BOS_ID
+) -> Tensor:
     """(B, L) nats of the tokens of x0 (B, L) in the order of `reveal_surest`."""
+    shape, window = x0.shape, None
+    if model.block_size:
+        window = with_before(x0, before)
+        x0 = x0.reshape(-1, model.block_size)
     nats = torch.zeros(x0.shape, device=x0.device)
     z = x0.masked_fill(maskable(model.hp, x0), model.hp.mask_id)
-    for positions, logp in reveal_surest(model, z, group):
+    for positions, logp in reveal_surest(model, z, group, window):
         tokens = x0.gather(1, positions)
         masked = z.gather(1, positions) == model.hp.mask_id
         column = tokens.clamp(max=model.hp.vocab_size - 1)[..., None]  # PAD has none
         nll = -logp.gather(2, column)[..., 0]
         nats.scatter_add_(1, positions, torch.where(masked, nll, 0))
         z.scatter_(1, positions, tokens)
-    return nats
+    return nats.view(shape)
 
 
 def chain_rule(
@@ -2381,19 +2542,20 @@ def chain_rule(
             raise InputError(
                 "a causal model predicts one token after the other: order l2r, group 1"
             )
-        before = torch.as_tensor(before, device=x0.device).expand(rows)
-        return causal_nll(model, torch.cat([before[:, None], x0], dim=1))
+        return causal_nll(model, with_before(x0, before))
+    block = model.block_size or length
     if isinstance(order, Tensor):
         place = order.argsort(-1)
     elif order == "l2r":
         place = torch.arange(length)
     elif order == "random":
-        place = ranks(torch.rand(length, generator=seeded("cpu", seed, "order")))
+        place = torch.rand(length, generator=seeded("cpu", seed, "order"))
     elif order == "confidence":
-        return confidence_nll(model, x0, group)
+        return confidence_nll(model, x0, group, before)
     else:
         raise InputError(f"{order} is not an order: l2r, confidence, random or positions")
-    return ordered_nll(model, x0, (place.to(x0.device) // group).expand(rows, length))
+    place = ranks(place.unflatten(-1, (-1, block))).flatten(-2).to(x0.device)  # in its block
+    return ordered_nll(model, x0, (place // group).expand(rows, length), before)
 
 
 class Windows(NamedTuple):
@@ -2419,16 +2581,20 @@ def score_nelbo(model: Model, windows: Windows) -> Tensor:
     hp = windows.hp
     generator = seeded("cpu", hp.seed, "nelbo offset")
     offset = torch.rand((), generator=generator, dtype=torch.float64)
-    times = golden_sequence(torch.tensor(windows.places), offset)
-    keys = next(windows.keys("nelbo"))
-    return any_order_nll(model, windows.x0, hp.nelbo_passes, times, keys)
+    numbers, keys = torch.tensor(windows.places), next(windows.keys("nelbo"))
+    return any_order_nll(
+        model, windows.x0, hp.nelbo_passes, numbers, offset, keys, windows.tokens[:, 0]
+    )
 
 
 def score_in_order(model: Model, windows: Windows, place: Tensor) -> Tensor:
-    """Chain rule; place (L,) or (B, L) says when a position is revealed."""
+    """Chain rule; positions of place (L,) or (B, L) are revealed, in each block, the small ones
+    first."""
     context = (~windows.scored).sum(1, keepdim=True)  # (B, 1) tokens visible from the start
+    block = model.block_size or windows.hp.train_seq_len
+    place = ranks(place.unflatten(-1, (-1, block))).flatten(-2)
     steps = (place.to(windows.x0.device) - context) // windows.hp.chain_group
-    return ordered_nll(model, windows.x0, steps)
+    return ordered_nll(model, windows.x0, steps, windows.tokens[:, 0])
 
 
 def score_left_to_right(model: Model, windows: Windows) -> Tensor:
@@ -2436,11 +2602,11 @@ def score_left_to_right(model: Model, windows: Windows) -> Tensor:
 
 
 def score_random_order(model: Model, windows: Windows) -> Tensor:
-    return score_in_order(model, windows, ranks(next(windows.keys("random"))))
+    return score_in_order(model, windows, next(windows.keys("random")))
 
 
 def score_by_confidence(model: Model, windows: Windows) -> Tensor:
-    return confidence_nll(model, windows.x0, windows.hp.chain_group)
+    return confidence_nll(model, windows.x0, windows.hp.chain_group, windows.tokens[:, 0])
 
 
 def score_tstep(model: Model, windows: Windows) -> Tensor:
@@ -2468,7 +2634,7 @@ class Estimator(NamedTuple):
     biased: bool = False  # not a code length, and its line says so
 
 
-# The scores of each objective. The first is the headline, val_bpb.
+# The scores of each objective, and of block models. The first is the headline, val_bpb.
 ESTIMATORS: dict[str, dict[str, Estimator]] = {
     "mdlm": {
         "nelbo": Estimator(score_nelbo),
@@ -2482,6 +2648,13 @@ ESTIMATORS: dict[str, dict[str, Estimator]] = {
     "ar": {
         "ar": Estimator(score_causally, prefixes=True),
         "sliding": Estimator(score_causally, windows=4096, sliding=True),
+    },
+    "block": {
+        "l2r": Estimator(score_left_to_right, prefixes=True),
+        "ar": Estimator(score_causally, prefixes=True),
+        "nelbo": Estimator(score_nelbo),
+        "confidence": Estimator(score_by_confidence, windows=256, rows=16, same_rows=True),
+        "random": Estimator(score_random_order, windows=256),
     },
 }
 
@@ -2581,7 +2754,7 @@ def score_windows(
     KeyboardInterrupt if `note`, which is told the fraction that is done, returns True.
     """
     started = time.perf_counter()
-    estimator = ESTIMATORS[hp.objective][name]
+    estimator = ESTIMATORS[hp.system][name]
     plan = WindowPlan(estimator, hp, split.stream, seqs)
     bucket = torch.tensor([position.bit_length() for position in range(plan.length)])
     table = torch.zeros(len(plan.numbers), int(bucket[-1]) + 1, 2, dtype=torch.float64)
@@ -2633,7 +2806,7 @@ def bucket_name(bucket: int, length: int) -> str:
 
 def final_scores(hp) -> dict[str, int]:
     """Windows (0: all) by score, the headline first."""
-    known = ESTIMATORS[hp.objective]
+    known = ESTIMATORS[hp.system]
     requested = hp.requested_scores
     if hp.final_eval_t_samples:
         requested.setdefault("tgrid", hp.final_eval_max_seqs)
@@ -2649,14 +2822,15 @@ def final_scores(hp) -> dict[str, int]:
 def score_model(artifact: Artifact, hp, val: Split, log: Log) -> None:
     """Logs the headline and the other final scores."""
     model = artifact.model.on(val.luts.base_bytes.device)
+    model.block_size = hp.block_size and (hp.score_block_size or hp.block_size)
     label = artifact.storage.replace("+", "_")
     scores = final_scores(hp)
     for name in hp.requested_scores:
         if name not in scores:  # l2r, one of the defaults, is the headline of a causal model
-            log(f"score:{name} is not for OBJECTIVE={hp.objective}", screen=name != "l2r")
+            log(f"score:{name} is not for {hp.system} models", screen=name != "l2r")
     started = time.perf_counter()
     for name, seqs in scores.items():
-        estimator = ESTIMATORS[hp.objective][name]
+        estimator = ESTIMATORS[hp.system][name]
         note = functools.partial(log.progress, name)
         score, table = score_windows(name, model, hp, val, seqs, note)
         if name == hp.headline:
@@ -3086,7 +3260,11 @@ def resolve_hyperparameters(
     if `env` asks for another predictor."""
     hp = asked
     if artifact:
-        stored = {name: getattr(artifact.hp, name) for name in stored_fields() if name != "preset"}
+        stored = {
+            name: getattr(artifact.hp, name)
+            for name in stored_fields(artifact.hp)
+            if name != "preset"
+        }
         for name, value in stored.items():
             if name.upper() in env and getattr(asked, name) not in ("auto", value):
                 made_with = f"{asked.eval_only} was made with {artifact.hp.shown(name)}"
