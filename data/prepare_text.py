@@ -38,11 +38,10 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
-import sentencepiece
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-import common  # noqa: E402
+import common  # noqa: E402  (before what takes long to import)
+import numpy as np  # noqa: E402
+import sentencepiece  # noqa: E402
 
 from train_mdlm import (  # noqa: E402
     BOS_ID,

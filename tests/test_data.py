@@ -22,7 +22,7 @@ import prepare_text
 import pytest
 import sentencepiece
 import torch
-from conftest import prepare_tiny, text_of
+from conftest import prepare_tiny, text_of, tiny_hp
 
 import train_mdlm as tm
 
@@ -366,7 +366,7 @@ def test_long_lines_train_a_tokenizer_and_short_ones_the_same_as_before(tmp_path
     assert trained(texts) == short == trained([*texts, long_line])
 
 
-def test_verified_json_says_what_the_text_holds(dataset, tiny_env):
+def test_verified_json_says_what_the_text_holds(dataset):
     files = sorted(dataset.glob("doc*.txt"))
     folder = dataset / "datasets/tiny_sp384"
     model = dataset / "tokenizers/tiny_384_bpe.model"
@@ -374,12 +374,14 @@ def test_verified_json_says_what_the_text_holds(dataset, tiny_env):
     assert verified.keys() == {"tokenizer_sha256", "train", "val"}
     assert verified["tokenizer_sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
     luts = tm.build_sentencepiece_luts(tm.load_tokenizer(str(model), 384), 384)
+    paths = dict(data_path=str(folder), tokenizer_path=str(model))
     for split, chosen in (("val", files[:10]), ("train", files[10:])):
         assert verified[split]["documents"] == len(chosen)
         assert verified[split]["bytes"] == sum(path.stat().st_size for path in chosen)
         stream = tm.TokenStream(folder, split)
         stream.measure(384, luts=luts)
         assert verified[split] == stream.facts
+        assert tm.check_verified(tiny_hp(**paths, vocab_size=384), stream, split)
     assert len(verified["train"]["shards"]) > 1
     for name, checksum in verified["train"]["shards"].items():
         assert checksum == zlib.crc32((folder / name).read_bytes()[1024:])

@@ -13,7 +13,7 @@ import fetch_fineweb
 import numpy as np
 import prepare_text
 import pytest
-from conftest import run_python, text_of
+from conftest import run_python, text_of, tiny_hp
 from test_data import file_limit
 
 import train_mdlm as tm
@@ -215,8 +215,13 @@ def test_verified_json_says_what_was_fetched(hub, fetch, tmp_path):
             assert checksum == zlib.crc32(hub.files[f"{DATASET}/{name}"][1024:])
     assert verified["val"]["tokens"] == 201 and verified["val"]["documents"] == 2
     stream = tm.TokenStream(folder, "val")
-    sp = tm.load_tokenizer(str(tmp_path / MODEL.removeprefix("datasets/")), 384)
+    model = tmp_path / MODEL.removeprefix("datasets/")
+    sp = tm.load_tokenizer(str(model), 384)
     luts = tm.build_sentencepiece_luts(sp, 384)
+    for split in (stream, tm.TokenStream(folder, "train")):
+        split.measure(384, luts=luts)
+        hp = tiny_hp(data_path=str(folder), tokenizer_path=str(model), vocab_size=384)
+        assert tm.check_verified(hp, split, "val" if split is stream else "train")
     tokens = stream.read(0, stream.total).astype("int64")
     assert verified["val"]["bytes"] == int(tm.count_bytes(tokens, 1, luts)) > 100
 
