@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import urllib.parse
 import zlib
 from collections.abc import Callable, Iterator
@@ -329,8 +330,13 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if root.is_absolute() or ".." in root.parts or not arguments.remote_root.isprintable():
         wanted = "a folder in the data set, such as datasets"
         raise InputError(f"--remote-root {arguments.remote_root!r}: give {wanted}")
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise InputError(f"--out {arguments.out}: is no folder; give another --out")
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=arguments.out):
+            pass
+    except OSError as error:
+        failed = f"--out {arguments.out}: cannot be written: {error.strerror}"
+        raise InputError(f"{failed}; give another --out") from None
     endpoint = os.environ.get("HF_ENDPOINT")
     if not endpoint:
         return

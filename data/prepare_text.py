@@ -148,7 +148,8 @@ def docs_of_files(paths: Iterable[Path]) -> Iterator[str]:
             raise InputError(f"{path}: cannot be read as UTF-8 text: {error}; convert it") from None
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             packed = "" if opener is open else "; is it packed, as its name says?"
-            raise InputError(f"{path}: cannot be read as UTF-8 text: {error}{packed}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{path}: cannot be read as UTF-8 text: {reason}{packed}") from None
 
 
 def docs_of_lines(lines: Iterable[str], path: Path) -> Iterator[str]:

@@ -450,6 +450,16 @@ def test_fewer_shards_leave_none_of_the_old_ones(made, prepare, tmp_path):
     assert len(list(folder.iterdir())) == 3
 
 
+def test_signals_are_ignored_for_a_while_only():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with prepare_text.ignored(signal.SIGINT):
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_the_old_data_alone(made, prepare, tmp_path, monkeypatch, number):
     before = contents(tmp_path / "out")
@@ -534,6 +544,22 @@ def test_a_link_to_another_disk_stays_a_link(made, prepare, tmp_path):
     assert "DATA_PATH=out/datasets/a_sp384 " in done.stdout
     assert link.is_symlink() and [path.name for path in disk.iterdir()] == ["text"]
     assert len(contents(disk)) == 3 and not set(contents(disk).values()) & set(before.values())
+
+
+def test_which_documents_are_validation_depends_on_their_hash():
+    """So that figures of the same text, such as those of the records, stay comparable."""
+    chosen = [n for n in range(40) if prepare_text.is_validation(n, f"text {n}", 0, 0.35)]
+    assert chosen == [6, 7, 11, 12, 13, 14, 17, 19, 20, 21, 24, 26, 28, 30, 34, 39]
+    first = [prepare_text.is_validation(n, "text", 2, 0.35) for n in range(4)]
+    assert first == [True, True, False, False]
+
+
+def test_a_tokenizer_is_trained_on_the_first_documents(tmp_path, monkeypatch):
+    """So that memory does not grow with the text."""
+    monkeypatch.setattr(prepare_text, "TOKENIZER_SAMPLE_BYTES", 5000)
+    texts = iter([text_of(i, 300) for i in range(20)])
+    prepare_text.train_tokenizer(texts, tmp_path / "t.model", 384, "identity")
+    assert 14 <= len(list(texts)) <= 17
 
 
 def test_files_of_the_same_name_are_different_documents(dataset, prepare, tmp_path):

@@ -13,7 +13,7 @@ import fetch_fineweb
 import numpy as np
 import prepare_text
 import pytest
-from conftest import run_python, text_of, tiny_hp
+from conftest import ROOT, run_python, text_of, tiny_hp
 from test_data import file_limit
 
 import train_mdlm as tm
@@ -249,6 +249,12 @@ def test_tokens_that_the_tokenizer_does_not_have_are_refused(hub, fetch):
     fetch("--train-shards", "0", error="fineweb_val_000001.bin: holds token 384")
 
 
+def test_published_figures_are_those_of_the_documentation():
+    (length, tokens, nbytes) = fetch_fineweb.PUBLISHED["fineweb10B_sp1024"]
+    assert tokens % length == 0
+    assert f"{tokens:,} tokens, {nbytes:,} bytes" in (ROOT / "docs/presets.md").read_text()
+
+
 @pytest.mark.parametrize("tail", [1, 2, 40])
 def test_bytes_of_the_published_windows(dataset, tmp_path, monkeypatch, tail):
     """They are refused from a ten-thousandth on; bytes behind the last window do not count."""
@@ -427,7 +433,7 @@ def test_wrong_arguments_are_explained_and_a_full_name_is_a_variant(hub, fetch, 
         (["--repo", "a/b/c"], "--repo 'a/b/c' is no data set: give OWNER/NAME"),
         (["--repo", ""], "--repo '' is no data set: give OWNER/NAME"),
         (["--remote-root", "../x"], "--remote-root '../x': give a folder in the data set"),
-        (["--out", "file"], "--out file: is no folder; give another --out"),
+        (["--out", "file"], "--out file: cannot be written: File exists; give another --out"),
     ):
         done = fetch(*arguments, error=message)
         assert done.stderr.count("\n") == 1
