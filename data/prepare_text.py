@@ -54,6 +54,7 @@ from train_mdlm import (  # noqa: E402
     build_sentencepiece_luts,
     count_bytes,
     file_sha256,
+    read_file,
     write_file,
 )
 
@@ -253,9 +254,9 @@ def load_tokenizer(path: Path):
     """A SentencePiece model; InputError if shards cannot be made with it."""
     sp = sentencepiece.SentencePieceProcessor()
     try:
-        sp.load(str(path))
+        sp.LoadFromSerializedProto(read_file(path))
         pieces = len(sp.id_to_piece(list(range(sp.vocab_size()))))  # raises if one is no UTF-8
-    except (OSError, RuntimeError, ValueError):
+    except (RuntimeError, UnicodeDecodeError):
         raise InputError(f"{path}: not a SentencePiece model") from None
     if pieces > LARGEST_VOCABULARY:
         most = f"at most {LARGEST_VOCABULARY}, as shards hold 16-bit tokens"

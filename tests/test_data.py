@@ -228,7 +228,10 @@ DEEP = '{"text": "two", "more": ' + "[" * 100_000 + "]" * 100_000 + "}"
     [
         ("--source missing.txt", "missing.txt: no such file"),
         ("--source folder", "folder: is a folder; name the files in it"),
-        ("--source good.txt ./good.txt", "--source names good.txt twice; name it once"),
+        (
+            "--source good.txt folder/../good.txt",
+            "--source names folder/../good.txt twice; name it once",
+        ),
         ("--source bad.jsonl", 'bad.jsonl:2: not a JSON object with a "text" string'),
         ("--source list.jsonl", 'list.jsonl:1: not a JSON object with a "text" string'),
         ("--source number.jsonl", 'number.jsonl:1: not a JSON object with a "text" string'),
@@ -245,7 +248,7 @@ DEEP = '{"text": "two", "more": ' + "[" * 100_000 + "]" * 100_000 + "}"
         ("--source zeros.txt", "cannot be trained on this text: there is nothing in it"),
         ("--source good.txt --tokenizer good.txt", "good.txt: not a SentencePiece model"),
         ("--source good.txt --tokenizer empty.txt", "empty.txt: not a SentencePiece model"),
-        ("--source good.txt --tokenizer folder", "folder: not a SentencePiece model"),
+        ("--source good.txt --tokenizer folder", "folder: there is no such file"),
         ("--source good.txt --vocab-size 60000", "it has no more than "),
         ("--source good.txt --vocab-size 100", "it needs at least "),
         ("--source good.txt --vocab-size 0", "--vocab-size 0: a tokenizer has between 1 and"),
@@ -261,6 +264,7 @@ DEEP = '{"text": "two", "more": ' + "[" * 100_000 + "]" * 100_000 + "}"
         ("--source good.txt --val-fraction 1", "--val-fraction 1.0 lies not between 0 and 1"),
         ("--source good.txt --val-fraction nan", "--val-fraction nan lies not between 0 and 1"),
         ("--source good.txt --name ../../evil", "--name '../../evil': no name of a data set"),
+        ("--source good.txt --name a/b", "--name 'a/b': no name of a data set; letters, digits"),
         ("--source good.txt --name .x", "--name '.x': no name of a data set; letters, digits"),
         ("--source good.txt --name=", "--name '': no name of a data set"),
         (f"--source good.txt --name {'x' * 101}", "': no name of a data set; letters, digits"),
