@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -33,7 +32,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import common  # noqa: E402
 import torch  # noqa: E402
-from prepare_text import MOST_SHARDS, NAME, load_tokenizer, write_verified  # noqa: E402
+from prepare_text import MOST_SHARDS, NAME, free_name, load_tokenizer, write_verified  # noqa: E402
 
 from train_mdlm import (  # noqa: E402
     SHARD_HEADER_BYTES,
@@ -123,8 +122,7 @@ class Fetcher:
             self.verified.unlink(missing_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():  # somebody else's, perhaps
-            names = (f"{target.name}.old{number}" for number in itertools.count(1))
-            aside = next(path for path in map(target.with_name, names) if not path.exists())
+            aside = free_name(target)
             os.rename(target, aside)
             self.log(f"{target}: what was there is {aside.name} now")
         part = target.with_name(target.name + ".part")

@@ -78,7 +78,7 @@ OWN_FILES = re.compile(r"fineweb_(train|val)_\d{6}\.bin(\.part)?|" + re.escape(V
 
 @contextlib.contextmanager
 def ignored(*signals: signal.Signals) -> Iterator[None]:
-    """Processes that are started meanwhile ignore these signals as long as they live."""
+    """For a while; processes that are started meanwhile ignore these signals to their end."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
     try:
         yield
@@ -525,24 +525,51 @@ class Places:
             failed = f"{error.filename}: cannot be written: {error.strerror}"
             raise InputError(f"{failed}; give another --out") from None
 
-    def replace(self, made: Path, model: Path | None, aside: Path) -> None:
-        """Moves the folder `made` and the tokenizer `model` to their places, the old data `aside`.
+    def made_with(self) -> str:
+        """SHA-256 of the tokenizer of the data set that is there; empty unless verified.json says
+        that this program made all of it."""
+        try:
+            verified = json.loads(read_file(self.folder / VERIFIED))
+            verified["train"]["documents"]  # fetch_fineweb.py does not count them
+            shards = {*verified["train"]["shards"], *verified["val"]["shards"]}
+            there = {path.name for path in self.folder.iterdir()}
+            return str(verified["tokenizer_sha256"]) if there <= shards | {VERIFIED} else ""
+        except (InputError, ValueError, KeyError, TypeError, RecursionError):
+            return ""
+
+    def replace(self, made: Path, model: Path | None, aside: Path, log: Log) -> None:
+        """Moves the folder `made` and the tokenizer `model` to their places, the old data `aside`;
+        what this program may not have made is kept under another name.
 
         At no time there are shards of which some are new, or shards with another tokenizer.
         """
         self.check()
-        model_bytes = model and model.read_bytes()
+        made_with = self.made_with()
         replaced = self.folder.exists()
         if replaced:
+            if not made_with:
+                aside = free_name(self.folder)
+                log(f"{self.link}: what was there is {aside.name} now")
             os.rename(self.folder, aside)
         try:
-            if model_bytes:
-                write_file(self.model, model_bytes)
+            if model:
+                ours = (made_with, file_sha256(model))
+                if self.model.exists() and file_sha256(self.model) not in ours:
+                    kept = free_name(self.model)
+                    log(f"{self.model}: what was there is {kept.name} now")
+                    write_file(kept, self.model.read_bytes())
+                write_file(self.model, model.read_bytes())
             os.rename(made, self.folder)
         except BaseException:
             if replaced:
                 os.rename(aside, self.folder)
             raise
+
+
+def free_name(path: Path) -> Path:
+    """A name beside `path` that nothing has."""
+    names = (path.with_name(f"{path.name}.old{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 # ---- The whole
@@ -566,7 +593,7 @@ def prepare(arguments: argparse.Namespace, log: Log) -> None:
         made.mkdir()
         write_data_set(made, model, source, arguments.shard_tokens, log)
         with ignored(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # all is done but this
-            places.replace(made, None if given else model, staging / "replaced")
+            places.replace(made, None if given else model, staging / "replaced", log)
             shutil.rmtree(staging / "replaced", ignore_errors=True)
     model = arguments.tokenizer or places.model
     variables = f"DATA_PATH={os.path.relpath(places.link)} TOKENIZER_PATH={os.path.relpath(model)}"

@@ -538,6 +538,54 @@ def test_nothing_is_replaced_that_the_program_did_not_make(made, prepare, tmp_pa
     assert (folder.parent / "c_sp384").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda verified: None,
+        lambda verified: verified["train"].pop("documents"),  # of fetch_fineweb.py
+        lambda verified: verified["val"]["shards"].clear(),
+        lambda verified: verified.clear(),
+    ],
+    ids=["none", "fetched", "shards", "empty"],
+)
+def test_data_that_the_program_may_not_have_made_are_kept(made, prepare, tmp_path, change):
+    out = tmp_path / "out"
+    folder, model = out / "datasets/a_sp384", out / "tokenizers/a_384_bpe.model"
+    shards, tokenizer = contents(folder), model.read_bytes()
+    path = folder / "verified.json"
+    verified = json.loads(path.read_text())
+    if change(verified) is None and verified == json.loads(path.read_text()):
+        path.unlink()
+    else:
+        path.write_text(json.dumps(verified))
+    done = prepare(*made)
+    assert "a_sp384: what was there is a_sp384.old1 now" in done.stdout
+    kept = contents(folder.with_name("a_sp384.old1"))
+    assert {p.name: data for p, data in kept.items() if p.suffix == ".bin"} == {
+        p.name: data for p, data in shards.items() if p.suffix == ".bin"
+    }
+    assert model.with_name(f"{model.name}.old1").read_bytes() == tokenizer != model.read_bytes()
+    prepare(*made)
+    assert len(list(folder.parent.iterdir())) == len(list(model.parent.iterdir())) == 2
+
+
+def test_a_tokenizer_of_another_data_set_is_kept(made, prepare, tmp_path):
+    """For example that of FineWeb, where a text is called fineweb.txt."""
+    model = tmp_path / "out/tokenizers/a_384_bpe.model"
+    model.write_bytes(b"other")
+    for number in (1, 2):
+        done = prepare(*made)
+        assert f"a_384_bpe.model: what was there is a_384_bpe.model.old{number} now" in done.stdout
+        assert model.with_name(f"{model.name}.old{number}").read_bytes() == b"other"
+        model.write_bytes(b"other")
+    prepare(*made)
+    shutil.rmtree(tmp_path / "out/datasets")
+    there = set(contents(model.parent))
+    prepare(*made)  # makes the same tokenizer again
+    assert set(contents(model.parent)) == there and len(there) == 4
+    assert len(list((tmp_path / "out/datasets").iterdir())) == 1
+
+
 def test_a_link_to_another_disk_stays_a_link(made, prepare, tmp_path):
     link, disk = tmp_path / "out/datasets/a_sp384", tmp_path / "disk"
     disk.mkdir()
