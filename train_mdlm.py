@@ -3156,6 +3156,8 @@ def open_log(hp, env: Mapping[str, str], device: torch.device) -> Log:
     log("hyperparameters: " + " ".join(map(hp.shown, names)), screen=False)
     overridden = [hp.shown(name) for name in names if name.upper() in env]
     log("overridden: " + (" ".join(overridden) or "nothing"))
+    for warning in near_misses(env):
+        log(warning, screen=False)  # `run` has printed it
     return log
 
 
