@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import common
-from make_record import lives
+from run_log import lives
 
 from train_mdlm import InputError
 

@@ -44,7 +44,7 @@ from pathlib import Path
 from queue import Queue
 
 import common
-from make_record import Run, parse_log
+from run_log import Run, parse_log
 
 import train_mdlm as tm
 from train_mdlm import Hyperparameters, InputError
