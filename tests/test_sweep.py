@@ -1,9 +1,14 @@
 """tools/sweep.py: a grid of real runs, one of which fails; nothing finished is run again."""
 
 import json
+import os
 import re
 import shlex
+import signal
 import statistics
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import sweep
@@ -71,6 +76,93 @@ def test_a_readme_of_somebody_else_stays(tmp_path, tool):
     done = tool(sweep, "NUM_HEADS=4,2", "--out", tmp_path)
     assert done.returncode == 2 and "has a README.md that no sweep wrote" in done.stderr
     assert (tmp_path / "README.md").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["README.md", "plot.png", "results.json"])
+def test_what_no_sweep_wrote_stays(tmp_path, tool, name):
+    (tmp_path / name).write_text("mine")
+    done = tool(sweep, "NUM_HEADS=4,2", "--out", tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and name in done.stderr
+    assert (tmp_path / name).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_logs_of_other_settings_are_set_aside_not_replaced(in_environment, tmp_path):
+    in_environment()
+    job = sweep.Job(dict(NUM_HEADS="4"), 1, tmp_path)
+    (tmp_path / "logs").mkdir()
+    for text in ("first", "second"):
+        (tmp_path / f"logs/{job.run_id}.txt").write_text(text)
+        job.set_aside()
+    found = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
+    name = f"{job.run_id}.txt"
+    assert found == {f"set-aside-1-{name}": "first", f"set-aside-2-{name}": "second"}
+
+
+STUBBORN = """
+import os, signal, subprocess, sys, time
+
+def stop(*signal_and_frame):
+    open("checkpoint", "w").close()
+    sys.exit(2)
+
+signal.signal(signal.SIGTERM, stop)
+ignore = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); "
+child = subprocess.Popen([sys.executable, "-c", ignore + "time.sleep(60)"], stdout=subprocess.PIPE)
+child.stdout.readline()
+with open("part", "w") as file:
+    file.write(f"{os.getpid()} {child.pid}")
+os.rename("part", "pids")
+time.sleep(60)
+"""
+
+
+def is_alive(pid):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, None])
+def test_no_run_outlives_a_sweep_that_is_stopped(
+    in_environment, tmp_path, tool, monkeypatch, number
+):
+    """Its processes get the time for a checkpoint; what does not end then is killed."""
+    in_environment()
+    results = (ROOT / "records/sweeps/presets/results.json").read_bytes()
+    (tmp_path / "results.json").write_bytes(results)
+    script = tmp_path / "script.py"
+    script.write_text(STUBBORN)
+    monkeypatch.setattr(sweep, "SCRIPT", script)
+
+    def stop_when_it_runs():
+        while not (tmp_path / "pids").exists():
+            time.sleep(0.01)
+        if number:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(sweep, "GRACE_SECONDS", 5.0)
+    if number is None:  # an error that nobody foresaw, in another run of the sweep
+        run = sweep.Job.run
+
+        def fail(job, *arguments):
+            if job.seed == 1:
+                return run(job, *arguments)
+            stop_when_it_runs()
+            raise RuntimeError("something is broken")
+
+        monkeypatch.setattr(sweep.Job, "run", fail)
+    else:
+        threading.Thread(target=stop_when_it_runs, daemon=True).start()
+    done = tool(sweep, "NUM_HEADS=4,2", "--seeds", "1,2", "--jobs", "2", "--out", tmp_path)
+    pids = (tmp_path / "pids").read_text().split()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    reason = {signal.SIGINT: "Ctrl-C", None: "something is broken"}.get(number) or number.name
+    assert reason in done.stderr and "FAILED" not in done.stdout
+    assert (tmp_path / "checkpoint").exists()
+    assert not any(map(is_alive, pids))
+    assert (tmp_path / "results.json").read_bytes() == results
+    assert not (tmp_path / "README.md").exists()
 
 
 def test_sweep_runs_continues_and_compares(in_environment, tmp_path, tool):
@@ -187,6 +279,16 @@ def test_the_printed_commands_are_understood(tmp_path, tool, monkeypatch, variab
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
     assert len(rows) > 1 and all(row["planned_tokens"] for row in rows)
+
+
+def test_a_run_that_cannot_be_begun_is_noted(in_environment, tmp_path, tool, monkeypatch):
+    def full_disk(job):
+        raise OSError(28, "No space left on device", "x.txt")
+
+    in_environment()
+    monkeypatch.setattr(sweep.Job, "set_aside", full_disk)
+    done = tool(sweep, "NUM_HEADS=4,2", "--out", tmp_path)
+    assert done.returncode == 1 and done.stdout.count("FAILED: x.txt: cannot be read or") == 2
 
 
 def test_a_grid_of_which_nothing_can_run_is_told_of(tmp_path, tool, monkeypatch):

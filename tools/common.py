@@ -14,6 +14,7 @@ import importlib
 import io
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -100,7 +101,7 @@ def explain(error: Exception) -> str:
         return str(error)
     if isinstance(error, (InputError, OSError, ImportError)):
         return tm.explain(error)
-    if isinstance(error, MemoryError) or "out of memory" in str(error):
+    if isinstance(error, MemoryError) or re.search(r"(out of|allocate) memory", str(error)):
         return "out of memory: give less text or fewer windows, or use a larger machine"
     if isinstance(error, (RuntimeError, UnicodeError)):  # of torch, or of a text that is too deep
         last = traceback.extract_tb(error.__traceback__)[-1]
@@ -268,6 +269,12 @@ def new_figure(width: float, height: float):
     """An empty matplotlib figure, in inches."""
     figure_class = require("matplotlib.figure").Figure
     return figure_class(figsize=(width, height), layout="constrained")
+
+
+def plain_label(name: str) -> str:
+    """A name as matplotlib shows it as it is: no formula, no line break, not hidden."""
+    label = one_line(name).replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label
 
 
 def made_picture(path: Path) -> bool:
