@@ -1,7 +1,7 @@
 """Masked diffusion language models for parameter golf: train, pack, score as a code length.
 
-Claim: every score that this file prints is the length of a code that somebody could decode, except
-those marked biased:1, which repeat a published estimator. The defaults are PR 1699 of the
+Every score that this file prints is the length of a code that somebody could decode, except those
+marked biased:1, which repeat a published estimator. The defaults are PR 1699 of the
 challenge, published at 1.4784 bits per byte; llada and eos are PR 1106 and PR 1241, ar is the
 causal baseline, golf our own recipe (docs/recipe.md).
 
@@ -17,11 +17,11 @@ causal baseline, golf our own recipe (docs/recipe.md).
 The life of a token, from its shard to the score:
 
     shard    data/prepare_text.py or data/fetch_fineweb.py wrote it down in 16 bits. The shards of a
-             split form one ring of tokens; `TokenStream.read` copies a stretch of it.
+             split form one ring of tokens, `TokenStream`.
     window   `TokenStream.windows` cuts the ring into rows of L tokens, each with the token before
              it; `training_batch` takes the rows of one step.
     mask     `draw_noise` draws how much of each row is masked, and `apply_noise` chooses the tokens
-             for which the model will see MASK. LOSS_WEIGHTS says how much each of them counts.
+             that the model will see as MASK. LOSS_WEIGHTS says how much each of them counts.
     model    `Model.hidden` embeds the row and sends it through one of BACKBONES; `Model.head` gives
              logits over V tokens at the masked positions.
     loss     `batch_loss` sums weight · −ln p(token) over the masked tokens.
@@ -30,8 +30,8 @@ The life of a token, from its shard to the score:
     average  `Optimizer.update_average` keeps an exponential average of the weights.
     codes    `quantize` rounds each weight to a grid of QUANTIZERS, and `pack_kind` compresses the
              codes with the best of PACKERS.
-    file     `save_artifact` writes header, codes and checksum, and `read_artifact` builds a fresh
-             model from these bytes and nothing else.
+    file     `save_artifact` writes them, and `read_artifact` builds a fresh model from these bytes
+             and nothing else.
     score    `score_windows` masks the validation split as one of ESTIMATORS does, adds up −log2 p
              of that model, and divides by the bytes of the text, which `token_bytes` counts.
     log      `Log` writes it all to logs/<run>.txt, below the source of this file.
@@ -40,7 +40,7 @@ The life of a token, from its shard to the score:
 
 Letters in shapes: B rows (windows), L positions, D width, H heads, V real tokens, N scored
 positions; R rows and C columns of a matrix. MASK is token V and PAD is token V + 1: the model sees
-them and never predicts them.
+them and never predicts them. `hp` is always a Hyperparameters.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ import difflib
 import fcntl
 import functools
 import hashlib
-import io
 import itertools
 import json
 import lzma
@@ -68,6 +67,9 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(2))  # the next imports take seconds
 
 import numpy as np
 import torch
@@ -112,9 +114,8 @@ def seeded(device: torch.device | str, *key) -> torch.Generator:
 
 # ---- Hyperparameters: knobs, presets, rules, help ----------------------------
 #
-# A knob is a field here and an environment variable; a preset is nothing but values for knobs.
-# Names are the challenge's, so published commands run. Choices are the rows of the table behind
-# them.
+# A knob is a field here and an environment variable, with the challenge's name, so that published
+# commands run; a preset is nothing but values for knobs.
 
 
 def knob(group: str, default, meaning: str, low=0, high=1e12, choices=()):
@@ -140,10 +141,8 @@ RESULT_GROUPS = ("model", "noise", "training", "optimizer")  # the same when a r
 # fmt: off
 @dataclasses.dataclass(frozen=True, init=False)
 class Hyperparameters:
-    """The defaults, changed by the preset, changed by the values that are given.
-
-    InputError for unknown names, values out of range, and values that do not fit together.
-    """
+    """The defaults, changed by the preset, changed by the values that are given; InputError if
+    they are unknown, out of range, or do not fit together."""
 
     preset: str = knob("run", "mdlm", "values to start from", choices=lambda: PRESETS)
     run_id: str = knob("run", "", "name of logs/<RUN_ID>.txt and .mdlm; empty: time and preset")
@@ -161,13 +160,15 @@ class Hyperparameters:
     vocab_size: int = knob("model", 1024, "real tokens V; MASK is V, PAD V + 1", low=2, high=65_534)
     doc_chunks: bool = knob("model", False, "train on documents, in chunks of L tokens and PAD")
     anchor_bos: bool = knob("model", False, "never mask <s>; scores pay for where it stands")
-    train_seq_len: int = knob("model", 1024, "tokens L of a window, in training and scoring", low=1)
+    train_seq_len: int = knob("model", 1024, "tokens L of a window, in training and scoring",
+                              low=1, high=2**20)
     num_layers: int = knob("model", 8, "blocks; in the U-Net half of them feed skips to the others",
                            low=1, high=200)
-    model_dim: int = knob("model", 576, "width D of the residual stream", low=2)
+    model_dim: int = knob("model", 576, "width D of the residual stream", low=2, high=2**16)
     num_heads: int = knob("model", 8, "attention heads H", low=1)
     num_kv_heads: int = knob("model", 4, "key/value heads, each for an equal share of H", low=1)
-    mlp_mult: int = knob("model", 2, "hidden width of the MLP as a multiple of MODEL_DIM", low=1)
+    mlp_mult: int = knob("model", 2, "hidden width of the MLP as a multiple of MODEL_DIM", low=1,
+                         high=64)
     tie_embeddings: bool = knob("model", True, "use the embedding as the output head too")
     neighbors: int = knob("model", 0, "tokens on each side of a position whose embeddings, from "
                           "tables of their own, join its input", high=64)
@@ -195,7 +196,8 @@ class Hyperparameters:
     seed: int = knob("training", 1337, "seed of weights, mask times and masks", high=2**63 - 1)
     iterations: int = knob("training", 20_000, "optimizer steps at most", high=2**24)
     max_wallclock_seconds: float = knob("training", 600.0, "training time at most; 0: no limit")
-    train_batch_tokens: int = knob("training", 524_288, "tokens of a step, of all processes", low=1)
+    train_batch_tokens: int = knob("training", 524_288, "tokens of a step, of all processes", low=1,
+                                   high=2**28)
     lr_warmup_steps: int = knob("training", 0, "steps in which the learning rates rise at first")
     warmdown_iters: int = knob("training", 1200, "steps in which they decay; 0: see WARMDOWN_FRAC")
     warmdown_frac: float = knob("training", 0.0, "share of the run in which they decay", high=1)
@@ -205,9 +207,10 @@ class Hyperparameters:
 
     compile: str = knob("execution", "auto", "compile the loss with torch.compile; auto: on GPUs",
                         choices=("auto", "on", "off"))
-    warmup_steps: int = knob("execution", 20, "steps that warm the compiler up and are undone")
+    warmup_steps: int = knob("execution", 20, "steps that warm the compiler up and are undone",
+                             high=1000)
     micro_batch_tokens: int = knob("execution", 65_536, "most tokens of one pass of a process",
-                                   low=1)
+                                   low=1, high=2**24)
     train_log_every: int = knob("execution", 200, "steps between log lines, after the first ten; "
                                 "0: no such lines")
     val_loss_every: int = knob("execution", 1000, "steps between validations; 0: only at the end")
@@ -233,7 +236,8 @@ class Hyperparameters:
     muon_momentum: float = knob("optimizer", 0.95, "Nesterov momentum of Muon", high=1)
     muon_momentum_warmup_start: float = knob("optimizer", 0.85, "its momentum at step 0", high=1)
     muon_momentum_warmup_steps: int = knob("optimizer", 500, "steps until it is MUON_MOMENTUM")
-    muon_backend_steps: int = knob("optimizer", 5, "Newton-Schulz iterations of Muon", low=1)
+    muon_backend_steps: int = knob("optimizer", 5, "Newton-Schulz iterations of Muon", low=1,
+                                   high=99)
     beta1: float = knob("optimizer", 0.9, "decay of AdamW's first moment", high=0.999999)
     beta2: float = knob("optimizer", 0.95, "decay of AdamW's second moment", high=0.999999)
     adam_eps: float = knob("optimizer", 1e-8, "ε of AdamW", low=1e-30)
@@ -246,21 +250,22 @@ class Hyperparameters:
     quant_clip: float = knob("export", 0.0, "largest code, in root mean squares of its row; 0: the "
                              "one with the least squared error", high=16)
     quant_feedback: int = knob("export", 0, "training batches for GPTQ rounding, best with "
-                               "QUANT_CLIP of 10 or more; 0: round to nearest")
+                               "QUANT_CLIP of 10 or more; 0: round to nearest", high=1000)
     pack: str = knob("export", "auto", "compressor of each kind of parameter; auto: the smallest",
                      choices=lambda: ("auto", *PACKERS))
 
     scores: str = knob("scoring", "nelbo,l2r", "final scores, each with a number of windows if "
                        "wanted (0: all): nelbo,l2r:512")
-    nelbo_passes: int = knob("scoring", 4, "masks per window of the final NELBO", low=1)
+    nelbo_passes: int = knob("scoring", 4, "masks per window of the final NELBO", low=1, high=9999)
     eval_max_seqs: int = knob("scoring", 4096, "windows of a validation in training; 0: all")
     final_eval_max_seqs: int = knob("scoring", 0, "windows of the final val_bpb; 0: all")
-    final_eval_t_samples: int = knob("scoring", 0, "points of PR 1699's grid; adds the score tgrid")
-    tstep_steps: int = knob("scoring", 128, "T of the T-step bound", low=1)
+    final_eval_t_samples: int = knob("scoring", 0, "points of PR 1699's grid; adds the score tgrid",
+                                     high=100_000)
+    tstep_steps: int = knob("scoring", 128, "T of the T-step bound", low=1, high=100_000)
     stride: int = knob("scoring", 64, "tokens that a sliding window scores", low=1)
     chain_group: int = knob("scoring", 1, "positions a chain rule reveals in one call", low=1)
     val_batch_size: int = knob("scoring", 524_288, "tokens of one scoring pass, over all processes",
-                               low=1)
+                               low=1, high=2**24)
 # fmt: on
 
     def __init__(self, preset: str = "mdlm", **overrides):
@@ -482,8 +487,8 @@ def knob_help(spec: dataclasses.Field, presets: Mapping[str, Hyperparameters]) -
 
 # ---- Processes, clock, log, files --------------------------------------------
 #
-# One process is a group of one: nothing below asks whether it is alone. Only the first one writes.
-# What could differ between processes (a file, the time, a signal) is decided once and told to all.
+# One process is a group of one. Only the first one writes. What could differ between processes (a
+# file, the time, a signal) is decided once and told to all.
 
 
 def world_size() -> int:
@@ -556,22 +561,29 @@ def on_first_process(work: Callable):
 def start_processes() -> torch.device:
     """Joins the group that torchrun describes, if any; this process's device."""
     device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        found = torch.cuda.device_count()
-        if device.index >= found:
-            raise InputError(f"--nproc_per_node is more than {found}, the GPUs of this machine")
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ:  # control messages go through gloo, so they never wait for a GPU
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend)
+    try:
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            found = torch.cuda.device_count()
+            if device.index >= found:
+                raise InputError(f"--nproc_per_node is more than {found}, the GPUs of this machine")
+            torch.cuda.set_device(device)
+        if "RANK" in os.environ:  # control messages go through gloo, so they never wait for a GPU
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend)
+    except (ValueError, dist.DistError) as error:
+        given = f"RANK={os.environ.get('RANK')} WORLD_SIZE={os.environ.get('WORLD_SIZE')}"
+        raise InputError(
+            f"{given}: no group of processes, start it with torchrun: {error}"
+        ) from None
     return device
 
 
 def on_signals(handler) -> None:
-    """Sets the handler of SIGTERM and SIGINT."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
+    """Sets the handler of the signals that end a run, but for those that nohup switches off."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 class Clock:
@@ -579,7 +591,7 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.stopped = False  # by a signal, on this process
+        self.stopped = 0.0  # when a signal told this process to stop
         self.pauses: dict[str, float] = {}  # seconds by name
         self.started = self.now()
 
@@ -594,13 +606,16 @@ class Clock:
 
         Does not wait for the device.
         """
-        own = [1000 * (time.perf_counter() - self.started), self.stopped]
+        own = [1000 * (time.perf_counter() - self.started), bool(self.stopped)]
         ms, stopped = all_reduce(torch.tensor(own, dtype=torch.float64)).tolist()
         return ms / world_size(), stopped > 0
 
     def stop(self, *signal_and_frame) -> None:
-        """A signal handler; the step that is running is finished first."""
-        self.stopped = True
+        """A signal handler: the step is finished first, but for a second signal. (torchrun passes
+        on the first one again.)"""
+        if self.stopped and time.perf_counter() > self.stopped + 1:
+            raise KeyboardInterrupt
+        self.stopped = self.stopped or time.perf_counter()
 
     @contextlib.contextmanager
     def paused(self, name: str) -> Iterator[None]:
@@ -617,35 +632,28 @@ class Log:
     def __init__(self, path: Path | None = None):
         self.path = path
         self.on_terminal = rank() == 0 and sys.stdout.isatty()
-        self.bar = ("", 0.0, 0.0)  # its name, and the time and fraction at which it began
         self.bar_drawn = 0.0
         self.lock = None  # the open file of `path`, locked while this process lives
 
     def __call__(self, line: str, screen: bool = True, every_rank: bool = False) -> None:
         if screen and rank() == 0:
-            erase = "\r\x1b[K" if self.on_terminal else ""
-            print(erase + line, flush=True)
+            self.show("\r\x1b[K" * self.on_terminal + line)
         if self.path and (every_rank or rank() == 0):
             with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
 
     def progress(self, name: str, fraction: float, note: str = "") -> None:
-        """Draws the bar, at most five times a second; `fraction` in [0, 1] is done."""
+        """On terminals a bar, at most five times a second; `fraction` in [0, 1] is done."""
         now = time.monotonic()
-        if not self.on_terminal or (now - self.bar_drawn < 0.2 and 0.0 < fraction < 1.0):
-            return
-        self.bar_drawn = now
-        if name != self.bar[0]:
-            self.bar = (name, now, fraction)
-        _, began, first = self.bar
-        line = ""
-        if fraction < 1.0:
-            speed = max(fraction - first, 1e-9) / max(now - began, 1e-9)
-            minutes, seconds = divmod(int((1 - fraction) / speed), 60)
-            left = f"{minutes}:{seconds:02d} left" if fraction > first else ""
-            bar = "█" * int(30 * fraction)
-            line = f"{name} {bar:░<30} {100 * fraction:3.0f} % {left} {note}"
-        print("\r\x1b[K" + line, end="", flush=True)
+        if self.on_terminal and (now - self.bar_drawn > 0.2 or fraction >= 1.0):
+            self.bar_drawn = now
+            line = f"{name} {'█' * int(30 * fraction):░<30} {100 * fraction:3.0f} % {note}"
+            self.show("\r\x1b[K" + (line if fraction < 1.0 else ""), end="")
+
+    def show(self, text: str, end: str = "\n") -> None:
+        """A run outlives the screen that it was started from."""
+        with contextlib.suppress(OSError):
+            print(text, end=end, flush=True)
 
     def budget(self, name: str, value: float, limit: float, unit: str, note: str = "") -> None:
         """A line on something that the challenge limits, and one more if it is over."""
@@ -658,6 +666,10 @@ class Log:
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
+def file_sha256(path: str | Path) -> str:
+    return hashlib.sha256(read_file(path)).hexdigest()
+
+
 def sealed(data: bytes) -> bytes:
     """`data`, then its SHA-256."""
     return data + hashlib.sha256(data).digest()
@@ -667,6 +679,16 @@ def unsealed(data: bytes) -> bytes | None:
     """What was sealed, or None if it is damaged."""
     body = data[:-DIGEST_BYTES]
     return body if hashlib.sha256(body).digest() == data[-DIGEST_BYTES:] else None
+
+
+def read_file(path: str | Path) -> bytes:
+    """InputError unless it is an ordinary file that can be read: a pipe would never end."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: there is no such file")
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -687,13 +709,14 @@ def write_file(path: Path, data: bytes) -> None:
 # ---- Data and bytes ----------------------------------------------------------
 #
 # Shards are read a batch at a time, so memory does not grow with them. The bytes of bits per byte,
-# which published scores got wrong, are counted token by token, with a table that
-# data/prepare_text.py has compared with the decoded text.
+# which published scores got wrong, are counted token by token. What says that they are right is
+# verified.json beside the shards; without it the text is decoded, and its bytes are counted too.
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER_INTS = 256
 SHARD_HEADER_BYTES = 4 * SHARD_HEADER_INTS
+VERIFIED = "verified.json"  # what the program that wrote the shards counted in them
 BOS_ID = 1  # <s> in the challenge's tokenizers
 REMEDY = (
     "run 'python data/prepare_text.py --source docs' (for PRESET=demo) or "
@@ -703,6 +726,8 @@ REMEDY = (
 
 def open_shard(path: Path) -> np.ndarray:
     """Memory-maps a shard: 256 int32 (magic, version, tokens, zeros), then uint16."""
+    if not path.is_file():
+        raise InputError(f"{path}: is not a file; {REMEDY}")
     header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
     if header.size < SHARD_HEADER_INTS or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
         raise InputError(f"{path}: not a token shard (bad header); {REMEDY}")
@@ -723,7 +748,7 @@ class TokenStream:
         self.ends = sizes.cumsum()
         self.begins = self.ends - sizes
         self.total = int(sizes.sum())
-        self.digest = 0  # of what `check_tokens` has read
+        self.facts: dict = dict(shards={})  # what `measure` has found
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from position `start` of the ring on, uint16."""
@@ -757,29 +782,63 @@ class TokenStream:
         """The shards in the order in which they are read."""
         return range(len(self.files))
 
-    def check_tokens(self, vocab_size: int, first_tokens: float = math.inf) -> None:
-        """Reads the shards of the first tokens into `digest`; InputError for a foreign token."""
-        tokens_before = 0
-        for number in self.order(0):
-            if tokens_before >= first_tokens:
-                break
-            shard = open_shard(self.files[number])
-            self.digest = zlib.crc32(shard, self.digest)
-            largest = int(shard.max())
+    def measure(
+        self, vocab_size: int, first_tokens: float = math.inf, luts: ByteTables | None = None
+    ) -> None:
+        """Reads the shards of the first tokens, shared among the processes, and notes in `facts`
+        what verified.json should say of them: bytes and documents if `luts` are given.
+
+        InputError for a foreign token.
+        """
+        order = list(self.order(0))
+        sizes = (self.ends - self.begins)[order]
+        reached = order[: int(np.searchsorted(sizes.cumsum(), first_tokens)) + 1]
+        counts = torch.zeros(len(reached), 3, dtype=torch.int64)
+        for i in range(rank(), len(reached), world_size()):
+            counts[i] = torch.tensor(self._count(reached[i], vocab_size, luts))
+        checksums, documents, nbytes = all_reduce(counts).unbind(1)
+        names = [self.files[number].name for number in reached]
+        self.facts = dict(
+            tokens=self.total, shards=dict(zip(names, checksums.tolist(), strict=True))
+        )
+        if luts:
+            self.facts |= dict(documents=int(documents.sum()), bytes=int(nbytes.sum()))
+
+    def pieces(self, number: int) -> Iterator[np.ndarray]:
+        """The tokens of a shard, a million at a time."""
+        for start in range(self.begins[number], self.ends[number], 1 << 20):
+            yield self.read(start, min(1 << 20, int(self.ends[number]) - start))
+
+    def _count(self, number: int, vocab_size: int, luts: ByteTables | None) -> tuple:
+        """Checksum, documents and bytes of text of a shard."""
+        before = int(self.read(self.begins[number] - 1, 1)[0]) if number else BOS_ID
+        checksum = documents = nbytes = 0
+        for tokens in self.pieces(number):
+            largest = int(tokens.max())
             if largest >= vocab_size:
                 found = f"holds token {largest}, but VOCAB_SIZE={vocab_size}"
                 raise InputError(f"{self.files[number]}: {found}; another tokenizer made it")
-            tokens_before += len(shard)
+            checksum = zlib.crc32(tokens, checksum)
+            documents += int((tokens == BOS_ID).sum())
+            if luts:
+                nbytes += int(count_bytes(torch.from_numpy(tokens).long(), before, luts))
+                before = int(tokens[-1])
+        return checksum, documents, nbytes
+
+    @property
+    def digest(self) -> int:
+        """Of all tokens that `measure` has read."""
+        return zlib.crc32(json.dumps(self.facts["shards"]).encode())
 
 
 class DocumentStream(TokenStream):
     """The shards as documents, from <s> to <s>, in chunks of at most L tokens, then PAD.
 
-    The order of shards, and of chunks in a shard, depends on (seed, epoch). A visit is one shard in
-    one epoch. Two shards at most are in memory.
+    Shards, and chunks in a shard, are shuffled in every epoch. A visit is one shard in one epoch.
+    Two shards at most are in memory.
     """
 
-    def __init__(self, folder: str | Path, split: str, hp: Hyperparameters):
+    def __init__(self, folder: str | Path, split: str, hp):
         super().__init__(folder, split)
         self.length = hp.train_seq_len
         self.pad_id = hp.pad_id
@@ -871,51 +930,102 @@ def count_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
 
 
 def load_tokenizer(path: str, vocab_size: int):
-    """The SentencePiece model at `path`; InputError if there is none of this size."""
+    """The SentencePiece model at `path`; InputError if there is none of this size and kind."""
     import sentencepiece
 
     try:
-        sp = sentencepiece.SentencePieceProcessor(model_file=path)
-        sp.id_to_piece(list(range(sp.vocab_size())))  # raises if a piece is no UTF-8
-    except (RuntimeError, OSError, ValueError):
+        sp = sentencepiece.SentencePieceProcessor(model_proto=read_file(path))
+        pieces = sp.id_to_piece(list(range(sp.vocab_size())))  # raises if one is no UTF-8
+    except (RuntimeError, ValueError):
         message = f"TOKENIZER_PATH={path}: there is no SentencePiece model; {REMEDY}"
         raise InputError(message) from None
-    if int(sp.vocab_size()) != vocab_size:
-        raise InputError(f"{path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
+    if len(pieces) != vocab_size:
+        raise InputError(f"{path}: has {len(pieces)} pieces, but VOCAB_SIZE={vocab_size}")
+    if sp.bos_id() != BOS_ID:
+        raise InputError(f"{path}: its <s> is token {sp.bos_id()}, but it has to be {BOS_ID}")
+    special = (sp.is_control, sp.is_unknown, sp.is_unused, sp.is_byte)
+    texts = [piece for n, piece in enumerate(pieces) if not any(test(n) for test in special)]
+    strange = {character for character in set("".join(texts)) - set(pieces) if character > "~"}
+    if strange:  # no trainer makes such a file
+        message = f"{path}: damaged: {min(strange)!r} is in its pieces, but is no piece"
+        raise InputError(f"{message}; {REMEDY}")
     return sp
 
 
-def check_tokenizer(path: str, sp, stream: TokenStream, luts: ByteTables) -> None:
-    """InputError unless the text of the first tokens comes back as nearly the same tokens.
+def text_fault(tokens: np.ndarray, sp, luts: ByteTables) -> str:
+    """What speaks against this tokenizer for tokens (n,) of a shard: their text has not the bytes
+    that the tables count, or comes back as other tokens.
 
     Tokens that are about equally frequent are random, not text, and pass.
     """
+    boundary = luts.is_boundary.cpu().numpy()
+    if np.bincount(tokens).max() <= 10 + 4 * len(tokens) / len(boundary):
+        return ""
+    parts = np.split(tokens, np.flatnonzero(boundary[tokens]))
+    parts = [part[~boundary[part]].tolist() for part in parts]
+    texts = sp.decode(parts)
+    counted = int(count_bytes(torch.from_numpy(tokens).long(), BOS_ID, luts))
+    decoded = sum(len(text.encode()) for text in texts)
+    if abs(counted - decoded) > 8 + 1e-4 * decoded:  # characters may be cut off at both ends
+        return f"counts {counted} bytes where there are {decoded}: it did not make"
 
     def pairs(documents: Iterable[Sequence[int]]) -> collections.Counter:
         return collections.Counter(itertools.chain(*map(itertools.pairwise, documents)))
 
-    first = stream.files[stream.order(0)[0]]
-    tokens = np.array(open_shard(first)[:50_000])
-    boundary = luts.is_boundary.cpu().numpy()
-    parts = np.split(tokens, np.flatnonzero(boundary[tokens]))
-    parts = [part[~boundary[part]].tolist() for part in parts]
-    stored = pairs(parts)
-    again = pairs(sp.encode(sp.decode(parts)))
-    is_text = np.bincount(tokens).max() > 10 + 4 * len(tokens) / len(boundary)
-    if is_text and (stored & again).total() < 0.99 * stored.total():
-        made = f"is not the tokenizer that made {first}"
-        raise InputError(f"{path}: {made}; it splits the text differently")
+    sample = slice(1 + int(np.searchsorted(np.cumsum([*map(len, parts)]), 50_000)))  # tokens
+    stored = pairs(parts[sample])
+    if (stored & pairs(sp.encode(texts[sample]))).total() < 0.99 * stored.total():
+        return "splits the text differently: it did not make"
+    return ""
 
 
-def open_training(hp: Hyperparameters, sp, luts: ByteTables) -> TokenStream:
+def check_verified(hp, stream: TokenStream, split: str) -> bool:
+    """InputError unless tokenizer and shards are what verified.json says; False without one."""
+    path = Path(hp.data_path) / VERIFIED
+    if not path.exists():
+        return False
+    text, digest = read_file(path), file_sha256(hp.tokenizer_path)
+    try:
+        verified = json.loads(text)
+        pairs = {f"{hp.tokenizer_path} (SHA-256)": (verified["tokenizer_sha256"], digest)}
+        for name, value in verified[split].items():
+            if name != "shards":
+                pairs[f"{split} {name}"] = (value, stream.facts.get(name, value))
+        for name, checksum in stream.facts["shards"].items():
+            pairs[f"{name} (CRC-32)"] = (verified[split]["shards"].get(name), checksum)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{path}: damaged, and perhaps the data with it; {REMEDY}") from None
+    for name, (stated, found) in pairs.items():
+        if stated != found:
+            wrong = f"{name} is {found}, but was {stated} when the data were made"
+            raise InputError(f"{path}: {wrong}; {REMEDY}")
+    return True
+
+
+def check_data(hp, stream: TokenStream, split: str, sp, luts: ByteTables) -> None:
+    """Against verified.json or, without it, against the text: all of the validation split, and the
+    beginning of every training shard."""
+    if check_verified(hp, stream, split):
+        return
+    shards = stream.facts["shards"]
+    numbers = [number for number, path in enumerate(stream.files) if path.name in shards]
+    for number in numbers[rank() :: world_size()]:
+        pieces = stream.pieces(number)
+        for tokens in pieces if split == "val" else [next(pieces)[:50_000]]:
+            if fault := text_fault(tokens, sp, luts):
+                tokenizer = hp.shown("tokenizer_path")
+                raise InputError(f"{tokenizer} {fault} {stream.files[number]}; {REMEDY}")
+
+
+def open_training(hp, sp, luts: ByteTables) -> TokenStream:
     """The training split, checked as far as the run can reach."""
     if hp.doc_chunks:
         stream = DocumentStream(hp.data_path, "train", hp)
     else:
         stream = TokenStream(hp.data_path, "train")
     batches = max(hp.iterations, hp.warmup_steps, hp.quant_feedback)
-    stream.check_tokens(hp.vocab_size, 1 + batches * hp.train_batch_tokens)
-    check_tokenizer(hp.tokenizer_path, sp, stream, luts)
+    stream.measure(hp.vocab_size, 1 + batches * hp.train_batch_tokens)
+    check_data(hp, stream, "train", sp, luts)
     return stream
 
 
@@ -926,22 +1036,22 @@ class Split(NamedTuple):
     luts: ByteTables
 
 
-def open_validation(hp: Hyperparameters, sp, luts: ByteTables) -> Split:
+def open_validation(hp, sp, luts: ByteTables) -> Split:
     """The validation split, checked."""
     stream = TokenStream(hp.data_path, "val")
     if not stream.count_windows(hp.train_seq_len):
         needed = f"less than a window of {hp.shown('train_seq_len')} and the token before it"
         raise InputError(f"{stream.files[0]}: the split has {stream.total} tokens, {needed}")
-    stream.check_tokens(hp.vocab_size)
-    check_tokenizer(hp.tokenizer_path, sp, stream, luts)
+    stream.measure(hp.vocab_size, luts=luts)
+    check_data(hp, stream, "val", sp, luts)
     return Split(stream, luts)
 
 
 # ---- Noise and loss weights --------------------------------------------------
 #
-# The bound that is reported is exact whatever the model was trained on, so training noise is a free
-# choice, made in four tables. Its random numbers are those of a global batch, drawn from one
-# generator for each (seed, step): all processes, restarts and micro-batches see the same masks.
+# The reported bound is exact whatever the model was trained on, so training noise is a free choice,
+# made in four tables. One generator for each (seed, step) draws that of the global batch, so that
+# processes, restarts and micro-batches make no difference.
 
 
 def stratified_times(u: Tensor) -> Tensor:
@@ -964,11 +1074,11 @@ TIME_SAMPLINGS = {
 }
 
 
-def uniform_probability(hp: Hyperparameters, t: Tensor) -> Tensor:
+def uniform_probability(hp, t: Tensor) -> Tensor:
     return hp.mask_eps + (hp.mask_max - hp.mask_eps) * t
 
 
-def normal_probability(hp: Hyperparameters, t: Tensor) -> Tensor:
+def normal_probability(hp, t: Tensor) -> Tensor:
     quantile = hp.mask_mean + hp.mask_std * torch.special.ndtri(t)
     return quantile.clamp(hp.mask_eps, hp.mask_max)
 
@@ -980,12 +1090,12 @@ MASK_DISTS = {
 }
 
 
-def mask_probability(hp: Hyperparameters, u: Tensor) -> Tensor:
+def mask_probability(hp, u: Tensor) -> Tensor:
     """(B,) for the tokens of a row, from uniform draws u (B,)."""
     return MASK_DISTS[hp.mask_dist](hp, TIME_SAMPLINGS[hp.time_sampling](u))
 
 
-def maskable(hp: Hyperparameters, x: Tensor) -> Tensor:
+def maskable(hp, x: Tensor) -> Tensor:
     """(B, L) bool: all of x (B, L) but PAD and, with ANCHOR_BOS, <s>."""
     not_pad = x != hp.pad_id
     return not_pad & (x != BOS_ID) if hp.anchor_bos else not_pad
@@ -1027,17 +1137,17 @@ MASKINGS = {
 }
 
 
-def elbo_weight(hp: Hyperparameters, probability: Tensor, share: Tensor) -> Tensor:
+def elbo_weight(hp, probability: Tensor, share: Tensor) -> Tensor:
     """For uniform probabilities the loss is then the any-order bound."""
     return 1 / share
 
 
-def dsigma_weight(hp: Hyperparameters, probability: Tensor, share: Tensor) -> Tensor:
+def dsigma_weight(hp, probability: Tensor, share: Tensor) -> Tensor:
     """PR 1106's σ′(t): the fewer tokens are visible, the more a masked one counts. No bound."""
     return (hp.mask_max - hp.mask_eps) / (1 - probability)
 
 
-def flat_weight(hp: Hyperparameters, probability: Tensor, share: Tensor) -> Tensor:
+def flat_weight(hp, probability: Tensor, share: Tensor) -> Tensor:
     """Every masked token counts the same."""
     return torch.ones_like(probability)
 
@@ -1050,7 +1160,7 @@ LOSS_WEIGHTS = {
 }
 
 
-def draw_noise(hp: Hyperparameters, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw_noise(hp, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mask probabilities (B,) and keys (B, L) of a global batch."""
     draw = functools.partial(torch.rand, generator=generator, device=generator.device)
     probability = mask_probability(hp, draw(hp.batch_rows))
@@ -1058,21 +1168,18 @@ def draw_noise(hp: Hyperparameters, generator: torch.Generator) -> tuple[Tensor,
     return probability, keys
 
 
-def apply_noise(
-    hp: Hyperparameters, x0: Tensor, probability: Tensor, keys: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def apply_noise(hp, x0: Tensor, probability: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mask (B, L), weight (B,) of its tokens, and masked share (B,), of x0 (B, L)."""
     mask, share = MASKINGS[hp.masking].mask(probability, keys, maskable(hp, x0))
     weight = LOSS_WEIGHTS[hp.loss_weight](hp, probability, share)
     return mask, weight.clamp(max=hp.weight_clamp), share
 
 
-def scored_capacity(hp: Hyperparameters, rows: int) -> int:
+def scored_capacity(hp, rows: int) -> int:
     """The most positions that are scored in a micro-batch of `rows` rows: a static shape.
 
-    For the distributions above, the sum of its mask probabilities is largest if every random draw
-    is 1, or, for pairs t and 1 − t, if it is 0 or ½. If a new one masks more, `Trainer.check` ends
-    the run.
+    For the distributions above, most are masked if every random draw is 1, or, for pairs t and
+    1 − t, if it is 0 or ½. If a new one masks more, `Trainer.check` ends the run.
     """
     tokens = rows * hp.train_seq_len
     if hp.causal:
@@ -1089,9 +1196,8 @@ def scored_capacity(hp: Hyperparameters, rows: int) -> int:
 
 # ---- Model -------------------------------------------------------------------
 #
-# Parameters are float32, and cast to the dtype of the activations where they are used. Only real
-# tokens have an output column, so there is no MASK or PAD to forbid. The last MLP and the head are
-# computed at scored positions only.
+# Parameters are float32, and cast to the dtype of the activations where they are used. The last MLP
+# and the head are computed at scored positions only.
 
 NORM_EPS = torch.finfo(torch.float32).eps
 COND_DIM = 128  # width of the noise condition of the DiT, as published
@@ -1133,7 +1239,7 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     """Grouped-query attention with normalised and rotated queries and keys."""
 
-    def __init__(self, hp: Hyperparameters, query_gain: float | None = None):
+    def __init__(self, hp, query_gain: float | None = None):
         super().__init__()
         self.head_dim = hp.head_dim
         self.causal = hp.causal
@@ -1165,7 +1271,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """ReLU² between two matrices."""
 
-    def __init__(self, hp: Hyperparameters):
+    def __init__(self, hp):
         super().__init__()
         self.fc = Linear(hp.model_dim, hp.mlp_mult * hp.model_dim, bias=False)
         self.proj = Linear(hp.mlp_mult * hp.model_dim, hp.model_dim, bias=False)
@@ -1177,7 +1283,7 @@ class MLP(nn.Module):
 class UNetBlock(nn.Module):
     """A block of the challenge's trunk: it can mix the embedding in again."""
 
-    def __init__(self, hp: Hyperparameters):
+    def __init__(self, hp):
         super().__init__()
         self.attn = Attention(hp, query_gain=hp.qk_gain_init)
         self.mlp = MLP(hp)
@@ -1199,7 +1305,7 @@ class UNetBlock(nn.Module):
 class DiTBlock(nn.Module):
     """A pre-norm block, its norms scaled and shifted by the noise: adaLN, no gates."""
 
-    def __init__(self, hp: Hyperparameters):
+    def __init__(self, hp):
         super().__init__()
         self.attn = Attention(hp)
         self.mlp = MLP(hp)
@@ -1220,17 +1326,14 @@ class DiTBlock(nn.Module):
 
 
 class Model(nn.Module):
-    """Embedding, neighbours and output head, which all backbones share.
-
-    A backbone has `build_trunk(hp)`, which makes its blocks, and `trunk(x, z, masked_fraction,
-    positions)`, which takes tokens z (B, L), embedded as x (B, L, D), through them.
-    """
+    """Embedding, neighbours and output head. A backbone adds `build_trunk(hp)`, its blocks, and
+    `trunk(x, z, masked_fraction, positions)`, which takes z (B, L), embedded as x, through them."""
 
     told_noise = False  # whether `trunk` uses masked_fraction, which causal models have not
     normalize_embedding = False
     zero_head = False  # whether a head that is not tied starts at zero
 
-    def __init__(self, hp: Hyperparameters):
+    def __init__(self, hp):
         super().__init__()
         self.hp = hp
         self.compute_dtype = torch.float32
@@ -1293,7 +1396,7 @@ class UNet(Model):
     normalize_embedding = True
     zero_head = True
 
-    def build_trunk(self, hp: Hyperparameters) -> None:
+    def build_trunk(self, hp) -> None:
         self.blocks = nn.ModuleList(UNetBlock(hp) for _ in range(hp.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(hp.num_layers // 2, hp.model_dim))
 
@@ -1327,7 +1430,7 @@ class DiT(Model):
 
     told_noise = True
 
-    def build_trunk(self, hp: Hyperparameters) -> None:
+    def build_trunk(self, hp) -> None:
         self.blocks = nn.ModuleList(DiTBlock(hp) for _ in range(hp.num_layers))
         self.time_embed = nn.Sequential(
             nn.Linear(COND_DIM, 4 * COND_DIM), nn.SiLU(), nn.Linear(4 * COND_DIM, COND_DIM)
@@ -1350,20 +1453,20 @@ class DiT(Model):
 BACKBONES: dict[str, type[Model]] = {"unet": UNet, "dit": DiT}
 
 
-def resolve_dtype(hp: Hyperparameters, device: torch.device) -> str:
+def resolve_dtype(hp, device: torch.device) -> str:
     if hp.compute_dtype != "auto":
         return hp.compute_dtype
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def build_model(hp: Hyperparameters) -> Model:
+def build_model(hp) -> Model:
     """A new float32 model on the CPU; its weights depend on hp.seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hp.seed)
         return BACKBONES[hp.backbone](hp)
 
 
-def outline_model(hp: Hyperparameters) -> Model:
+def outline_model(hp) -> Model:
     """The same names and shapes without memory."""
     with torch.device("meta"):
         return BACKBONES[hp.backbone](hp)
@@ -1410,7 +1513,7 @@ def by_kind(model: Model) -> dict[Kind, dict[str, nn.Parameter]]:
 # ---- Batch and loss ----------------------------------------------------------
 #
 # Shapes are static, so that the compiled loss is one graph: scored positions are gathered into N
-# places, and places that are left over have weight 0.
+# places, and those left over have weight 0.
 
 
 class Batch(NamedTuple):
@@ -1432,7 +1535,7 @@ def compact(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
 
 
 def training_batch(
-    hp: Hyperparameters,
+    hp,
     stream: TokenStream,
     step: int,
     rows: range,
@@ -1465,9 +1568,7 @@ def causal_batch(window: Tensor) -> Batch:
     )
 
 
-def masked_batch(
-    hp: Hyperparameters, x0: Tensor, probability: Tensor, keys: Tensor, capacity: int
-) -> Batch:
+def masked_batch(hp, x0: Tensor, probability: Tensor, keys: Tensor, capacity: int) -> Batch:
     """The tokens of x0 (B, L) that the noise hides, given the others."""
     mask, weight, share = apply_noise(hp, x0, probability, keys)
     positions, used = compact(mask, capacity)
@@ -1492,8 +1593,8 @@ def batch_loss(model: Model, batch: Batch) -> Tensor:
 # ---- Optimizer and average ---------------------------------------------------
 #
 # Weights, gradients and moments are flat buffers of which the parameters are views: a step is a few
-# large operations and one collective, a checkpoint is one tensor. Nothing here waits for the
-# device: a step that was not finite is noted there until `Trainer.check` looks.
+# large operations and one collective. Nothing here waits for the device: a step that was not finite
+# is noted there until `Trainer.check` looks.
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
@@ -1520,7 +1621,7 @@ def orthogonalize_shared(matrices: Tensor, steps: int) -> Tensor:
     return all_reduce(whole)
 
 
-def learning_rate(hp: Hyperparameters, kind: Kind) -> float:
+def learning_rate(hp, kind: Kind) -> float:
     """AdamW's follow the square root of the batch (Malladi et al. 2022)."""
     knob_name = "tied_embed_lr" if kind.name == "embed" and hp.tie_embeddings else kind.lr
     rate = getattr(hp, knob_name)
@@ -1530,7 +1631,7 @@ def learning_rate(hp: Hyperparameters, kind: Kind) -> float:
 
 
 class StepSettings(NamedTuple):
-    """Scalars of a step, on the device; 0, 1, 1, 1 let a step that is not finite move nothing."""
+    """Scalars of a step, on the device; 0, 1, 1, 1 let it move nothing."""
 
     scale: Tensor  # of the learning rates
     momentum: Tensor  # of Muon
@@ -1552,7 +1653,7 @@ class ParameterGroup(NamedTuple):
     first: Tensor  # first moment
     second: Tensor  # second moment, of AdamW only
 
-    def muon_update(self, hp: Hyperparameters, now: StepSettings) -> Tensor:
+    def muon_update(self, hp, now: StepSettings) -> Tensor:
         self.first.mul_(now.momentum).add_(self.grads)
         nesterov = self.grads.addcmul(self.first, now.momentum)
         update = orthogonalize_shared(nesterov, hp.muon_backend_steps).float()
@@ -1560,14 +1661,14 @@ class ParameterGroup(NamedTuple):
         update *= max(1.0, rows / columns) ** 0.5
         return update
 
-    def adamw_update(self, hp: Hyperparameters, now: StepSettings) -> Tensor:
+    def adamw_update(self, hp, now: StepSettings) -> Tensor:
         self.first.lerp_(self.grads, 1 - now.beta1)
         self.second.lerp_(self.grads.square(), 1 - now.beta2)
         mean = self.first / (1 - hp.beta1**now.steps_taken)
         square = self.second / (1 - hp.beta2**now.steps_taken)
         return mean / (square.sqrt() + hp.adam_eps)
 
-    def step(self, hp: Hyperparameters, now: StepSettings) -> None:
+    def step(self, hp, now: StepSettings) -> None:
         update = self.muon_update(hp, now) if self.muon else self.adamw_update(hp, now)
         decay = 1 - self.lr * self.weight_decay * now.scale
         self.weights.mul_(decay).sub_(update.mul_(self.lr * now.scale))
@@ -1576,7 +1677,7 @@ class ParameterGroup(NamedTuple):
 class Optimizer:
     """Muon and AdamW over flat buffers, and the average of the weights."""
 
-    def __init__(self, model: Model, hp: Hyperparameters):
+    def __init__(self, model: Model, hp):
         self.hp = hp
         self.averages = 0  # updates of the average so far
 
@@ -1687,7 +1788,7 @@ class Optimizer:
             self.state[[0, 3]] = self.state[[3, 0]]
 
 
-def muon_momentum(hp: Hyperparameters, step: int) -> float:
+def muon_momentum(hp, step: int) -> float:
     """Rises to MUON_MOMENTUM over the first steps."""
     share = 1.0
     if hp.muon_momentum_warmup_steps:
@@ -1697,9 +1798,8 @@ def muon_momentum(hp: Hyperparameters, step: int) -> float:
 
 # ---- Quantizing and packing --------------------------------------------------
 #
-# 16,000,000 bytes are a budget of weights, so each gets few bits. Codes that are rare cost little,
-# because an entropy coder makes the common ones short: what counts is the step of the grid, and
-# rounding so that errors cancel (docs/artifact.md).
+# Each weight gets few bits. An entropy coder makes common codes short, so rare ones may be large:
+# what counts is the step of the grid, and rounding so that errors cancel (docs/artifact.md).
 
 
 class Quantizer(NamedTuple):
@@ -1870,7 +1970,7 @@ def entropy_bits(planes: np.ndarray) -> float:
 def pack_kind(
     weights: Mapping[str, Tensor],
     storage: str,
-    hp: Hyperparameters,
+    hp,
     moments: Mapping[str, Tensor] | None = None,
 ) -> tuple[bytes, dict]:
     """One kind of parameter, packed, and facts for the header and the log."""
@@ -1927,10 +2027,15 @@ def unpack_kind(
 #     MAGIC · u32 length of the header · JSON header · every kind of parameter, packed · SHA-256
 #
 # Names and shapes follow from the hyperparameters in the header. Nothing in a file is executed, and
-# memory is taken only for weights that it has bytes for.
+# memory is taken only for weights that it has a bit for: spaces fill up what packs to less.
 
 ARTIFACT_MAGIC = b"MDLMgolf"
 FORMAT_VERSION = 2
+
+
+def least_bytes(weights: int) -> int:
+    """Of the artifact of so many weights."""
+    return max(weights - 2**16, 0) // 8
 
 
 class Artifact(NamedTuple):
@@ -1957,13 +2062,12 @@ def storage_label(header: Mapping) -> str:
 
 def save_artifact(
     model: Model,
-    hp: Hyperparameters,
+    hp,
     path: str | Path,
     moments: Mapping[str, Tensor] | None = None,
 ) -> dict:
-    """Quantizes, packs and writes the model; `input_moments` let rounding errors cancel.
-
-    Returns artifact_bytes, label and kinds. InputError if something is not finite or not written.
+    """Packs and writes the model; its artifact_bytes, label and kinds. `input_moments` let rounding
+    errors cancel. InputError if something is not finite or not written.
     """
     for name, tensor in [*model.named_parameters(), *(moments or {}).items()]:
         if not tensor.isfinite().all():
@@ -1982,8 +2086,10 @@ def save_artifact(
             for name, facts in kinds.items()
         },
     )
-    text = json.dumps(header).encode()
-    data = sealed(b"".join([ARTIFACT_MAGIC, len(text).to_bytes(4, "little"), text, *blobs]))
+    weights = sum(facts["weights"] for facts in kinds.values())
+    packed = b"".join(blobs)
+    text = json.dumps(header).ljust(least_bytes(weights) - len(packed)).encode()
+    data = sealed(ARTIFACT_MAGIC + len(text).to_bytes(4, "little") + text + packed)
     write_file(Path(path), data)
     return dict(artifact_bytes=len(data), label=storage_label(header), kinds=kinds)
 
@@ -2024,7 +2130,7 @@ def _unpack_sound(data: bytes) -> Artifact:
     packed_bytes = sum(size for _, _, size in kinds.values())
     _require(list(kinds) == [kind.name for kind in groups], "it has other kinds of parameters")
     _require(position + packed_bytes == len(data) - DIGEST_BYTES, "its parts do not fill it")
-    _require(weights <= 8 * len(data) + 2**16, "it has less than a bit for each weight")
+    _require(len(data) >= least_bytes(weights), "it has less than a bit for each weight")
     state = {}
     for named, (storage, packer, size) in zip(groups.values(), kinds.values(), strict=True):
         shapes = [parameter.shape for parameter in named.values()]
@@ -2037,7 +2143,7 @@ def _unpack_sound(data: bytes) -> Artifact:
 
 def read_artifact(path: str | Path) -> Artifact:
     """All processes get what the first one reads; InputError if it is not sound."""
-    return unpack_artifact(on_first_process(Path(path).read_bytes), path)
+    return unpack_artifact(on_first_process(functools.partial(read_file, path)), path)
 
 
 def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
@@ -2046,7 +2152,7 @@ def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
     return artifact.model, artifact.hp
 
 
-def predicted_bytes(hp: Hyperparameters) -> int:
+def predicted_bytes(hp) -> int:
     """Code + artifact if all weights were normal, from 256 rows of each kind."""
     total = len(Path(__file__).read_bytes())
     for kind, named in by_kind(outline_model(hp)).items():
@@ -2062,8 +2168,8 @@ def predicted_bytes(hp: Hyperparameters) -> int:
 # ---- Scoring -----------------------------------------------------------------
 #
 # Bottom up: −ln p of single tokens; masks and orders whose weighted sums are code lengths; the
-# table of estimators; a whole split. A score is Σ bits / Σ bytes over evenly spaced windows. Each
-# has random numbers of its own, so batches and processes do not matter.
+# estimators; a whole split. A score is Σ bits / Σ bytes over evenly spaced windows, each of which
+# has random numbers of its own: batches and processes do not matter.
 
 
 @torch.no_grad()
@@ -2129,10 +2235,10 @@ def nelbo_masks(passes: int, times: Tensor, keys: Tensor, allowed: Tensor) -> We
     n counts the `allowed` (B, L) positions: the mean code length over all orders of these tokens,
     and the bound of Sahoo et al. (2024) in continuous time.
 
-    Small masks vary most, so with several passes k = 1 + ⌊n·t^1.5⌋ favours small k, and dividing by
-    P(k) corrects for it. Pass i takes t from the i-th of `passes` strata, as `times` (B,) in [0, 1)
-    say; in half of the strata t runs backwards, so that its errors cancel. All passes share one
-    random order of the positions, the ranks of keys (B, L): each masks the next k, cyclically.
+    Small masks vary most, so with several passes k = 1 + ⌊n·t^1.5⌋ favours small k, for which P(k)
+    makes up. Pass i has t = `times` (B,) in [0, 1) in the i-th of `passes` strata, in half of them
+    backwards. All share one random order of the positions, that of keys (B, L): each masks the next
+    k, cyclically.
     """
     power = 1.5 if passes > 1 else 1.0
     place = ranks(torch.where(allowed, keys, 2))
@@ -2266,9 +2372,8 @@ def chain_rule(
 ) -> Tensor:
     """(B, L) nats by position: −ln p(x_i | what was revealed before the group of i).
 
-    An exact code that can be decoded. `order` is l2r, confidence, random (drawn from `seed`), or
-    positions (L,) or (B, L) as revealed, `group` of them by one call; `boundary_bits` pays for
-    anchors. A causal model goes l2r, after the token `before` (B,).
+    `order` is l2r, confidence, random (drawn from `seed`), or positions (L,) or (B, L) as revealed,
+    `group` of them by one call. A causal model goes l2r, after the token `before` (B,).
     """
     rows, length = x0.shape
     if model.hp.causal:
@@ -2430,7 +2535,7 @@ def evenly_spaced(total: int, wanted: int) -> list[int]:
 class WindowPlan:
     """Which windows a score sees, what it scores of them, in what batches."""
 
-    def __init__(self, estimator: Estimator, hp: Hyperparameters, stream: TokenStream, seqs: int):
+    def __init__(self, estimator: Estimator, hp, stream: TokenStream, seqs: int):
         self.hp = hp
         self.length = hp.train_seq_len
         self.stride = min(hp.stride, self.length) if estimator.sliding else self.length
@@ -2464,15 +2569,16 @@ class WindowPlan:
 def score_windows(
     name: str,
     model: Model,
-    hp: Hyperparameters,
+    hp,
     split: Split,
     seqs: int,
-    note: Callable[[float], None] = lambda fraction: None,
+    note: Callable[[float], object] = lambda fraction: None,
 ) -> tuple[Score, Tensor]:
     """The score `name` of `seqs` evenly spaced windows (0: all), shared among the processes.
 
     Also its table (windows, buckets, 2) of bits, without `boundary_bits`, and bytes. Bucket b has
     the positions 2^(b−1) … 2^b − 1; scores without positions have all nats in bucket 0.
+    KeyboardInterrupt if `note`, which is told the fraction that is done, returns True.
     """
     started = time.perf_counter()
     estimator = ESTIMATORS[hp.objective][name]
@@ -2480,6 +2586,7 @@ def score_windows(
     bucket = torch.tensor([position.bit_length() for position in range(plan.length)])
     table = torch.zeros(len(plan.numbers), int(bucket[-1]) + 1, 2, dtype=torch.float64)
     boundaries = torch.zeros(len(plan.numbers), dtype=torch.float64)
+    stopped = False
     for batch in plan.batches():
         windows = plan.read(batch, split)
         nats = estimator.nats(model, windows).double()
@@ -2492,7 +2599,11 @@ def score_windows(
             anchors = (windows.scored & ~maskable(hp, windows.x0)).sum(1).tolist()
             paid = map(boundary_bits, anchors, plan.scored_tokens[batch])
             boundaries[batch] = torch.tensor([*paid], dtype=torch.float64)
-        note(min(batch.stop / len(plan.numbers), 1.0))
+        stopped = bool(note(min(batch.stop / len(plan.numbers), 1.0)))
+        if stopped:
+            break
+    if all_reduce(torch.tensor(float(stopped))) > 0:
+        raise KeyboardInterrupt
     all_reduce(table)
     all_reduce(boundaries)
     ms = 1000 * (time.perf_counter() - started)
@@ -2520,7 +2631,7 @@ def bucket_name(bucket: int, length: int) -> str:
     return f"{first}-{last}" if last > first else f"{first}"
 
 
-def final_scores(hp: Hyperparameters) -> dict[str, int]:
+def final_scores(hp) -> dict[str, int]:
     """Windows (0: all) by score, the headline first."""
     known = ESTIMATORS[hp.objective]
     requested = hp.requested_scores
@@ -2535,7 +2646,7 @@ def final_scores(hp: Hyperparameters) -> dict[str, int]:
     return found
 
 
-def score_model(artifact: Artifact, hp: Hyperparameters, val: Split, log: Log) -> None:
+def score_model(artifact: Artifact, hp, val: Split, log: Log) -> None:
     """Logs the headline and the other final scores."""
     model = artifact.model.on(val.luts.base_bytes.device)
     label = artifact.storage.replace("+", "_")
@@ -2566,9 +2677,10 @@ def score_model(artifact: Artifact, hp: Hyperparameters, val: Split, log: Log) -
 
 # ---- Checkpoints -------------------------------------------------------------
 #
-# A checkpoint is all that a run is: one tensor of weights, moments and average, the clock, and the
-# hyperparameters; then a checksum. Loading it unpickles tensors, numbers and text only. A run that
-# goes on from it ends in the same bytes as one that was never interrupted.
+#     u32 length of the header · JSON header · weights, moments and average in float32 · SHA-256
+#
+# A checkpoint is all that a run is: its optimizer, its clock, its hyperparameters. A run that goes
+# on from it ends in the same bytes as one that was never interrupted.
 
 
 @dataclasses.dataclass
@@ -2586,20 +2698,16 @@ class Checkpoint(NamedTuple):
 
     hp: Hyperparameters
     progress: Progress
-    state: Tensor  # of the optimizer
-    counts: Tensor
+    state: Tensor  # (4, total) of the optimizer
+    counts: list[int]
     averages: int
     data: int  # digest of the training shards
 
     def fits(self, optimizer: Optimizer) -> bool:
-        """Whether its tensors are finite, and of the shapes of this optimizer."""
-        pairs = ((self.state, optimizer.state), (self.counts, optimizer.counts))
-        return all(
-            saved.shape == own.shape and saved.dtype == own.dtype and bool(saved.isfinite().all())
-            for saved, own in pairs
-        )
+        """Whether its weights are finite, and as many as those of this optimizer."""
+        return self.state.shape == optimizer.state.shape and bool(self.state.isfinite().all())
 
-    def changed_settings(self, hp: Hyperparameters) -> list[str]:
+    def changed_settings(self, hp) -> list[str]:
         """What was different when it was made, of all that changes the result."""
         return [
             self.hp.shown(spec.name)
@@ -2618,12 +2726,10 @@ def write_checkpoint(checkpoint: Checkpoint) -> Path:
     """logs/<RUN_ID>.<step>.ckpt; the one before it stays, older ones go."""
     run_id = checkpoint.hp.run_id
     path = Path("logs") / f"{run_id}.{checkpoint.progress.step:08d}.ckpt"
-    saved = checkpoint._asdict() | dict(version=FORMAT_VERSION)
-    for name in ("hp", "progress"):
-        saved[name] = dataclasses.asdict(saved[name])
-    buffer = io.BytesIO()
-    torch.save(saved, buffer)
-    write_file(path, sealed(buffer.getvalue()))
+    header = checkpoint._asdict() | dict(version=FORMAT_VERSION)
+    state = header.pop("state").cpu().numpy().tobytes()
+    text = json.dumps(header, default=dataclasses.asdict).encode()
+    write_file(path, sealed(len(text).to_bytes(4, "little") + text + state))
     older = [other for other in checkpoint_paths(run_id) if other < path]
     for other in older[1:]:
         other.unlink()
@@ -2631,23 +2737,25 @@ def write_checkpoint(checkpoint: Checkpoint) -> Path:
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
-    """The same on all processes; None if it is damaged or foreign. InputError if not readable."""
-    data = on_first_process(path.read_bytes)
+    """None if it is damaged or foreign; InputError if not readable."""
+    data = on_first_process(functools.partial(read_file, path))
     try:
         body = unsealed(data)
-        saved = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        begin = 4 + int.from_bytes(body[:4], "little")
+        saved = json.loads(body[4:begin])
         version = saved.pop("version")
         saved["hp"] = Hyperparameters(**saved["hp"])
         progress = saved["progress"] = Progress(**saved["progress"])
-        checkpoint = Checkpoint(**saved)
-        whole = (progress.step, progress.validated, checkpoint.averages, checkpoint.data)
+        state = np.frombuffer(body, np.float32, offset=begin).reshape(4, -1)
+        checkpoint = Checkpoint(state=torch.from_numpy(state.copy()), **saved)
+        whole = (progress.step, progress.validated, checkpoint.averages, *checkpoint.counts)
         sound = (
             version == FORMAT_VERSION
-            and type(checkpoint.state) is type(checkpoint.counts) is Tensor
             and all(type(number) is int and number >= 0 for number in whole)
+            and type(progress.train_ms) is type(progress.best_bpb) is float
             and 0 <= progress.train_ms < math.inf
             and progress.best_bpb > 0
-            and checkpoint.counts.sum() == progress.step
+            and sum(checkpoint.counts) == progress.step
         )
         return checkpoint if sound else None
     except Exception:  # there are as many kinds as ways to damage a file
@@ -2656,11 +2764,11 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
 
 # ---- Training ----------------------------------------------------------------
 #
-# The loop reads from top to bottom: save, stop, validate, step. The clock stands still while
-# anything but training is done. Schedules follow the steps or the clock, whichever ends first.
+# The loop: save, stop, validate, step. The clock stands still while anything but training is done.
+# Schedules follow the steps or the clock, whichever ends first.
 
 
-def run_fraction(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
+def run_fraction(hp, step: int, elapsed_ms: float) -> float:
     """How much of the run is done, in [0, 1]: of its steps or its time, whichever is more."""
     by_steps = step / hp.iterations if hp.iterations else 1.0
     by_clock = 0.0
@@ -2669,13 +2777,13 @@ def run_fraction(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
     return min(max(by_steps, by_clock), 1.0)
 
 
-def lr_scale(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
+def lr_scale(hp, step: int, elapsed_ms: float) -> float:
     """Of all learning rates: rises over LR_WARMUP_STEPS, decays to MIN_LR_FRAC at the end, which
     is the last iteration or the end of the wall clock."""
     left = hp.iterations - step
     if hp.max_wallclock_seconds and step >= 10 and elapsed_ms > 0:  # a mean of fewer says little
         ms_left = 1000 * hp.max_wallclock_seconds - elapsed_ms
-        left = min(left, ms_left / (elapsed_ms / step))
+        left = min(left, ms_left * step / elapsed_ms)
     decay_steps = hp.warmdown_iters or hp.warmdown_frac * (step + left)
     scale = min(max(left / decay_steps, 0.0), 1.0) if decay_steps > 0 else 1.0
     if hp.warmdown_shape == "cosine":
@@ -2684,7 +2792,7 @@ def lr_scale(hp: Hyperparameters, step: int, elapsed_ms: float) -> float:
     return rise * (hp.min_lr_frac + (1 - hp.min_lr_frac) * scale)
 
 
-def micro_batches(hp: Hyperparameters) -> list[range]:
+def micro_batches(hp) -> list[range]:
     """This process's rows of a batch, in equal parts of at most MICRO_BATCH_TOKENS."""
     length = hp.shown("train_seq_len")
     rows, rest = divmod(hp.batch_rows, world_size())
@@ -2692,21 +2800,42 @@ def micro_batches(hp: Hyperparameters) -> list[range]:
         batch, share = hp.shown("train_batch_tokens"), hp.train_seq_len * world_size()
         raise InputError(f"{batch} is no multiple of {share}: {length} x {world_size()} processes")
     most = min(rows, hp.micro_batch_tokens // hp.train_seq_len)
-    fitting = [size for size in range(1, most + 1) if rows % size == 0]
-    if not fitting:
+    if most < 1:
         raise InputError(f"{hp.shown('micro_batch_tokens')} is less than one sequence, {length}")
-    size = fitting[-1]
+    size = next(size for size in range(most, 0, -1) if rows % size == 0)
     first = rank() * rows
     return [range(start, start + size) for start in range(first, first + rows, size)]
 
 
+def check_memory(hp, device: torch.device) -> None:
+    """InputError if a run cannot fit; counts what it takes at least, before it is built."""
+    rows = len(micro_batches(hp)[0])
+    per_token = (2 if hp.compute_dtype == "bfloat16" else 4) * hp.model_dim * (4 + hp.mlp_mult)
+    weights = sum(parameter.numel() for parameter in outline_model(hp).parameters())
+    needed = {
+        "weights and optimizer": 20 * weights,
+        "activations": rows * hp.train_seq_len * hp.num_layers * per_token,
+        "logits": 8 * scored_capacity(hp, rows) * hp.vocab_size,
+        "noise": 4 * hp.train_batch_tokens,
+    }
+    if device.type == "cuda":
+        there_are = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there_are = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        there_are /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if sum(needed.values()) > there_are:
+        parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in needed.items())
+        names = ("model_dim", "num_layers", "train_batch_tokens", "micro_batch_tokens")
+        given = ", ".join(map(hp.shown, names))
+        memory = f"more GiB than the {there_are / 2**30:.1f} there are: {parts}"
+        raise InputError(f"{memory}; lower one of {given}")
+
+
 class Trainer:
-    """Model, optimizer and progress of a run, and its one training step.
+    """Model, optimizer and progress of a run, and its one training step, which is the same for any
+    number of processes and micro-batches, up to rounding."""
 
-    Any number of processes and micro-batches gives the same sums, up to rounding.
-    """
-
-    def __init__(self, hp: Hyperparameters, stream: TokenStream, device: torch.device, log: Log):
+    def __init__(self, hp, stream: TokenStream, device: torch.device, log: Log):
         self.hp = hp
         self.stream = stream
         self.device = device
@@ -2779,14 +2908,18 @@ class Trainer:
         for x, before in kept:
             x.copy_(before)
 
-    def validate(self, val: Split) -> Score:
-        """The headline of the averaged weights, with one mask per window."""
+    def validate(self, val: Split, note: Callable[[float], object] = bool) -> Score | None:
+        """The headline of the averaged weights, with one mask per window; None if interrupted."""
         self.check()
         once = dataclasses.replace(self.hp, nelbo_passes=1)
         seqs = self.hp.eval_max_seqs
         self.optimizer.swap_average()
-        score, _ = score_windows(self.hp.headline, self.model, once, val, seqs)
-        self.optimizer.swap_average()
+        try:
+            score, _ = score_windows(self.hp.headline, self.model, once, val, seqs, note)
+        except KeyboardInterrupt:
+            return None
+        finally:
+            self.optimizer.swap_average()
         self.progress.validated = self.progress.step
         self.progress.best_bpb = min(self.progress.best_bpb, score.bpb)
         loss = f"val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} stderr:{score.stderr:.4f}"
@@ -2807,7 +2940,7 @@ class Trainer:
             hp=self.hp,
             progress=self.progress,
             state=self.optimizer.state,
-            counts=self.optimizer.counts,
+            counts=[int(count) for count in self.optimizer.counts],
             averages=self.optimizer.averages,
             data=self.stream.digest,
         )
@@ -2817,7 +2950,7 @@ class Trainer:
     def resume(self) -> None:
         """Goes on from the newest sound checkpoint of this run, else from RESUME=path.
 
-        InputError if it is of a run with other settings or other data.
+        InputError if its settings or data were others.
         """
         hp = self.hp
         own = on_first_process(lambda: checkpoint_paths(hp.run_id))
@@ -2855,7 +2988,7 @@ class Trainer:
         self.progress = checkpoint.progress
         self.optimizer.averages = checkpoint.averages
         self.optimizer.state.copy_(checkpoint.state)
-        self.optimizer.counts.copy_(checkpoint.counts)
+        self.optimizer.counts.copy_(torch.tensor(checkpoint.counts))
 
 
 def due(every: int, step: int) -> bool:
@@ -2893,7 +3026,10 @@ def train(trainer: Trainer, val: Split) -> Model:
         validate = due(hp.val_loss_every, progress.step) and progress.step != progress.validated
         if finished or validate:
             with clock.paused("validation"):
-                score = trainer.validate(val)
+                score = trainer.validate(val, lambda fraction: clock.stopped)
+            if not score:
+                stopped = True
+                continue
             note = f"val_bpb {score.bpb:.3f}"
         if finished:
             _, stopped = clock.read()
@@ -2946,10 +3082,8 @@ def peak_memory(device: torch.device) -> str:
 def resolve_hyperparameters(
     asked: Hyperparameters, env: Mapping[str, str], device: torch.device, artifact: Artifact | None
 ) -> Hyperparameters:
-    """`asked`, with the predictor of the artifact that is scored, a RUN_ID and a dtype.
-
-    InputError if `env` asks for another predictor than the artifact's.
-    """
+    """`asked`, with the predictor of the artifact that is scored, a RUN_ID and a dtype; InputError
+    if `env` asks for another predictor."""
     hp = asked
     if artifact:
         stored = {name: getattr(artifact.hp, name) for name in stored_fields() if name != "preset"}
@@ -2964,7 +3098,11 @@ def resolve_hyperparameters(
     return dataclasses.replace(hp, run_id=hp.run_id or stamp, compute_dtype=dtype)
 
 
-def claim_run(hp: Hyperparameters, log: Log) -> None:
+def artifact_path(hp) -> Path:
+    return Path("logs") / f"{hp.run_id}.mdlm"
+
+
+def claim_run(hp, log: Log) -> None:
     """Locks the log of this RUN_ID, and begins it with the source of this file.
 
     InputError if another process has it, or if the run is finished or may not go on.
@@ -2981,15 +3119,21 @@ def claim_run(hp: Hyperparameters, log: Log) -> None:
         pass  # some file systems cannot lock
     log.lock.seek(0)
     text = log.lock.read()
-    begun = re.search("^run_id:", text, re.MULTILINE)
+    source = Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n"
+    begun = re.search(
+        f"^={{100}}$.*^run_id:{re.escape(hp.run_id)} ", text, re.MULTILINE | re.DOTALL
+    )
     finished = re.search("^finished:", text, re.MULTILINE)
     may_not_go_on = hp.resume == "never" or hp.eval_only
     if finished or (may_not_go_on and (text or checkpoint_paths(hp.run_id))):
         raise InputError(f"{hp.shown('run_id')} was used before: see {path}; choose another")
+    artifact = artifact_path(hp)
+    if not begun and (not source.startswith(text) or (artifact.exists() and not hp.eval_only)):
+        foreign = path if text else artifact
+        raise InputError(f"{foreign}: is not of this run; choose another RUN_ID than {hp.run_id}")
     half_written = path.parent.glob(f"{hp.run_id}.{'[0-9]' * 8}.ckpt.part")
     for leftover in [*half_written, *checkpoint_paths(hp.run_id)[2:]]:
         leftover.unlink()  # of a process that was killed while it wrote
-    source = Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n"
     if not begun:
         log.lock.truncate(0)
         log.lock.write(source)
@@ -3001,7 +3145,7 @@ def claim_run(hp: Hyperparameters, log: Log) -> None:
     log.lock.flush()
 
 
-def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) -> Log:
+def open_log(hp, env: Mapping[str, str], device: torch.device) -> Log:
     """The log of a run, with its first lines."""
     log = Log(Path(f"logs/{hp.run_id}.txt"))
     on_first_process(functools.partial(claim_run, hp, log))
@@ -3017,9 +3161,7 @@ def open_log(hp: Hyperparameters, env: Mapping[str, str], device: torch.device) 
     return log
 
 
-def write_artifact(
-    model: Model, moments: Mapping[str, Tensor], hp: Hyperparameters, path: Path, log: Log
-) -> None:
+def write_artifact(model: Model, moments: Mapping[str, Tensor], hp, path: Path, log: Log) -> None:
     """Packs the model, and logs code + artifact against the limit."""
     info = on_first_process(lambda: save_artifact(model, hp, path, moments))
     label, kinds, artifact_bytes = info["label"], info["kinds"], info["artifact_bytes"]
@@ -3052,7 +3194,7 @@ def train_and_pack(trainer: Trainer, val: Split) -> Artifact:
     model = train(trainer, val)
     log(f"peak memory allocated: {peak_memory(trainer.device)}")
     batches = (batch for step in range(hp.quant_feedback) for batch in trainer.batches(step))
-    path = Path("logs") / f"{hp.run_id}.mdlm"
+    path = artifact_path(hp)
     write_artifact(model, input_moments(model, batches), hp, path, log)
     return read_artifact(path)
 
@@ -3066,18 +3208,20 @@ def run(env: Mapping[str, str]) -> None:
     device = start_processes()
     artifact = read_artifact(asked.eval_only) if asked.eval_only else None
     hp = resolve_hyperparameters(asked, env, device, artifact)
+    if not artifact:
+        check_memory(hp, device)
     tokenizer = load_tokenizer(hp.tokenizer_path, hp.vocab_size)
     luts = build_sentencepiece_luts(tokenizer, hp.vocab_size, device)
     val = open_validation(hp, tokenizer, luts)
     windows = val.stream.count_windows(hp.train_seq_len)
-    sizes = f"val_tokens:{val.stream.total} val_windows:{windows}"
+    data = f"tokenizer_sha256:{file_sha256(hp.tokenizer_path)} val_tokens:{val.stream.total} "
+    data += f"val_bytes:{val.stream.facts['bytes']} val_windows:{windows}"
     if not artifact:
         stream = open_training(hp, tokenizer, luts)
-        sizes += f" train_tokens:{stream.total}"
-        micro_batches(hp)  # before there is a log: do the processes divide the batch?
+        data += f" train_tokens:{stream.total}"
     log = open_log(hp, env, device)
     try:
-        log(f"dataset:{Path(hp.data_path).name} {sizes}")
+        log(f"dataset:{Path(hp.data_path).name} {data}")
         if artifact:
             log(f"eval_only:{hp.eval_only} compute_dtype:{hp.compute_dtype}")
         else:
@@ -3092,7 +3236,10 @@ def run(env: Mapping[str, str]) -> None:
 
 def main() -> None:
     arguments = sys.argv[1:]
-    sys.stdout.reconfigure(errors="backslashreplace")  # for screens without Unicode
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # for screens without Unicode
     on_signals(signal.default_int_handler)  # raises a KeyboardInterrupt
     try:
         if arguments and arguments[0] in ("-h", "--help"):

@@ -142,10 +142,10 @@ def test_tokens_beyond_the_vocabulary_are_found(tmp_path):
     shard(tmp_path / "fineweb_train_000000.bin", [1, 2, 3])
     bad = shard(tmp_path / "fineweb_train_000001.bin", [1, 1024, 3])
     stream = tm.TokenStream(tmp_path, "train")
-    stream.check_tokens(1025)
-    stream.check_tokens(1024, first_tokens=3)  # a run that never gets there
+    stream.measure(1025)
+    stream.measure(1024, first_tokens=3)  # a run that never gets there
     with pytest.raises(ValueError, match="holds token 1024, but VOCAB_SIZE=1024") as caught:
-        stream.check_tokens(1024)
+        stream.measure(1024)
     assert str(bad) in str(caught.value)
 
 

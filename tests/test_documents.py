@@ -139,9 +139,9 @@ def test_tokens_beyond_the_vocabulary_are_found_where_a_run_gets_first(tmp_path)
         return tm.DocumentStream(tmp_path, "train", hp_of(seed=seed))
 
     seeds = {stream(seed).order(0)[0]: seed for seed in range(40)}  # by the shard that comes first
-    stream(seeds[1]).check_tokens(V, first_tokens=3)
+    stream(seeds[1]).measure(V, first_tokens=3)
     with pytest.raises(tm.InputError, match="000002.bin: holds token 60"):
-        stream(seeds[2]).check_tokens(V, first_tokens=3)
+        stream(seeds[2]).measure(V, first_tokens=3)
 
 
 PROBE = """
@@ -162,7 +162,7 @@ else:
 stream.windows(range(64), 512)  # what the first batch needs of any stream
 peak, size = resident()
 resource.setrlimit(resource.RLIMIT_AS, (1024 * (size + 40_000),) * 2)
-stream.check_tokens(hp.vocab_size)
+stream.measure(hp.vocab_size)
 tokens = rows = 0
 while tokens < stream.total:
     numbers = range(rows, rows + 64)

@@ -1,7 +1,7 @@
 """A run is never lost: killed, stopped or out of disk, it ends with the same artifact."""
 
-import hashlib
 import io
+import json
 import math
 import os
 import random
@@ -312,30 +312,52 @@ def test_a_run_is_not_started_twice_at_once(env, whole, tmp_path):
 # ---- Damaged checkpoints
 
 
-def resealed(change):
-    """A checkpoint with other contents and a checksum that is right."""
+def opened(data):
+    """Header and tensor of a checkpoint."""
+    begin = 4 + int.from_bytes(data[:4], "little")
+    return json.loads(data[4:begin]), np.frombuffer(data[begin:-32], np.float32).reshape(4, -1)
+
+
+def resealed(header, state):
+    """A checkpoint of these, with a checksum that is right."""
+    text = json.dumps(header).encode()
+    return tm.sealed(len(text).to_bytes(4, "little") + text + state.tobytes())
+
+
+def with_header(change):
+    """A checkpoint with another header."""
 
     def damage(data):
-        saved = change(torch.load(io.BytesIO(data[:-32]), weights_only=True))
-        torch.save(saved, buffer := io.BytesIO())
-        return buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
+        header, state = opened(data)
+        return resealed(change(header), state)
 
     return damage
 
 
 def with_fields(**fields):
     """A checkpoint that has these fields instead of its own."""
-    return resealed(lambda saved: saved | fields)
+    return with_header(lambda header: header | fields)
 
 
 def within(field, **values):
     """A checkpoint with these values in one of its dicts."""
-    return resealed(lambda saved: saved | {field: saved[field] | values})
+    return with_header(lambda header: header | {field: header[field] | values})
 
 
 def with_state(change):
     """A checkpoint with another tensor of weights and moments."""
-    return resealed(lambda saved: saved | dict(state=change(saved["state"])))
+
+    def damage(data):
+        header, state = opened(data)
+        return resealed(header, change(state))
+
+    return damage
+
+
+def pickled(data):
+    """As torch.save writes: nothing in a checkpoint is unpickled."""
+    torch.save(dict(state=torch.zeros(4, 64), progress=Evil()), buffer := io.BytesIO())
+    return tm.sealed(buffer.getvalue())
 
 
 class Evil:
@@ -348,23 +370,28 @@ DAMAGES = {
     "cut off": lambda data: data[: len(data) // 2],
     "a bit": lambda data: data[:5000] + bytes([data[5000] ^ 4]) + data[5001:],
     "text": lambda data: b"hello\n" * 100,
-    "list": resealed(lambda saved: [1, 2]),
-    "fields": resealed(lambda saved: {"version": saved["version"]}),
+    "list": with_header(lambda header: [1, 2]),
+    "fields": with_header(lambda header: {"version": header["version"]}),
     "more fields": with_fields(extra=1),
     "version": with_fields(version=-1),
     "shape": with_state(lambda state: state[:, :-64]),
-    "type": with_fields(state=7),
-    "broadcast": with_fields(state=torch.ones(1)),
-    "integers": with_state(lambda state: state.long()),
+    "state twice": with_fields(state=7),
+    "no state": with_state(lambda state: state[:, :0]),
+    "doubles": with_state(lambda state: state.astype(np.float64)),
+    "odd length": with_state(lambda state: state.reshape(-1)[:-1]),
     "not finite": with_state(lambda state: state * math.nan),
     "time": within("progress", train_ms=-1e9),
+    "time of another kind": within("progress", train_ms="soon"),
+    "length of the header": lambda data: tm.sealed(b"\xff" * 4 + data[4:-32]),
+    "nested": lambda data: tm.sealed((10**5).to_bytes(4, "little") + b"[" * 10**5),
     "step": within("progress", step=1_000_000),
     "step of another kind": within("progress", step=21.0),
     "best score": within("progress", best_bpb=math.nan),
     "knob": within("hp", backbone="\x1b[2J"),
     "progress": with_fields(progress={"step": "x"}),
     "counts": with_fields(counts=None, averages="many"),
-    "code": with_fields(progress=Evil()),
+    "counts of another kind": with_fields(counts=[20.0, 1]),
+    "pickle": pickled,
 }
 
 
@@ -390,12 +417,13 @@ def copied(stopped, tmp_path):
 
 
 def test_a_checkpoint_has_what_a_run_is_and_nothing_else(copied):
-    saved = torch.load(io.BytesIO(copied[1].read_bytes()[:-32]), weights_only=True)
-    assert saved.keys() == {"version", "hp", "progress", "state", "counts", "averages", "data"}
-    assert saved["progress"]["step"] == 21 == saved["counts"].sum()
+    saved, state = opened(copied[1].read_bytes())
+    assert saved.keys() == {"version", "hp", "progress", "counts", "averages", "data"}
+    assert saved["progress"]["step"] == 21 == sum(saved["counts"])
     checkpoint = tm.read_checkpoint(copied[1])
     assert checkpoint.progress == tm.Progress(**saved["progress"])
     assert checkpoint.hp == tm.Hyperparameters(**saved["hp"])
+    assert torch.equal(checkpoint.state, torch.from_numpy(state.copy()))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -438,7 +466,7 @@ def test_a_path_to_resume_from_is_taken_or_refused(env, whole, stopped, copied, 
         assert (tmp_path / f"logs/{run_id}.mdlm").read_bytes() == whole[1]
     for missing in ("nothing.ckpt", "logs", "", "AUTO"):
         status, printed, _ = run(env, tmp_path, RUN_ID=f"m{len(missing)}", RESUME=missing)
-        assert status == 2 and f"RESUME={missing}: {missing or '.'}: cannot be read" in printed
+        assert status == 2 and f"RESUME={missing}: {missing or '.'}: there is no" in printed
 
 
 # ---- What happens around a run
