@@ -18,12 +18,16 @@ import train_mdlm as tm
 def artifacts(tiny_env, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     changes = {
+        "demo": dict(preset="demo"),
         "mdlm": {},
         "ar": dict(objective="ar"),
+        "words": {},
         "short": dict(train_seq_len=16, train_batch_tokens=64),
     }
     for name, overrides in changes.items():
         hp = dataclasses.replace(tm.Hyperparameters.from_env(tiny_env), **overrides)
+        if name == "words":
+            hp = dataclasses.replace(hp, vocab_size=512)
         tm.save_artifact(random_model(hp, scale=0.2), hp, folder / f"{name}.mdlm")
     return folder
 
@@ -71,13 +75,41 @@ def test_paired_difference_by_position(artifacts, tiny_env):
 
 def test_artifacts_that_cannot_be_compared(artifacts, tiny_env, tool):
     for name, message in [
-        ("short.mdlm", "TRAIN_SEQ_LEN=16"),
-        ("absent.mdlm", "absent.mdlm: cannot be read"),
+        ("words.mdlm", "VOCAB_SIZE=512, but"),
+        ("short.mdlm", "TRAIN_SEQ_LEN=16, but"),
+        ("absent.mdlm", "absent.mdlm: there is no such file"),
     ]:
         done = tool(compare, artifacts / "mdlm.mdlm", artifacts / name, *where(tiny_env))
         assert done.returncode == 2
         assert done.stderr.startswith("compare.py: error: ") and message in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_artifacts_of_two_texts_cannot_be_compared(artifacts, tiny_env, tool, monkeypatch):
+    """Presets name their data and tokenizer; options and variables hold for both artifacts."""
+    for name in ("DATA_PATH", "TOKENIZER_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    pair = [artifacts / "mdlm.mdlm", artifacts / "demo.mdlm"]
+    for options, message in [
+        ([], "TOKENIZER_PATH=./data/tokenizers/docs_1024_bpe.model, but"),
+        (where(tiny_env)[2:], "DATA_PATH=./data/datasets/docs_sp1024, but"),
+    ]:
+        done = tool(compare, *pair, *options)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert f"{pair[1]}: {message} {pair[0]} has" in done.stderr
+    scores, _ = compare.measure(pair, tiny_env["DATA_PATH"], tiny_env["TOKENIZER_PATH"], 2)
+    assert [score.seqs for score, _ in scores] == [2, 2]
+
+
+def test_scores_of_different_bytes_cannot_be_compared(artifacts, tiny_env):
+    paths = [artifacts / "mdlm.mdlm"] * 2
+    scores, _ = compare.measure(paths, tiny_env["DATA_PATH"], tiny_env["TOKENIZER_PATH"], 2)
+    (score, first), (_, second) = scores
+    second = second.clone()
+    second[0, 0, 1] += 1
+    for other in ((score, second), (score._replace(tokens=63), first)):
+        with pytest.raises(tm.InputError, match="scored on different text: 2 windows"):
+            compare.check_same_windows([(score, first), other])
 
 
 def test_equal_artifacts_do_not_differ(artifacts, tiny_env):

@@ -13,6 +13,11 @@ from pathlib import Path
 import pytest
 import sweep
 from conftest import ROOT
+from run_log import parse_log
+
+import train_mdlm as tm
+
+LOG = ROOT / "records/track_non_record_16mb/2026-11-25_MDLM_demo_docs/train_seed42.log"
 
 
 def test_a_grid_is_every_combination(tmp_path):
@@ -146,7 +151,7 @@ def test_no_run_outlives_a_sweep_that_is_stopped(
         run = sweep.Job.run
 
         def fail(job, *arguments):
-            if job.seed == 1:
+            if job.row["NUM_HEADS"] == "4":
                 return run(job, *arguments)
             stop_when_it_runs()
             raise RuntimeError("something is broken")
@@ -160,6 +165,9 @@ def test_no_run_outlives_a_sweep_that_is_stopped(
     reason = {signal.SIGINT: "Ctrl-C", None: "something is broken"}.get(number) or number.name
     assert reason in done.stderr and "FAILED" not in done.stdout
     assert (tmp_path / "checkpoint").exists()
+    deadline = time.monotonic() + 10  # a killed process takes a moment to end
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert not any(map(is_alive, pids))
     assert (tmp_path / "results.json").read_bytes() == results
     assert not (tmp_path / "README.md").exists()
@@ -246,6 +254,58 @@ def test_rows_stand_beside_those_of_an_earlier_sweep(horizons, tmp_path, tool):
         refused = tool(sweep, *alone, "--beside", path, "--out", tmp_path)
         assert refused.returncode == 2
         assert refused.stderr.count("\n") == 1 and str(path) in refused.stderr
+
+
+def summary(bpb, text, label="a"):
+    """The entry of a row, with one score."""
+    return dict(label=label, planned_tokens=1, val_bpb={1: bpb}, others={}, text=text)
+
+
+def test_rows_on_another_text_are_not_compared(tmp_path, in_environment, monkeypatch):
+    run = parse_log(LOG)._replace(val_bpb=2.0)
+    text = sweep.text_of({1: run})
+    assert text == dict(
+        dataset="docs_sp1024", tokenizer_sha256="", val_tokens=2194643, val_bytes=None
+    )
+    assert sweep.text_of({}) is None
+    assert sweep.text_of({1: run, 2: run._replace(val_tokens=5)}) is None
+    in_environment(ITERATIONS="1", TRAIN_BATCH_TOKENS="32")
+    monkeypatch.setattr(sweep.Job, "finished", lambda job: run)
+    for change, compared in [
+        ({}, True),
+        (dict(val_bytes=7), True),  # an older log does not say
+        (dict(val_tokens=5), False),
+        (dict(dataset="fineweb"), False),
+    ]:
+        before = summary(1.5, text | change) | dict(planned_tokens=32)
+        found = sweep.summarize({}, [1], tmp_path, [before])
+        assert (found["first"], found["difference"]) == (("a", 0.5) if compared else (None, 0.0))
+        rows = [before | sweep.against({1: 1.5}, {1: 1.5}) | dict(others_against={}), found]
+        rows[0] |= dict(first=None, params=1, total_bytes=1, train_seconds=1, cut=False, scripts=[])
+        assert ("Not all rows are scored on the same text" in sweep.table(rows, {})) != compared
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("val_bpb", {"1": "x"}),
+        ("val_bpb", {"x": 1.0}),
+        ("others_against", []),
+        ("mean", "2.5"),
+        ("first", 3),
+        ("label", None),
+        ("scripts", None),
+        ("params", "many"),
+    ],
+)
+def test_results_of_somebody_else_are_refused(tmp_path, name, value):
+    path = ROOT / "records/sweeps/presets/results.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert len(sweep.read_results(path)) == len(results["rows"])
+    for row in ({**results["rows"][0], name: value}, {}):
+        (tmp_path / "r.json").write_text(json.dumps(dict(rows=[row])))
+        with pytest.raises(tm.InputError, match="r.json: is not a results.json of this version"):
+            sweep.read_results(tmp_path / "r.json")
 
 
 def printed_commands(page):
