@@ -64,7 +64,7 @@ def refused(done, *messages):
         assert message in done.stderr
 
 
-def test_record_is_made_from_the_logs_and_checks(logs, tmp_path, make, tool):
+def test_record_is_made_from_the_logs_and_checks(logs, tmp_path, make, tool, tiny_env):
     folder = Path(make(logs, tmp_path).stdout.strip())
     facts = json.loads((folder / "submission.json").read_text())
     line = r"_exact val_loss:\S+ val_bpb:(\S+)"
@@ -76,6 +76,9 @@ def test_record_is_made_from_the_logs_and_checks(logs, tmp_path, make, tool):
     assert facts["bytes_code"] == len(script) and "CPU" in facts["hardware"]
     requirements = (ROOT / "requirements.txt").read_bytes()
     assert facts["requirements_sha256"] == hashlib.sha256(requirements).hexdigest()
+    tokenizer = Path(tiny_env["TOKENIZER_PATH"]).read_bytes()
+    assert facts["tokenizer_sha256"] == hashlib.sha256(tokenizer).hexdigest()
+    assert facts["val_tokens"] == tm.TokenStream(tiny_env["DATA_PATH"], "val").total
     for field in FIELDS:
         assert facts[field], field
     own = (folder / "submission.json").read_bytes()
