@@ -324,6 +324,7 @@ EDITS = {  # what somebody changed in a log, and which two figures then differ
         r"\1 OBJECTIVE=ar",
     ): "score:nelbo is not for OBJECTIVE=ar",
     (r"^dataset:docs", "dataset:fine"): "dataset:fine_sp1024 is not the folder DATA_PATH=",
+    (r"val_tokens:2194643", "val_tokens:2194560"): "but 17144 windows were to be scored",
     (r"val_tokens:2194643", "val_tokens:2194772"): "17146 windows were to be scored",
     (r"val_windows:17145", "val_windows:17144"): "val_windows:17144, but val_tokens:2194643 have",
     (r"val_tokens:2194643", "val_tokens:" + "9" * 5000): "no dataset line in this log",
@@ -423,6 +424,12 @@ def test_time_goes_on_from_life_to_life(tmp_path):
     assert run.lives == 2 and run.train_seconds == 145.862
     in_two_lives(path, begin=r"^step:700/1300 train")  # step 600 was done again
     assert parse_log(path).lives == 2
+    at_500 = RESUMED.replace("550/", "500/")  # at which there is a line in the first life too
+    in_two_lives(path, at_500.replace("64000ms", "58072ms"))
+    assert parse_log(path).lives == 2
+    in_two_lives(path, at_500)
+    with pytest.raises(tm.InputError, match="step:500 has train_time:58072ms and train_time:64000"):
+        parse_log(path)
     in_two_lives(path, RESUMED.replace("64000ms", "71000ms"))
     with pytest.raises(
         tm.InputError, match="train_time:70215ms comes after step:550 train_time:71"
@@ -440,6 +447,29 @@ def test_time_goes_on_from_life_to_life(tmp_path):
         edit(path, (pattern, replacement))
         with pytest.raises(tm.InputError, match=message):
             parse_log(path)
+
+
+def test_lives_that_were_cut_off_early_or_in_a_line(tmp_path):
+    """Killed before the checkpoint was read, or while a line was written: no reason to doubt."""
+    path = tmp_path / "log.txt"
+    in_two_lives(path)
+    whole = parse_log(path)
+    begun = "run_id:demo_seed42 started:2026-11-25T19:39:00 log:logs/demo_seed42.txt\n"
+    edit(path, (r"(?s)\A(.+)(?=^run_id:)", rf"\1step:510/1300 train_lo\n{begun}"))
+    assert body_of(path).count("\nrun_id:") == 2
+    assert parse_log(path) == whole
+
+
+def test_settings_that_are_no_numbers_are_one_line(tmp_path):
+    path = tmp_path / "log.txt"
+    for name in ("SEED", "ITERATIONS", "TRAIN_SEQ_LEN", "FINAL_EVAL_MAX_SEQS", "EVAL_MAX_SEQS"):
+        for value in ("x", "", "9" * 5000, "0"):
+            path.write_bytes((SHIPPED / "train_seed42.log").read_bytes())
+            edit(path, (rf"(hyperparameters:.*) {name}=\w+", rf"\1 {name}={value}"))
+            try:
+                assert parse_log(path).val_bpb == 2.36860086
+            except tm.InputError as error:
+                assert str(error).startswith(f"{path}: ")
 
 
 def test_a_run_that_met_the_wall_clock(tmp_path):
@@ -478,6 +508,23 @@ def test_places_of_anchors_are_in_the_score(tmp_path):
     edit(path, ("boundary_bpb:0.0100", "boundary_bpb:0.0101"))
     with pytest.raises(tm.InputError, match="boundary_bits and boundary_bpb that do not belong"):
         parse_log(path)
+
+
+@pytest.mark.parametrize(
+    "seqs, tokens, scored", [(100, 6400, True), (100, 6464, False), (34290, 2194624, True)]
+)
+def test_a_sliding_window_scores_its_last_tokens(tmp_path, seqs, tokens, scored):
+    """64 of each here, and of the first one of the whole split all 128."""
+    path = tmp_path / "log.txt"
+    path.write_bytes((SHIPPED / "train_seed42.log").read_bytes())
+    counts = f"seqs:{seqs} tokens:{tokens} bytes:4856276 time:1000ms tokens_per_s:{tokens}"
+    edit(path, (r"^(Evaluation)", rf"score:sliding bpb:2.3000 stderr:0.0100 {counts}\n\1"))
+    edit(path, (r"^Evaluation time: 37.2", "Evaluation time: 38.2"))
+    if scored:
+        assert parse_log(path).others["sliding"] == (2.3, seqs)
+    else:
+        with pytest.raises(tm.InputError, match="seqs:100 are 6400 tokens"):
+            parse_log(path)
 
 
 def test_one_window_makes_no_record(logs, tmp_path, make, monkeypatch):

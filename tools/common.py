@@ -176,6 +176,20 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add_tokenizer_option(parser)
 
 
+def add_seqs_option(parser: argparse.ArgumentParser, default: int) -> None:
+    """The option --seqs: how many windows are scored."""
+    text = "windows, evenly spaced; 0: the whole split"
+    parser.add_argument("--seqs", type=windows, default=default, help=text)
+
+
+def windows(text: str) -> int:
+    """An argument that is a number of windows which have a standard error."""
+    if not re.fullmatch(r"\d{1,12}", text, re.ASCII) or int(text) == 1:
+        reason = "give 2 windows or more, for a standard error, or 0 for all of them"
+        raise argparse.ArgumentTypeError(f"{text}: {reason}")
+    return int(text)
+
+
 def require(package: str) -> ModuleType:
     """A package that only requirements-dev.txt brings; InputError if it is missing."""
     try:

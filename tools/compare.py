@@ -142,13 +142,10 @@ def draw(names: list[str], found: list[Figures], out: Path) -> None:
 def main() -> None:
     parser = common.argument_parser(__doc__)
     parser.add_argument("artifacts", nargs=2, type=Path, metavar="ARTIFACT")
-    seqs_help = "windows, evenly spaced; 0: the whole split"
-    parser.add_argument("--seqs", type=int, default=256, help=seqs_help)
+    common.add_seqs_option(parser, default=256)
     common.add_data_options(parser)
     parser.add_argument("--out", type=Path, default=Path("compare.png"))
     arguments = parser.parse_args()
-    if arguments.seqs < 0:
-        raise InputError(f"--seqs {arguments.seqs}: give 0 or more")
     common.check_picture(arguments.out)
     artifacts = arguments.artifacts
     scores, length = measure(artifacts, arguments.data, arguments.tokenizer, arguments.seqs)

@@ -165,18 +165,14 @@ def main() -> None:
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
     rows_help = f"default: {' '.join(DEFAULT_ROWS)}"
     parser.add_argument("--rows", nargs="+", default=DEFAULT_ROWS, metavar="ROW", help=rows_help)
-    seqs_help = "windows, evenly spaced; 0: the whole split"
-    parser.add_argument("--seqs", type=int, default=2048, help=seqs_help)
+    common.add_seqs_option(parser, default=2048)
     batch_help = "sequences of a batch of error feedback"
     parser.add_argument("--batch", type=int, default=16, help=batch_help)
     common.add_data_options(parser)
     parser.add_argument("--out", type=Path, help="the same figures as JSON")
     arguments = parser.parse_args()
-    for name, least in (("seqs", 0), ("batch", 1)):
-        if getattr(arguments, name) < least:
-            raise InputError(f"--{name} {getattr(arguments, name)}: too small")
-    if arguments.seqs == 1:
-        raise InputError("--seqs 1: one window has no standard error; give 2 or more, or 0 for all")
+    if arguments.batch < 1:
+        raise InputError(f"--batch {arguments.batch}: too small, give 1 or more")
     if arguments.out:
         common.check_output(arguments.out, made_table)
     artifact = arguments.artifact

@@ -7,6 +7,7 @@ source of the script at its beginning says: older scripts wrote fewer of them.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
@@ -29,16 +30,17 @@ REAL = r"-?\d{1,15}\.\d{1,9}"
 PIECE_BYTES = 256  # a token has at most
 HEADER_BYTES = (100, 10_000)  # of an artifact, with its checksum
 PAUSE_SECONDS = 5.0  # between two scores, at most
-# What may differ between runs of one system
-OWN_SETTINGS = {
-    *("SEED", "RUN_ID", "DATA_PATH", "TOKENIZER_PATH"),
-    *("RESUME", "CHECKPOINT_EVERY", "TRAIN_LOG_EVERY", "VAL_LOSS_EVERY"),
-}
-RESULT_SETTINGS = {
-    spec.name.upper()
-    for spec in tm.dataclasses.fields(tm.Hyperparameters)
-    if spec.metadata["group"] in tm.RESULT_GROUPS
-}
+
+
+def settings_of(*groups: str) -> set[str]:
+    """Names of hyperparameters."""
+    specs = dataclasses.fields(tm.Hyperparameters)
+    return {spec.name.upper() for spec in specs if spec.metadata["group"] in groups}
+
+
+# What may differ between runs of one system, and what between lives of a run
+OWN_SETTINGS = {"SEED", "RUN_ID"} | settings_of("data", "execution")
+RESULT_SETTINGS = settings_of(*tm.RESULT_GROUPS)
 
 
 class Printed(NamedTuple):
@@ -115,7 +117,8 @@ class Run(NamedTuple):
 
 def lives(path: Path) -> tuple[str, list[str]]:
     """The script's source, and the lines of each life of a run: several if it was interrupted and
-    resumed, without those before it began again from nothing."""
+    resumed, without those before it began again from nothing, and those that ended before they
+    went on."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -129,6 +132,8 @@ def lives(path: Path) -> tuple[str, list[str]]:
     if len(set(re.findall(r"^run_id:(\S+)", body, re.MULTILINE))) != 1:
         raise InputError(f"{path}: holds more than one run")
     bodies = re.split(r"^(?=run_id:)", body, flags=re.MULTILINE)[1:]
+    begun = [body for body in bodies if re.search(r"^(?:resumed|step):", body, re.MULTILINE)]
+    bodies = begun or bodies[-1:]
     begin = 0
     for number, life in enumerate(bodies):
         if not re.search(r"^resumed:", life, re.MULTILINE):
@@ -180,6 +185,12 @@ def read_settings(life: LogLines) -> dict[str, str]:
     return parse_settings(life.text(r"^hyperparameters: (PRESET=.*)$", "hyperparameters line"))
 
 
+def whole_setting(settings: dict[str, str], name: str, otherwise: int) -> int:
+    """A setting that is a whole number; `otherwise` if it is missing, or something else."""
+    text = settings.get(name, "")
+    return int(text) if re.fullmatch(r"\d{1,19}", text, re.ASCII) else otherwise
+
+
 def read_overridden(life: LogLines) -> dict[str, str]:
     given = life.text(r"^overridden: (nothing|[A-Z].*=.*)$", "line on what was overridden")
     return {} if given == "nothing" else parse_settings(given)
@@ -229,8 +240,9 @@ def read_points(life: LogLines) -> list[Point]:
         rf"(?: step_avg:({REAL})ms)?"
     )
     found = life.find_all(pattern)
-    if len(found) != len(life.find_all(r"^(?:resumed:.+ )?step:\d+/")):
-        raise InputError(f"{life.path}: a line on a step is not as train_mdlm.py writes it")
+    for (line,) in life.find_all(r"^((?:resumed:.+ )?step:\d+/.*)(?=\n.)"):
+        if not re.match(pattern, line):  # the last line of a life may be half a line
+            raise InputError(f"{life.path}: {line[:60]}: is not as train_mdlm.py writes it")
     return [
         Point(int(step), int(planned), int(ms), average) for step, planned, ms, average in found
     ]
@@ -250,7 +262,7 @@ def parse_log(path: Path) -> Run:
     settings = read_settings(last)
     numbers = rf"val_tokens:({WHOLE})(?: val_bytes:({WHOLE}))? val_windows:({WHOLE})"
     dataset, tokenizer, val_tokens, val_bytes, val_windows = last.find_only(
-        rf"^dataset:(.+?)(?: tokenizer_sha256:([0-9a-f]{{64}}))? {numbers}(?: |$)", "dataset line"
+        rf"^dataset:(.*?)(?: tokenizer_sha256:([0-9a-f]{{64}}))? {numbers}(?: |$)", "dataset line"
     )
     storage, artifact_bytes = last.find_only(
         rf"^Serialized model (\S+): ({WHOLE}) bytes", "artifact size"
@@ -261,7 +273,7 @@ def parse_log(path: Path) -> Run:
     run = Run(
         source=source,
         run_id=last.text(r"^run_id:(\S+)", "start line"),
-        seed=int(settings.get("SEED", "")) if settings.get("SEED", "").isdecimal() else -1,
+        seed=whole_setting(settings, "SEED", -1),
         preset=settings["PRESET"],
         settings=settings,
         overridden=read_overridden(last),
@@ -388,7 +400,7 @@ def faults_of_times(run: Run, all_lives: list[LogLines]) -> Iterator[str]:
 def faults_of_stop(run: Run, last: LogLines) -> Iterator[str]:
     """Where training ended, and the total of its time."""
     ms = round(1000 * run.train_seconds)
-    planned = int(run.settings.get("ITERATIONS", "0"))
+    planned = whole_setting(run.settings, "ITERATIONS", 0)
     stops = last.find_all(rf"^stopping_early: \S+ train_time:({WHOLE})ms step:({WHOLE})/{WHOLE}$")
     if run.step_stop < planned and stops != [(str(ms), str(run.step_stop))]:
         yield (
@@ -429,10 +441,8 @@ def faults_of_validations(run: Run, last: LogLines) -> Iterator[str]:
 
 def windows_of(run: Run, setting: str) -> int:
     """How many windows a setting asks for; 0 if it is not there."""
-    text = run.settings.get(setting, "")
-    if not text.isdecimal():
-        return 0
-    return min(int(text) or run.val_windows, run.val_windows)
+    asked = whole_setting(run.settings, setting, -1)
+    return 0 if asked < 0 else min(asked or run.val_windows, run.val_windows)
 
 
 def faults_of_sizes(run: Run, last: LogLines) -> Iterator[str]:
@@ -495,36 +505,38 @@ def faults_of_headline(run: Run, last: LogLines, scores: list[ScoreLine]) -> Ite
 
 def asked_windows(run: Run, score: ScoreLine) -> int:
     """Windows of a score, as far as the settings say; 0 where they do not."""
-    named = dict(
-        re.findall(r"(\w+)\s*:\s*(\d+)", run.settings.get("SCORES", "")),
-    )
+    named = dict(re.findall(r"(\w+)\s*:\s*(\d{1,12})", run.settings.get("SCORES", "")))
     if score.name in named:
         wanted = int(named[score.name])
-    elif score.name in HEADLINES and run.settings.get("FINAL_EVAL_MAX_SEQS", "").isdecimal():
-        wanted = int(run.settings["FINAL_EVAL_MAX_SEQS"])
+    elif score.name in HEADLINES:
+        wanted = whole_setting(run.settings, "FINAL_EVAL_MAX_SEQS", 0)
     else:
         return 0
     total = count_windows(run, stride_of(run, score))
     return min(wanted or total, total)
 
 
+def length_of(run: Run) -> int:
+    """Tokens of a window."""
+    return max(whole_setting(run.settings, "TRAIN_SEQ_LEN", 1), 1)
+
+
 def count_windows(run: Run, stride: int) -> int:
     """Windows of the split that do not go round its end."""
-    length = int(run.settings.get("TRAIN_SEQ_LEN", "1"))
+    length = length_of(run)
     return max(1 + (run.val_tokens - 1 - length) // stride, 0)
 
 
 def stride_of(run: Run, score: ScoreLine) -> int:
-    length = int(run.settings.get("TRAIN_SEQ_LEN", "1"))
-    if score.name != "sliding":
-        return length
-    return min(int(run.settings.get("STRIDE", "1")), length)
+    length = length_of(run)
+    stride = whole_setting(run.settings, "STRIDE", length) if score.name == "sliding" else length
+    return max(min(stride, length), 1)
 
 
 def faults_of_score(run: Run, score: ScoreLine) -> Iterator[str]:
     """The figures of one line on a score."""
     line = f"score:{score.name}"
-    length, stride = int(run.settings.get("TRAIN_SEQ_LEN", "1")), stride_of(run, score)
+    length, stride = length_of(run), stride_of(run, score)
     windows = count_windows(run, stride)
     tokens = score.seqs * stride + (length - stride if score.seqs == windows else 0)
     if score.tokens != tokens:
@@ -544,8 +556,7 @@ def faults_of_score(run: Run, score: ScoreLine) -> Iterator[str]:
 
 def faults_of_text(run: Run, scores: Iterable[ScoreLine]) -> Iterator[str]:
     """The split, and what of it was scored."""
-    length = int(run.settings.get("TRAIN_SEQ_LEN", "1"))
-    windows = count_windows(run, length)
+    windows = count_windows(run, length_of(run))
     if run.val_windows != windows:
         yield f"val_windows:{run.val_windows}, but val_tokens:{run.val_tokens} have {windows}"
     if writes(run, "tokenizer_sha256:{") and not (run.tokenizer_sha256 and run.val_bytes):
@@ -561,8 +572,10 @@ def faults_of_text(run: Run, scores: Iterable[ScoreLine]) -> Iterator[str]:
         if run.val_bytes is not None and run.val_bytes - score.bytes > PIECE_BYTES * left:
             unscored = f"val_bytes:{run.val_bytes}, of which {left} tokens are not scored"
             yield f"{line} has bytes:{score.bytes}, but the split has {unscored}"
+        if score.name == "sliding":
+            continue
         same = bytes_by_windows.setdefault(score.seqs, score.bytes)
-        if score.name != "sliding" and same != score.bytes:
+        if same != score.bytes:
             yield f"{line} has bytes:{score.bytes}, another score of the same windows {same}"
 
 
