@@ -199,7 +199,7 @@ def test_files_of_somebody_else_stay(logs, tmp_path, make):
     assert not (tmp_path / "records").exists()
     (tmp_path / "submission.json").unlink()
     (tmp_path / "records").write_text("mine")
-    refused(make(logs, tmp_path), "Not a directory")
+    refused(make(logs, tmp_path), "cannot be written: not a file name in a folder to write into")
     assert (tmp_path / "records").read_text() == "mine"
 
 
@@ -525,6 +525,15 @@ def test_a_sliding_window_scores_its_last_tokens(tmp_path, seqs, tokens, scored)
     else:
         with pytest.raises(tm.InputError, match="seqs:100 are 6400 tokens"):
             parse_log(path)
+
+
+def test_the_last_line_on_skipped_steps_has_their_number(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_bytes((SHIPPED / "train_seed42.log").read_bytes())
+    for step, skipped in ((200, 1), (400, 3)):
+        line = f"step:{step - 1} not finite: loss nan, gradients: matrix; skipped:{skipped}"
+        edit(path, (rf"^(step:{step}/1300 train)", rf"{line}\n\1"))
+    assert parse_log(path).skipped_steps == 3
 
 
 def test_one_window_makes_no_record(logs, tmp_path, make, monkeypatch):

@@ -283,6 +283,7 @@ def make(logs: list[Path], typed: dict[str, str], out: Path) -> Path:
     folder = out / typed["track"] / f"{date}_{typed['name']}"
     if folder.exists():
         raise InputError(f"{folder} is there already; move it away or choose another --name")
+    common.check_output(folder / "submission.json", lambda path: False)
     beside = out.parent / "submission.json"
     common.check_output(beside, made_submission)
     for path in logs:
