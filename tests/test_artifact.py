@@ -276,6 +276,79 @@ def test_a_diverged_model_is_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+KNOBS = dict(  # values of those that define the predictor, and how it is stored
+    objective=["mdlm", "ar"],
+    backbone=["unet", "dit"],
+    vocab_size=[2, 17, 300],
+    doc_chunks=[False, True],
+    anchor_bos=[False, True],
+    train_seq_len=[1, 2, 33],
+    num_layers=[1, 2, 5],
+    model_dim=[2, 8, 32],
+    num_heads=[1, 2, 4],
+    num_kv_heads=[1, 2],
+    mlp_mult=[1, 3],
+    tie_embeddings=[False, True],
+    neighbors=[0, 1, 5, 64],
+    rope_base=[1.0, 1e4],
+    logit_softcap=[0.0, 30.0],
+    qk_gain_init=[0.0, 1.5],
+    tied_embed_init_std=[0.0, 0.05],
+    quant_mode=["fp8", "int4", "int7,embed:int8", "fp32,near:fp8_row", "fp16,gain:fp32"],
+    quant_clip=[2.0, 16.0, 0.0],
+    pack=["auto", *tm.PACKERS],
+)
+
+
+def any_hp(seed):
+    """Values of all these knobs that go together."""
+    rng = random.Random(seed)
+    while True:
+        try:
+            return tm.Hyperparameters(**{name: rng.choice(KNOBS[name]) for name in KNOBS})
+        except tm.InputError:
+            continue
+
+
+def test_what_is_saved_is_read_whatever_the_knobs(tmp_path):
+    """Of models that were not trained: many of their weights are zeros, which pack to nothing."""
+    stored = {spec.name for spec in tm.dataclasses.fields(tm.Hyperparameters)}
+    stored = {name for name in stored if name in tm.stored_fields()} - {"preset", "compute_dtype"}
+    assert stored <= KNOBS.keys()  # a new knob belongs into the table
+    path, filled = tmp_path / "a.mdlm", 0
+    for seed in range(40):
+        hp = any_hp(seed)
+        model = tm.build_model(hp)
+        info = tm.save_artifact(model, hp, path)
+        back, back_hp = tm.load_artifact(path)
+        assert all(getattr(back_hp, name) == getattr(hp, name) for name in tm.stored_fields())
+        for kind, named in tm.by_kind(model).items():
+            quantizer = tm.QUANTIZERS[hp.storages[kind.name]]
+            for name, weight in named.items():
+                codes, scales = tm.quantize(weight, quantizer, hp.quant_clip, None)
+                expected = (codes.float() * scales.float()).view(weight.shape)
+                assert torch.equal(back.state_dict()[name], expected)
+        packed = sum(kind["bytes"] for kind in info["kinds"].values())
+        filled += info["artifact_bytes"] > packed + 5_000
+    assert filled > 1  # some were filled up to a bit a weight
+
+
+def test_a_small_file_claims_no_large_model(tmp_path):
+    """Zeros that would unpack to all of its weights; the same zeros are read from a larger file."""
+    hp = tm.Hyperparameters(num_layers=1, model_dim=256, num_heads=4, neighbors=64, pack="lzma")
+    model = tm.build_model(hp)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    path = tmp_path / "a.mdlm"
+    tm.save_artifact(model, hp, path)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert weights > 30_000_000 and path.stat().st_size * 8 > weights - 2**16
+    header, body = split(path.read_bytes())
+    path.write_bytes(joined(header, body))  # without the spaces
+    assert path.stat().st_size < 100_000 and "less than a bit" in refused(path)
+
+
 def test_writing_leaves_the_former_file_alone_until_all_is_there(tmp_path, monkeypatch):
     path = tmp_path / "a.mdlm"
     tm.write_file(path, b"old")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, clean_env, run_python
 
 import train_mdlm as tm
@@ -270,3 +271,74 @@ def test_scores_of_the_other_objective_are_left_out():
     assert scores("nelbo,l2r:3,sliding:5", objective="ar") == {"ar": 0, "sliding": 5}
     assert scores("ar:3,l2r:4") == {"nelbo": 0, "l2r": 4}
     assert scores("ar:3", objective="ar", final_eval_max_seqs=40) == {"ar": 3}
+
+
+ABSURD = dict(
+    MODEL_DIM=10**6,
+    TRAIN_BATCH_TOKENS=32 * 10**9,
+    TRAIN_SEQ_LEN=10**9,
+    QUANT_FEEDBACK=10**12,
+    WARMUP_STEPS=10**12,
+    MUON_BACKEND_STEPS=10**12,
+    MICRO_BATCH_TOKENS=10**12,
+    VAL_BATCH_SIZE=10**12,
+    NELBO_PASSES=10**12,
+    TSTEP_STEPS=10**12,
+    FINAL_EVAL_T_SAMPLES=10**12,
+    MLP_MULT=10**6,
+)
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_ranges_end_where_they_stop_to_make_sense(name):
+    with pytest.raises(tm.InputError, match=f"{name}={ABSURD[name]} is not between"):
+        tm.Hyperparameters.from_env({name: str(ABSURD[name])})
+
+
+def test_what_cannot_fit_is_refused_with_figures_before_it_is_built(monkeypatch):
+    """20 bytes for each weight, and what a micro-batch keeps for its gradient."""
+    gib = 2**30
+    monkeypatch.setattr(tm.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1}.get(name, 16 * gib))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(tm, "build_model", None)
+    cpu = torch.device("cpu")
+    for fits in ("mdlm", "golf", "demo", "llada"):
+        tm.check_memory(tm.Hyperparameters(preset=fits), cpu)
+    wide = dict(model_dim=16_384, num_heads=128, num_kv_heads=64)
+    hp = tm.Hyperparameters(num_layers=4, vocab_size=1024, train_batch_tokens=65_536, **wide)
+    matrices = 4 * (2 + 1 + 4) * 16_384**2
+    weights = f"weights and optimizer {20 * matrices / gib:.1f}"[:-2]
+    with pytest.raises(tm.InputError) as caught:
+        tm.check_memory(hp, cpu)
+    message = str(caught.value)
+    assert "than the 16.0 there are" in message and weights in message
+    assert "activations 96.0, logits" in message and "MODEL_DIM=16384" in message
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "512")
+    with pytest.raises(tm.InputError, match=r"than the 0\.0 there are"):
+        tm.check_memory(tm.Hyperparameters(preset="demo"), cpu)
+
+
+def test_what_is_counted_is_less_than_what_a_run_takes():
+    """Peak memory of one step, measured in a process of its own."""
+    code = """
+import resource, torch, train_mdlm as tm
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+hp = tm.Hyperparameters(preset="golf", num_layers=4, train_batch_tokens=4096, train_seq_len=256,
+                        model_dim=384, num_heads=6, micro_batch_tokens=4096)
+found = {}
+tm.os.sysconf = lambda name: 0
+try: tm.check_memory(hp, torch.device("cpu"))
+except tm.InputError as error: message = str(error)
+parts = message.partition(": ")[2].partition(";")[0]
+counted = sum(float(part.rpartition(" ")[2]) for part in parts.split(", ")) * 2**30
+before = peak()
+model = tm.build_model(hp)
+optimizer = tm.Optimizer(model, hp)
+tokens = torch.randint(2, 1024, (16, 256))
+noise = tm.draw_noise(hp, tm.seeded("cpu", 0))
+tm.batch_loss(model, tm.masked_batch(hp, tokens, *noise, tm.scored_capacity(hp, 16))).backward()
+print(counted, peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    counted, measured = map(float, done.stdout.split())
+    assert 0.25 * measured < counted < measured

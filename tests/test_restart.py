@@ -1,5 +1,6 @@
 """A run is never lost: killed, stopped or out of disk, it ends with the same artifact."""
 
+import contextlib
 import io
 import json
 import math
@@ -62,7 +63,8 @@ def life(env, folder, prepare=lambda: None) -> int:
     except BaseException as error:
         print("Traceback, shown to a user:", repr(error))
     finally:
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(status)
 
 
@@ -251,6 +253,103 @@ def test_a_signal_after_the_last_step_ends_the_run_too(env, whole, tmp_path, whe
     status, printed, _ = run(env, tmp_path, RUN_ID="s", VAL_LOSS_EVERY="0")
     assert status == 0 and "step:40/40 val_loss" in printed
     assert (tmp_path / "logs/s.mdlm").read_bytes() == whole[1]
+
+
+def slow_scores(seconds):
+    """For `prepare`: every batch of a score takes some time; the run gets SIGTERM in the first."""
+
+    def prepare():
+        estimators = tm.ESTIMATORS["mdlm"]
+        act, calls = estimators["nelbo"].nats, []
+
+        def slow(*arguments):
+            if not calls:
+                os.kill(os.getpid(), signal.SIGTERM)
+            calls.append(1)
+            time.sleep(seconds)
+            return act(*arguments)
+
+        estimators["nelbo"] = estimators["nelbo"]._replace(nats=slow)
+
+    return prepare
+
+
+def test_a_long_validation_is_cut_short(env, whole, tmp_path):
+    """A scheduler waits some seconds only: the checkpoint has to be written before."""
+    long = dict(EVAL_MAX_SEQS="64", VAL_BATCH_SIZE="32", VAL_LOSS_EVERY="15")
+    env, began = env | dict(RUN_ID="v"), time.perf_counter()
+    status, printed, log = run(env, tmp_path, slow_scores(1.0), **long)
+    assert status == 2 and "step:15/40 stopped by a signal" in printed
+    assert time.perf_counter() - began < 20 and "val_bpb:" not in log.partition("resumed")[0]
+    assert (tmp_path / "logs/v.00000015.ckpt").exists()
+    assert run(env, tmp_path)[0] == 0
+    assert (tmp_path / "logs/v.mdlm").read_bytes() == whole[1]
+
+
+def test_a_second_signal_does_not_wait(monkeypatch):
+    """The first one again, within a second, is what torchrun passes on."""
+    clock = tm.Clock(torch.device("cpu"))
+    now = [100.0]
+    monkeypatch.setattr(tm.time, "perf_counter", lambda: now[0])
+    clock.stop()
+    now[0] += 0.9
+    clock.stop()
+    now[0] += 0.2
+    with pytest.raises(KeyboardInterrupt):
+        clock.stop()
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal(env, whole, tmp_path, ignored):
+    """SIGHUP ends a run with a checkpoint, and one under nohup not at all."""
+
+    def prepare():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        call = tm.Log.__call__
+
+        def logged(self, line, **options):
+            call(self, line, **options)
+            if line.startswith("step:20/"):
+                os.kill(os.getpid(), signal.SIGHUP)
+
+        tm.Log.__call__ = logged
+
+    status, printed, _ = run(env, tmp_path, prepare, RUN_ID="h")
+    if not ignored:
+        assert status == 2 and "step:21/40 stopped by a signal" in printed
+        status, printed, _ = run(env, tmp_path, RUN_ID="h")
+    assert status == 0 and (tmp_path / "logs/h.mdlm").read_bytes() == whole[1]
+
+
+def test_a_run_outlives_its_screen(env, whole, tmp_path):
+    """As with `| head`, or when the other end of a connection is gone."""
+
+    def prepare():
+        reading, writing = os.pipe()
+        os.close(reading)
+        sys.stdout = os.fdopen(writing, "w")
+
+    assert end(life(env | dict(RUN_ID="p"), tmp_path, prepare)) == 0
+    assert body_of(tmp_path / "logs/p.txt").endswith("\nfinished:p\n")
+    assert (tmp_path / "logs/p.mdlm").read_bytes() == whole[1]
+
+
+def test_what_another_program_made_is_left_alone(env, tmp_path):
+    """A text that is no log, and an artifact without a log."""
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    notes = "my notes\nrun_id:notes is what I tried\n"
+    (logs / "notes.txt").write_text(notes)
+    (logs / "kept.mdlm").write_bytes(b"precious")
+    for run_id, name in (("notes", "notes.txt"), ("kept", "kept.mdlm")):
+        out = tmp_path / f"{run_id}.out"
+        assert end(life(env | dict(RUN_ID=run_id), tmp_path)) == 2
+        refused = f"logs/{name}: is not of this run; choose another RUN_ID than {run_id}"
+        assert refused in out.read_text()
+    assert (logs / "notes.txt").read_text() == notes
+    assert (logs / "kept.mdlm").read_bytes() == b"precious"
+    (logs / "begun.txt").write_text(Path(tm.__file__).read_text()[:1000])  # killed as it began
+    assert end(life(env | dict(RUN_ID="begun"), tmp_path)) == 0
 
 
 def test_another_number_of_processes(env, tmp_path):
