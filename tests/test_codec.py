@@ -352,6 +352,23 @@ def test_a_text_that_costs_next_to_nothing_is_no_false_alarm(files, tmp_path, mo
     assert codec.decompress(data, loaded, "file") == text
 
 
+def test_what_is_all_but_impossible_is_no_false_alarm():
+    """The coder gives every token 2^-24 at least, so it needs fewer bits than the model says."""
+    coding = codec.common.require("constriction").stream
+    logp = np.log(np.array([[1.0, 1e-9, 1e-12]], np.float32)).repeat(500, 0)
+    tokens = np.arange(500, dtype=np.int32) % 2 + 1
+    coder = coding.queue.RangeEncoder()
+    coder.encode(tokens, coding.model.Categorical(perfect=False), np.exp(logp))
+    decoder = codec.Decoder(coder.get_compressed().astype("<u4").tobytes(), 500)
+    for first in range(0, 500, 100):
+        index = np.arange(first, first + 100)
+        assert (decoder.transfer(index, logp[index]) == tokens[index]).all()
+    assert 0 <= decoder.bits < 0.15 * 24 * 500
+    with pytest.raises(EOFError):
+        for _ in range(50):
+            decoder.transfer(np.arange(100), np.log(np.full((100, 2), 0.5, np.float32)))
+
+
 def test_arithmetic_that_differs_is_detected(loaded, monkeypatch):
     data = there_and_back(loaded["mdlm"], LONG)[0]
     exact = codec.predict

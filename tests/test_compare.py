@@ -3,13 +3,14 @@
 import dataclasses
 import math
 import re
+from types import SimpleNamespace
 
 import bench
 import common
 import compare
 import pytest
 import torch
-from conftest import random_model, run_python
+from conftest import random_model, run_python, tiny_hp
 
 import train_mdlm as tm
 
@@ -112,6 +113,18 @@ def test_scores_of_different_bytes_cannot_be_compared(artifacts, tiny_env):
             compare.check_same_windows([(score, first), other])
 
 
+def test_both_are_measured_on_the_same_windows_or_not_at_all(artifacts, tiny_env, monkeypatch):
+    score_windows, asked = tm.score_windows, iter([2, 3])
+
+    def another_number(name, model, hp, val, seqs, note):
+        return score_windows(name, model, hp, val, next(asked), note)
+
+    monkeypatch.setattr(tm, "score_windows", another_number)
+    pair = [artifacts / "mdlm.mdlm", artifacts / "ar.mdlm"]
+    with pytest.raises(tm.InputError, match="different text: 2 windows, .* and 3 windows"):
+        compare.measure(pair, tiny_env["DATA_PATH"], tiny_env["TOKENIZER_PATH"], 2)
+
+
 def test_equal_artifacts_do_not_differ(artifacts, tiny_env):
     paths = [artifacts / "mdlm.mdlm"] * 2
     scores, length = compare.measure(paths, tiny_env["DATA_PATH"], tiny_env["TOKENIZER_PATH"], 3)
@@ -138,6 +151,32 @@ def test_bench_puts_the_estimators_side_by_side(artifacts, tiny_env, tool):
     assert often == 3
     done = tool(bench, "scores", artifacts / "ar.mdlm", *where(tiny_env))
     assert done.returncode == 2 and "nothing to compare" in done.stderr
+
+
+def test_figures_of_bench(monkeypatch):
+    """Four repetitions of the exact score, 2.0 and 2.2 in turn, and three of each estimator."""
+    bpbs = iter([2.0, 2.2, 2.0, 2.2, *[2.5, 2.6, 2.7] * len(bench.VARIANTS)])
+    asked = []
+
+    def score_windows(name, model, hp, val, seqs):
+        asked.append((name, hp.seed, seqs, hp.nelbo_passes, hp.tstep_steps))
+        return tm.Score(next(bpbs), 0.0, 0.0, 9, 36, 36, 5.0, 0.0), None
+
+    monkeypatch.setattr(tm, "score_windows", score_windows)
+    val = SimpleNamespace(stream=SimpleNamespace(count_windows=lambda length: 36))
+    title, _, _, _, *rows = bench.Bench(None, tiny_hp(), val, 9).table(3).splitlines()
+    stderr = (4 * 0.1**2 / 3 / 4) ** 0.5
+    passes = 4 * bench.REFERENCE_PASSES
+    assert title == (
+        f"exact any-order NELBO: 2.1000 ± {stderr:.4f} bpb on 9 of 36 windows ({passes} passes)"
+    )
+    off = f"+0.5000 ± {(0.1**2 / 3 + stderr**2) ** 0.5:.4f}"
+    for variant, row in zip(bench.VARIANTS, rows, strict=True):
+        figures = f"{variant.calls} | 2.6000 | {off} | 0.1000 | 0.0500 | 5 | 3 |"
+        assert row == f"| {variant.label} | {figures}"
+    assert [seed for _, seed, *_ in asked] == list(range(4 + 3 * len(bench.VARIANTS)))
+    assert asked[0] == ("nelbo", 0, 9, bench.REFERENCE_PASSES, 128)
+    assert asked[4][3] == 1 and asked[-6][::4] == ("tstep", 128)
 
 
 # ---- common.py
