@@ -261,6 +261,57 @@ def summary(bpb, text, label="a"):
     return dict(label=label, planned_tokens=1, val_bpb={1: bpb}, others={}, text=text)
 
 
+def test_figures_of_a_row(tmp_path, in_environment, monkeypatch):
+    """Two seeds, paired with an earlier row of three; l2r with one of two."""
+    in_environment(ITERATIONS="10", TRAIN_BATCH_TOKENS="32")
+    runs = {
+        1: dict(val_bpb=2.0, step_stop=10, total_bytes=7, train_seconds=1.0, l2r=3.0),
+        2: dict(val_bpb=2.4, step_stop=9, total_bytes=5, train_seconds=2.0, l2r=3.5),
+    }
+
+    def finished(job):
+        facts = dict(runs[job.seed])
+        others = {"l2r": (facts.pop("l2r"), 4)}
+        return parse_log(LOG)._replace(others=others, source="x", params=11, **facts)
+
+    monkeypatch.setattr(sweep.Job, "finished", finished)
+    first = dict(label="first", planned_tokens=320, val_bpb={1: 1.5, 2: 1.7, 3: 9.0})
+    before = [dict(first, label="short", planned_tokens=32), dict(first, others={"l2r": {2: 3.0}})]
+    found = sweep.summarize({}, [1, 2], tmp_path, before)
+    assert found["first"] == "first" and found["planned_tokens"] == 320
+    assert found["mean"] == pytest.approx(2.2) and found["std"] == pytest.approx(0.08**0.5)
+    assert found["difference"] == pytest.approx(0.6)  # of 0.5 and 0.7
+    assert found["difference_stderr"] == pytest.approx(0.1)
+    l2r = found["others_against"]["l2r"]
+    assert l2r["difference"] == pytest.approx(0.5) and l2r["difference_stderr"] is None
+    assert found["cut"] and found["tokens"] == 320 and found["params"] == 11
+    assert found["total_bytes"] == 7 and found["train_seconds"] == pytest.approx(1.5)
+    assert len(found["scripts"]) == 1
+    runs[2]["step_stop"] = 10
+    assert not sweep.summarize({}, [1, 2], tmp_path, before)["cut"]
+    alone = sweep.summarize({}, [1, 2], tmp_path, [])
+    assert alone["first"] is None and alone["difference"] == 0
+    assert alone["others_against"]["l2r"]["difference"] == 0
+
+
+def test_a_log_of_other_settings_is_not_that_of_a_job(in_environment, tmp_path):
+    in_environment()
+    job = sweep.Job(dict(NUM_HEADS="4"), 1, tmp_path)
+    hp = job.hyperparameters()
+    shown = [hp.shown(name) for name in (spec.name for spec in sweep.dataclasses.fields(hp))]
+    path = tmp_path / f"logs/{job.run_id}.txt"
+    path.parent.mkdir()
+    settled = [text.replace("COMPUTE_DTYPE=auto", "COMPUTE_DTYPE=bfloat16") for text in shown]
+    for lines, begun in [
+        (shown, True),
+        (settled, True),
+        ([text.replace("NUM_HEADS=4", "NUM_HEADS=44") for text in shown], False),
+        ([], False),
+    ]:
+        path.write_text(f"run_id:x\nhyperparameters: {' '.join(lines)}\n" if lines else "x")
+        assert job.begun() == (path if begun else None)
+
+
 def test_rows_on_another_text_are_not_compared(tmp_path, in_environment, monkeypatch):
     run = parse_log(LOG)._replace(val_bpb=2.0)
     text = sweep.text_of({1: run})
