@@ -1,6 +1,8 @@
 """The forward pass against the equations written out in float64, and the published shapes."""
 
 import dataclasses
+import json
+import zlib
 
 import numpy as np
 import pytest
@@ -129,6 +131,38 @@ def test_an_outline_has_the_shapes_of_the_model_and_no_weights():
         ]
         assert shapes[0] == shapes[1]
         assert {parameter.device.type for parameter in outline.parameters()} == {"meta"}
+
+
+def claiming(hp, size):
+    """An artifact whose header claims a model of `hp`, each kind of parameter in `size` bytes."""
+    kinds = ("matrix", "embed", "gain")
+    header = dict(
+        version=tm.FORMAT_VERSION,
+        hyperparameters={name: getattr(hp, name) for name in tm.stored_fields()},
+        kinds={kind: ["int8", "zlib", size] for kind in kinds},
+    )
+    text = json.dumps(header).encode()
+    body = zlib.compress(bytes(size))[:size].ljust(size, b"\0") * len(kinds)
+    return tm.sealed(b"MDLMgolf" + len(text).to_bytes(4, "little") + text + body)
+
+
+def test_a_file_that_claims_a_huge_model_is_refused_before_anything_is_unpacked(monkeypatch):
+    """Terabytes of weights: nobody is asked for so much memory, whether or not there is any."""
+    asked = []
+
+    def unpack(packed, limit):
+        asked.append(limit)
+        raise MemoryError
+
+    monkeypatch.setitem(tm.PACKERS, "zlib", tm.Packer(tm.deflate, unpack))
+    with pytest.raises(tm.InputError, match="small: not an artifact"):
+        tm.unpack_artifact(claiming(tiny_hp(), 100), "small")
+    assert asked and max(asked) < 10_000  # so this is where it would be noticed
+    asked.clear()
+    huge = tm.Hyperparameters(num_layers=200, model_dim=60_000)
+    with pytest.raises(tm.InputError, match="huge: not an artifact"):
+        tm.unpack_artifact(claiming(huge, 1000), "huge")
+    assert max(asked, default=0) < 2**32
 
 
 # ---- DiT

@@ -5,6 +5,8 @@ import itertools
 import math
 from statistics import NormalDist
 
+import numpy as np
+import prepare_text
 import pytest
 import torch
 
@@ -201,6 +203,33 @@ def test_compact_lists_the_masked_positions():
 
 
 # ---- Batches and loss
+
+
+def original(batch):
+    """The tokens of a batch before they were hidden, in order."""
+    x0, scored = batch.z.flatten().clone(), batch.weights > 0
+    x0[batch.positions[scored]] = batch.targets[scored]
+    return x0.tolist()
+
+
+@pytest.mark.parametrize("rows", [[range(6)], [range(0, 2), range(2, 4), range(4, 6)]], ids=len)
+@pytest.mark.parametrize("objective", ["mdlm", "ar"])
+def test_step_after_step_reads_the_split_from_front_to_back(tmp_path, objective, rows):
+    """Every token once, as it stands in the shards, and then again from the first one on."""
+    for number, part in enumerate(np.split(np.arange(300), [130, 140])):
+        prepare_text.write_shard(tmp_path / f"fineweb_train_{number:06d}.bin", part)
+    stream = tm.TokenStream(tmp_path, "train")
+    hp = hp_of(objective=objective, train_seq_len=8, train_batch_tokens=6 * 8, mask_eps=0.0)
+    read = []
+    for step in range(20):
+        for part in rows:
+            batch = tm.training_batch(hp, stream, step, part, 8 * len(part), CPU)
+            read += batch.targets.tolist() if objective == "ar" else original(batch)
+            if objective == "ar":
+                assert batch.z.flatten().tolist() == [
+                    (token - 1) % 300 for token in read[-8 * len(part) :]
+                ]
+    assert read == [(1 + i) % 300 for i in range(20 * 6 * 8)]
 
 
 @pytest.mark.parametrize("objective", ["mdlm", "ar"])

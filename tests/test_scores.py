@@ -8,6 +8,8 @@ import re
 import time
 
 import codec
+import numpy as np
+import prepare_text
 import pytest
 import reference
 import torch
@@ -317,6 +319,34 @@ def test_discrete_elbo_is_unbiased(model, steps):
     assert ((draws.mean(0) - exact).abs() < 4 * error + 1e-9).all()
 
 
+def test_the_t_step_bound_pays_for_what_its_last_step_leaves_visible(monkeypatch):
+    """For a model that is certain of every token it is ε·ln V for each that may be masked: neither
+    PAD nor, with ANCHOR_BOS, <s>."""
+    monkeypatch.setattr(tm, "masked_nll", lambda model, x0, mask: torch.zeros(x0.shape))
+    x0 = torch.tensor([[0, 1, 2, 0], [1, 1, 1, 1], [2, 2, 4, 4]])  # PAD is 4
+    for anchors, free in ((False, [4, 4, 2]), (True, [3, 0, 2])):
+        model = random_model(tiny_hp(anchor_bos=anchors, doc_chunks=True))
+        expected = 1e-3 * math.log(V) * torch.tensor(free, dtype=torch.float64)
+        for steps in (1, 5):
+            assert torch.allclose(tm.discrete_elbo(model, x0, steps), expected, rtol=1e-6)
+
+
+def test_masks_of_the_t_step_bound_and_of_the_grid_are_the_published_ones():
+    """Steps i = 1 … T mask with (1 − ε)·i/T and weigh 1/i; the grid's points are at t, and weigh
+    (1 − ε)/(points·t)."""
+    keys = (torch.arange(1000, dtype=torch.float64)[None] + 0.5) / 1000
+    found = [
+        (int(mask.sum()), weight) for mask, weight in tm.tstep_masks(3, itertools.repeat(keys))
+    ]
+    assert found == [(333, 1), (666, 1 / 2), (999, 1 / 3)]
+    keys = itertools.repeat(keys.flip(1))
+    grid = [(int(mask.sum()), weight) for mask, weight in tm.tgrid_masks(4, keys)]
+    assert [masked for masked, _ in grid] == [2, 334, 667, 1000]  # at first also token 0
+    assert [weight for _, weight in grid] == pytest.approx(
+        [0.999 / 4 / t for t in (0.001, 0.334, 0.667, 1.0)]
+    )
+
+
 def test_tstep_bound_decreases_towards_the_nelbo():
     """For a model that has learnt: sequences that alternate. Summed over them, so that it is the
     data's code length."""
@@ -379,6 +409,35 @@ def test_split_score_is_the_ratio_with_its_standard_error(split, monkeypatch):
     assert score.loss == pytest.approx((1.0 + torch.arange(count)).mean().item() / 32)
     # Nats that are not by position are all in the first bucket.
     assert torch.allclose(table[:, 0, 0], bits) and not table[:, 1:, 0].any()
+
+
+@pytest.mark.parametrize("keeps_space", [False, True])
+@pytest.mark.parametrize("name", ["nelbo", "sliding"])
+def test_the_bytes_of_a_window_depend_on_the_token_before_it(
+    tmp_path, monkeypatch, name, keeps_space
+):
+    """With a tokenizer that, as the challenge's, drops the space of a first piece: a window that
+    begins inside a document keeps it."""
+    tokens = [0, 2, 2, 0, 1, 2, 0, 1, 1, 2, 2, 2, 0, 2, 1, 0, 2]  # <s> is 1
+    prepare_text.write_shard(tmp_path / "fineweb_val_000000.bin", np.array(tokens))
+    size, space = torch.tensor([3, 0, 5, 0, 0]), torch.tensor([False, False, True, False, False])
+    luts = tm.ByteTables(size, space, size == 0, keeps_space)
+    hp = tiny_hp(stride=2)
+    nothing = SCORES[name]._replace(nats=lambda model, windows: torch.zeros(len(windows.places)))
+    monkeypatch.setitem(SCORES, name, nothing)
+    val = tm.Split(tm.TokenStream(tmp_path, "val"), luts)
+    score, table = tm.score_windows(name, None, hp, val, 0)
+
+    def by_hand(i):
+        """Bytes of token i, which is not the first of the split."""
+        begins = tokens[i] == 2 and (keeps_space or tokens[i - 1] != 1)
+        return {0: 3, 1: 0, 2: 5}[tokens[i]] + begins
+
+    assert score.bytes == sum(map(by_hand, range(1, 17)))
+    first = [1, 5, 9, 13] if name == "nelbo" else [1, 3, 5, 7, 9, 11, 13]
+    for window, start in enumerate(first):
+        begin = start if name == "nelbo" or start == 1 else start + 2
+        assert table[window, :, 1].sum() == sum(map(by_hand, range(begin, start + 4)))
 
 
 def test_standard_errors_cover_the_truth():
