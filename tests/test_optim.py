@@ -261,6 +261,8 @@ def test_learning_rate_schedules():
     assert tm.lr_scale(timed, 50, 5_000.0) == 1.0
     # 180 ms a step: 5.6 steps are left
     assert tm.lr_scale(timed, 50, 9_000.0) == pytest.approx(1_000 / 180 / 40)
+    # The mean of fewer than ten steps says nothing, because the first ones are slow.
+    assert tm.lr_scale(timed, 9, 9_000.0) == 1.0 and tm.lr_scale(timed, 10, 9_000.0) < 0.1
     assert tm.run_fraction(timed, 50, 9_000.0) == 0.9
     assert tm.run_fraction(timed, 95, 9_000.0) == 0.95
     assert tm.run_fraction(hp, 50, 1e9) == 0.5 and tm.run_fraction(timed, 0, 11_000.0) == 1.0

@@ -520,6 +520,43 @@ def test_prefix_lines_are_the_score_by_position(split, tmp_path):
         assert float(bpb) == pytest.approx(expected, abs=2e-3)
 
 
+def test_score_lines_have_the_figures_of_the_score(split, tmp_path, monkeypatch):
+    """Each figure has a value of its own; a window of 30 s and one of 90."""
+    hp, val, model = split
+    hp = dataclasses.replace(hp, scores="l2r:3,tgrid:2", final_eval_max_seqs=4)
+    tm.save_artifact(model, hp, tmp_path / "a.mdlm")
+    now, asked = [0.0], []
+    scores = dict(
+        nelbo=tm.Score(1.23456789, 0.02, 2.3456789, 11, 500, 1600, 4000.0, 0.0),
+        l2r=tm.Score(1.5, 0.03, 2.5, 12, 600, 1700, 8000.0, 340.0),
+        tgrid=tm.Score(1.25, math.nan, 2.25, 1, 32, 100, 1000.0, 0.0),
+    )
+
+    def score_windows(name, model, hp, split, seqs, note):
+        now[0] += 30.04
+        asked.append((name, seqs, hp.nelbo_passes))
+        return scores[name], torch.ones(3, 1, 2)
+
+    monkeypatch.setattr(tm, "score_windows", score_windows)
+    monkeypatch.setattr(tm.time, "perf_counter", lambda: now[0])
+    log = Lines()
+    artifact = tm.read_artifact(tmp_path / "a.mdlm")._replace(storage="int7+lzma")
+    tm.score_model(artifact, hp, val, log)
+    assert asked == [("nelbo", 4, 4), ("l2r", 3, 4), ("tgrid", 2, 4)]
+    assert log.lines == [
+        "final_int7_lzma_roundtrip val_loss:2.3457 val_bpb:1.2346 stderr:0.0200 eval_time:4000ms",
+        "final_int7_lzma_roundtrip_exact val_loss:2.34567890 val_bpb:1.23456789",
+        "score:nelbo bpb:1.2346 stderr:0.0200 seqs:11 tokens:500 bytes:1600 time:4000ms "
+        "tokens_per_s:125",
+        "score:l2r bpb:1.5000 stderr:0.0300 seqs:12 tokens:600 bytes:1700 time:8000ms "
+        "tokens_per_s:75 boundary_bits:340.0 boundary_bpb:0.2000",
+        "prefix:0 bpb:1.0000 stderr:0.0000",
+        "score:tgrid biased:1 bpb:1.2500 stderr:nan seqs:1 tokens:32 bytes:100 time:1000ms "
+        "tokens_per_s:32",
+        "Evaluation time: 90.1 s",
+    ]
+
+
 def test_every_score_is_printed_once_the_headline_first(split, tmp_path):
     hp, val, model = split
     hp = dataclasses.replace(hp, scores="tgrid:2,l2r:3,ar", final_eval_max_seqs=4)

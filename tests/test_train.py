@@ -280,6 +280,9 @@ def equal(some, others, **tolerance):
     return all(torch.allclose(some[name], others[name], **tolerance) for name in others)
 
 
+SCORE, SAVE = tm.score_windows, tm.write_checkpoint  # which a `Watched` run replaces
+
+
 class Watched:
     """A tiny run in this process: what every step and every validation got, in simulated time.
 
@@ -305,8 +308,8 @@ class Watched:
 
     def watch(self, monkeypatch):
         trainer, windows = self.trainer, self.trainer.stream.windows
-        score, step, average = tm.score_windows, trainer.step, trainer.average_if_due
-        save, warm_up = tm.write_checkpoint, trainer.warm_up
+        average, warm_up = trainer.average_if_due, trainer.warm_up
+        step, optimizer_step = trainer.step, trainer.optimizer.step
 
         def windows_noted(numbers, length, stride=0):
             self.first_windows.append(numbers[0])
@@ -314,24 +317,25 @@ class Watched:
 
         def step_noted(number, scale):
             self.steps.append((number, scale))
-            return step(number, scale)
+            return optimizer_step(number, scale)
 
         def average_noted():
             average()
             self.live.append(weights_of(trainer.model))
 
         def score_noted(name, model, hp, split, seqs, *note):
-            found = score(name, model, hp, split, seqs, *note)
+            found = SCORE(name, model, hp, split, seqs, *note)
             about = dict(name=name, passes=hp.nelbo_passes, seqs=seqs, score=found[0])
             self.validations.append(about | dict(weights=weights_of(model)))
             return found
 
         trainer.stream.windows = windows_noted
-        trainer.step = self.time.longer(step_noted, 10.0)
+        trainer.step = self.time.longer(step, 10.0)
+        trainer.optimizer.step = step_noted
         trainer.average_if_due = average_noted
         trainer.warm_up = self.time.longer(warm_up, 70.0)
         monkeypatch.setattr(tm, "score_windows", self.time.longer(score_noted, 1000.0))
-        monkeypatch.setattr(tm, "write_checkpoint", self.time.longer(save, 300.0))
+        monkeypatch.setattr(tm, "write_checkpoint", self.time.longer(SAVE, 300.0))
 
     def train(self):
         self.model = tm.train(self.trainer, self.val)
@@ -449,6 +453,46 @@ def test_the_logged_loss_is_that_of_the_step(watched):
     assert float(loss) == pytest.approx(expected, abs=5.1e-5)
 
 
+def test_a_warm_up_leaves_nothing_behind(watched):
+    """Not even of a step that was not finite, or of a token that found no place."""
+    run = watched(warmup_steps=3)
+    optimizer, twin = run.trainer.optimizer, watched().trainer.optimizer
+    optimizer.first_bad[0], optimizer.dropped[...] = 5.0, 2.0
+    run.trainer.capacity = 1
+    run.trainer.warm_up()
+    assert [number for number, _ in run.steps] == [0, 1, 2]
+    assert optimizer.first_bad[0] == 5.0 and optimizer.dropped == 2.0
+    for name in ("state", "counts", "grads"):
+        assert torch.equal(getattr(optimizer, name), getattr(twin, name)), name
+    assert optimizer.averages == 0
+
+
+def test_a_validation_is_not_repeated_after_a_restart(watched):
+    """A checkpoint is made before the validation of its step, and after it if that was the last."""
+    whole = watched(val_loss_every=4, checkpoint_every=40.0, ema_decay=0.8, ema_start_frac=0.5)
+    whole.train()
+    saved = whole.trainer.progress
+    again = watched(val_loss_every=4, checkpoint_every=40.0, ema_decay=0.8, ema_start_frac=0.5)
+    Path("logs/w.00000012.ckpt").unlink()
+    again.trainer.resume()
+    assert again.trainer.progress.validated == 4 and again.trainer.optimizer.averages == 3
+    assert again.trainer.progress.best_bpb == whole.validations[0]["score"].bpb
+    resumed = (
+        r"^resumed:logs/w.00000008.ckpt step:8/12 train_time:80000ms best_val_bpb:(\S+); skips"
+    )
+    (best,) = again.log.found(rf"{resumed} 128 tokens$")
+    assert float(best) == pytest.approx(whole.validations[0]["score"].bpb, abs=5.1e-5)
+    again.train()
+    assert [about["score"].bpb for about in again.validations] == [
+        about["score"].bpb for about in whole.validations[1:]
+    ]
+    assert again.trainer.progress == saved
+    third = watched(val_loss_every=4, ema_decay=0.8, ema_start_frac=0.5)
+    third.trainer.progress.step = third.trainer.progress.validated = 8
+    third.train()
+    assert len(third.validations) == 1
+
+
 def test_what_is_packed_is_the_average_and_what_is_scored_is_the_file(watched):
     storage = dict(quant_mode="int4,embed:fp32", quant_feedback=2)
     run = watched(ema_decay=0.8, ema_start_frac=0.0, iterations=5, micro_batch_tokens=8, **storage)
@@ -460,6 +504,9 @@ def test_what_is_packed_is_the_average_and_what_is_scored_is_the_file(watched):
     assert equal(weights_of(artifact.model), on_disk, atol=0)
     matrix = artifact.model.blocks[0].mlp.fc.weight
     assert all(len(row.unique()) <= 15 for row in matrix)  # as stored, not as trained
+    parameters = sum(p.numel() for p in run.trainer.model.parameters())
+    assert f"model_params:{parameters}" in run.log.lines
+    assert "world_size:1 grad_accum_steps:2 compute_dtype:float32" in run.log.lines
     trained = trained_model(run.hp, average)
     moments = tm.input_moments(trained, itertools.chain(*map(run.trainer.batches, (0, 1))))
     tm.save_artifact(trained, run.hp, "expected.mdlm", moments)
@@ -471,6 +518,40 @@ def trained_model(hp, weights):
     model = tm.build_model(hp)
     model.load_state_dict(weights)
     return model
+
+
+def test_log_lines_of_an_artifact_have_its_figures(watched, tmp_path, monkeypatch):
+    run = watched()
+    about = dict(storage="int7", packer="lzma", entropy_bits=3000.0)
+    kinds = dict(
+        matrix=about | dict(bytes=500, weights=800, packed_bytes=dict(zlib=510, lzma=500)),
+        gain=dict(about, storage="fp16", bytes=300, weights=150, packed_bytes=dict(lzma=300)),
+    )
+    made = dict(artifact_bytes=950, label="int7+lzma", kinds=kinds)
+    monkeypatch.setattr(tm, "save_artifact", lambda *what: made if what == given else None)
+    given = ("model", run.hp, tmp_path / "a.mdlm", "moments")
+    tm.write_artifact("model", "moments", run.hp, tmp_path / "a.mdlm", run.log)
+    code = (ROOT / "train_mdlm.py").stat().st_size
+    assert run.log.lines == [
+        "kind:matrix storage:int7 weights:800 bytes:500 bits_per_weight:5.000 entropy:3.750 "
+        "zlib:510 lzma:500",
+        "kind:gain storage:fp16 weights:150 bytes:300 bits_per_weight:16.000 entropy:20.000 "
+        "lzma:300",
+        f"Code size: {code} bytes",
+        "Serialized model int7+lzma: 950 bytes (8.000 bits per weight)",
+        f"Total submission size int7+lzma: {code + 950} bytes",
+    ]
+
+
+def test_a_budget_is_over_if_it_is_more_than_its_limit(watched):
+    log = watched().log
+    log.budget("Training time", 601.0, 601.0, "s", "; not counted: nothing")
+    log.budget("Evaluation time", 601.25, 600.0, "s")
+    assert log.lines == [
+        "Training time: 601.0 s; not counted: nothing",
+        "Evaluation time: 601.2 s",
+        "OVER BUDGET: Evaluation time is 601.2 s, 1.2 more than allowed",
+    ]
 
 
 # ---- Two processes, looked at from inside
