@@ -82,6 +82,36 @@ def test_initial_weights_depend_on_the_seed_only():
     assert not torch.equal(a["tok_emb.weight"], c["tok_emb.weight"])
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_initial_weights_of_the_unet(tied):
+    """Blocks begin as nothing: gains of 1, matrices into the residual stream of 0."""
+    hp = tm.Hyperparameters(
+        tie_embeddings=tied, neighbors=1, qk_gain_init=1.25, tied_embed_init_std=0.02, num_layers=2
+    )
+    found = tm.build_model(hp).state_dict()
+    std = found.pop("tok_emb.weight").std().item()
+    assert std == pytest.approx(0.02 if tied else 1.0, rel=0.01)
+    for name, value in found.items():
+        if name.endswith(("attn_scale", "mlp_scale", "skip_weights", "q_gain")):
+            assert (value == (1.25 if "q_gain" in name else 1.0)).all(), name
+        elif name.endswith("resid_mix"):
+            assert (value[0] == 1).all() and (value[1] == 0).all(), name
+        elif name.endswith("proj.weight") or name.startswith(("near", "lm_head")):
+            assert (value == 0).all(), name
+        else:  # PyTorch's uniform distribution
+            reach = value.shape[1] ** -0.5
+            assert 0.95 * reach < value.abs().max() <= reach, name
+
+
+def test_initial_weights_of_the_dit():
+    """All at random, its head too."""
+    found = tm.build_model(tm.Hyperparameters(preset="llada", num_layers=1)).state_dict()
+    assert found.pop("tok_emb.weight").std().item() == pytest.approx(1.0, rel=0.01)
+    for name, value in found.items():
+        reach = (found[name.replace("bias", "weight")].shape[1]) ** -0.5
+        assert 0.9 * reach < value.abs().max() <= reach, name
+
+
 def test_causal_model_does_not_look_ahead_and_mdlm_does():
     z = torch.tensor([[0, 1, 2, 0]])
     changed = torch.tensor([[0, 1, 2, 1]])

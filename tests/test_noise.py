@@ -256,6 +256,22 @@ def test_a_batch_depends_on_seed_and_step_only(tiny_env, objective):
     assert torch.equal(other.z, whole.z) is (objective == "ar")
 
 
+def test_every_step_and_every_row_has_a_mask_of_its_own(tmp_path):
+    """Half of the tokens masked: any two masks differ in about half of the places."""
+    prepare_text.write_shard(tmp_path / "fineweb_train_000000.bin", np.arange(300))
+    stream = tm.TokenStream(tmp_path, "train")
+    half = dict(mask_eps=0.4999, mask_max=0.5001, masking="bernoulli")
+    hp = hp_of(train_seq_len=64, train_batch_tokens=4 * 64, **half)
+    masks = []
+    for step in range(4):
+        for rows in (range(0, 2), range(2, 4)):
+            batch = tm.training_batch(hp, stream, step, rows, 2 * 64, CPU)
+            masks += list(batch.z == hp.mask_id)
+    assert len(masks) == 16
+    for one, other in itertools.combinations(masks, 2):
+        assert 12 < (one != other).sum() < 52  # 5 sigma
+
+
 def test_the_loss_of_a_uniform_model_is_the_uniform_code(tiny_env):
     """ELBO weights and exact counts: every row pays L·ln V however many tokens are masked."""
     hp = hp_of(loss_weight="elbo", mask_eps=0.0)

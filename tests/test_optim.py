@@ -84,6 +84,43 @@ def test_three_steps_equal_separate_optimizers():
             assert p.grad.abs().max() == 0
 
 
+@pytest.mark.parametrize("limit", [0.0, 0.01, 1.0, 1e6])
+def test_gradients_are_a_token_and_no_longer_than_the_limit(limit):
+    """What a first step makes of them, as first moments: of all groups together, and whatever the
+    loss was. (The updates themselves hardly depend on the length of a first gradient.)"""
+    hp = tiny_hp(grad_clip_norm=limit, optimizer="adamw")
+    model = random_model(hp)
+    optimizer = tm.Optimizer(model, hp)
+    model(TOKENS).logsumexp(-1).sum().backward()
+    optimizer.sums += torch.tensor([20.0, 1e5, 0.0])  # tokens, loss, dropped
+    grads = optimizer.grads[:-3].clone() / 20
+    share = min(limit / grads.norm().item(), 1.0) if limit else 1.0
+    assert share < 1 or limit != 1.0
+    assert optimizer.step(0, 1.0) == 5000
+    assert torch.allclose(optimizer.state[1], (1 - hp.beta1) * share * grads, rtol=1e-4, atol=1e-9)
+    second = (1 - hp.beta2) * (share * grads).square()
+    assert torch.allclose(optimizer.state[2], second, rtol=1e-4, atol=1e-12)
+
+
+def test_a_skipped_step_is_no_step():
+    """The steps after it are those of a run without it, to the last bit."""
+    states = []
+    for bad in ((), (1, 3)):
+        hp = tiny_hp(weight_decay=0.1)
+        model = random_model(hp)
+        optimizer = tm.Optimizer(model, hp)
+        for number in range(5):
+            if number in bad:
+                model(TOKENS).sum().backward()
+                optimizer.grads[7] = math.inf
+                optimizer.step(number, 1.0)
+            model(TOKENS).logsumexp(-1).sum().backward()
+            optimizer.step(number, 1.0)
+        assert optimizer.counts.tolist() == [5, len(bad)]
+        states.append(optimizer.state.clone())
+    assert torch.equal(*states)
+
+
 def rate_name(name, parameter):
     """The knob that is the learning rate of a parameter of a DiT with a head of its own."""
     if name == "tok_emb.weight":

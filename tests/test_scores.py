@@ -2,6 +2,7 @@
 random models."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -409,6 +410,41 @@ def test_split_score_is_the_ratio_with_its_standard_error(split, monkeypatch):
     assert score.loss == pytest.approx((1.0 + torch.arange(count)).mean().item() / 32)
     # Nats that are not by position are all in the first bucket.
     assert torch.allclose(table[:, 0, 0], bits) and not table[:, 1:, 0].any()
+
+
+class Pieces:
+    """A tokenizer of which only the pieces are known."""
+
+    pieces = ["<unk>", "<s>", "<0x41>", "unused", "\u2581the", "the", "\u2581\u2581", "é", "\u2581"]
+
+    def __init__(self, keeps_space):
+        self.keeps_space = keeps_space
+        self.id_to_piece = self.pieces.__getitem__
+        self.vocab_size = lambda: len(self.pieces)
+        kinds = dict(is_unknown=0, is_control=1, is_byte=2, is_unused=3)
+        for kind, token in kinds.items():
+            setattr(self, kind, functools.partial(int.__eq__, token))
+
+    def decode(self, tokens):
+        text = "".join(self.pieces[token].replace("\u2581", " ") for token in tokens)
+        return text if self.keeps_space else text.removeprefix(" ")
+
+
+@pytest.mark.parametrize("keeps_space", [False, True])
+def test_byte_tables_of_every_kind_of_piece(keeps_space):
+    """And of MASK and PAD, which stand for no text; tables may be longer than the vocabulary."""
+    luts = tm.build_sentencepiece_luts(Pieces(keeps_space), 9)
+    assert luts.base_bytes.tolist() == [0, 0, 1, 0, 3, 3, 1, 2, 0, 0, 0]
+    assert luts.has_leading_space.nonzero().flatten().tolist() == [4, 6, 8]
+    assert luts.is_boundary.nonzero().flatten().tolist() == [0, 1, 3, 9, 10]
+    assert luts.keeps_space is keeps_space
+    text = [4, 5, 7, 6, 2, 8, 1, 4, 0, 4]
+    space = int(keeps_space)
+    sizes = [3 + space, 3, 2, 2, 1, 1, 0, 3 + space, 0, 3 + space]
+    assert tm.token_bytes(text, 1, luts).tolist() == sizes
+    assert tm.token_bytes([text, text], torch.tensor([5, 9]), luts)[:, 0].tolist() == [4, 3 + space]
+    assert tm.count_bytes(text, 1, luts) == sum(sizes)
+    assert len(tm.build_sentencepiece_luts(Pieces(keeps_space), 5).base_bytes) == 9
 
 
 @pytest.mark.parametrize("keeps_space", [False, True])
