@@ -149,6 +149,7 @@ def test_bfloat16_activations_stay_close():
     exact = model(z)
     model.compute_dtype = torch.bfloat16
     assert (model(z) - exact).abs().max() < 0.1
+    assert model(z).dtype == torch.float32 and model.hidden(z).dtype == torch.bfloat16
 
 
 def test_an_outline_has_the_shapes_of_the_model_and_no_weights():

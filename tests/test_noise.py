@@ -43,6 +43,12 @@ def test_stratified_times_hit_every_stratum_once(rows):
     assert 0 <= t.min() and t.max() < 1
 
 
+def test_stratified_times_are_all_at_the_same_place_in_their_strata():
+    u = torch.rand(24, generator=torch.Generator().manual_seed(0))
+    t = tm.TIME_SAMPLINGS["stratified"](u).double().sort().values
+    assert torch.allclose(t * 24 - torch.arange(24), u[0].double().expand(24), atol=1e-5)
+
+
 def test_any_slice_of_stratified_times_is_balanced():
     t = tm.TIME_SAMPLINGS["stratified"](torch.full((512,), 0.5))
     for rows in (8, 16, 64, 256):  # what a rank or a micro-batch gets
@@ -106,6 +112,22 @@ def test_weights_are_clamped():
     clamped = dict(masking="bernoulli", loss_weight="elbo", weight_clamp=3.0)
     _, weight = masks_of(hp_of(mask_eps=0.001, **clamped), 0)
     assert weight.max() == 3.0
+
+
+@pytest.mark.parametrize("clamp", [1.0, 3.0, 1000.0])
+def test_loss_weights_in_closed_form(clamp):
+    """elbo is of the share that was masked, dsigma of the probability that was drawn."""
+    noise = dict(masking="count", mask_eps=0.1, mask_max=0.6, weight_clamp=clamp)
+    probability = torch.tensor([0.05, 0.25, 0.6, 0.55])
+    keys = torch.rand(4, 10, generator=torch.Generator().manual_seed(0))
+    x0 = torch.full((4, 10), 5)
+    shares = torch.tensor([0.1, 0.3, 0.6, 0.6])
+    expected = dict(elbo=1 / shares, dsigma=0.5 / (1 - probability), flat=torch.ones(4))
+    for name, weights in expected.items():
+        hp = hp_of(loss_weight=name, **noise)
+        mask, found, share = tm.apply_noise(hp, x0, probability, keys)
+        assert torch.allclose(share, shares) and torch.allclose(mask.float().mean(1), shares)
+        assert torch.allclose(found, weights.clamp(max=clamp)), name
 
 
 def test_mask_exactly_masks_the_smallest_keys_even_with_ties():

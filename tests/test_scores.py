@@ -670,6 +670,78 @@ def test_how_often_a_window_goes_through_the_model(split, name, group, calls):
     assert sum(rows) == 6 * calls
 
 
+def windows_of(places, **overrides):
+    """Windows of four tokens at these places of a score; two of each are context."""
+    tokens = torch.arange(5).expand(len(places), 5) % V
+    scored = torch.tensor([False, False, True, True]).expand(len(places), 4)
+    return tm.Windows(tiny_hp(**overrides), tokens, scored, places)
+
+
+def noted(monkeypatch, name, result=0.0):
+    """The arguments of calls of a function of the script, which is not called."""
+    calls = []
+
+    def call(*arguments):
+        calls.append(arguments)
+        return result
+
+    monkeypatch.setattr(tm, name, call)
+    return calls
+
+
+def test_orders_of_the_chain_rule_scores(monkeypatch):
+    """Which step reveals a position; CHAIN_GROUP positions share one, context has none."""
+    calls = noted(monkeypatch, "ordered_nll")
+    windows = windows_of(range(3), train_seq_len=4)
+    tm.score_left_to_right("model", windows)
+    tm.score_left_to_right("model", windows._replace(scored=torch.ones(3, 4, dtype=torch.bool)))
+    assert [call[2].tolist() for call in calls] == [[[-2, -1, 0, 1]] * 3, [[0, 1, 2, 3]] * 3]
+    whole = torch.ones(24, 4, dtype=torch.bool)
+    orders = {}
+    for group, seed in ((1, 0), (1, 1), (3, 0)):
+        values = dict(seed=seed, chain_group=group, train_seq_len=4)
+        tm.score_random_order("model", windows_of(range(24), **values)._replace(scored=whole))
+        orders[group, seed] = calls[-1][2]
+    assert all(sorted(row.tolist()) == [0, 1, 2, 3] for row in orders[1, 0])
+    assert len(set(map(tuple, orders[1, 0].tolist()))) > 8  # of 24 draws of 24 orders
+    assert not torch.equal(orders[1, 0], orders[1, 1])
+    assert torch.equal(orders[3, 0], orders[1, 0] // 3)
+    later = windows_of(range(5, 7), seed=0, train_seq_len=4)
+    tm.score_random_order("model", later._replace(scored=whole[:2]))
+    assert torch.equal(calls[-1][2], orders[1, 0][5:7])  # whatever else is in the batch
+
+
+def test_scores_take_their_settings_from_their_knobs(monkeypatch):
+    windows = windows_of(range(2, 4), chain_group=3, tstep_steps=7, nelbo_passes=5)
+    confidence = noted(monkeypatch, "confidence_nll")
+    tm.score_by_confidence("model", windows)
+    assert confidence[0][2] == 3
+    grid, weighted = noted(monkeypatch, "tgrid_masks"), noted(monkeypatch, "weighted_nll")
+    tm.score_tgrid("model", windows)
+    tm.score_tgrid("model", windows_of(range(2), final_eval_t_samples=9))
+    assert [points for points, _ in grid] == [256, 9] and len(weighted) == 2
+    tstep = noted(monkeypatch, "discrete_elbo")
+    tm.score_tstep("model", windows)
+    assert tstep[0][2] == 7 and len(tstep[0][3]) == 2
+
+
+def test_mask_times_of_the_nelbo_are_a_lattice_at_a_random_place(monkeypatch):
+    """The place depends on the seed, the point on the window; keys are each window's own."""
+    calls = noted(monkeypatch, "any_order_nll")
+    for seed in range(8):
+        tm.score_nelbo("model", windows_of(range(4, 7), seed=seed, nelbo_passes=5))
+        tm.score_nelbo("model", windows_of(range(5, 6), seed=seed))
+    golden = (math.sqrt(5) - 1) / 2
+    places = []
+    for (*_, passes, times, keys), (*_, alone, key) in zip(calls[::2], calls[1::2], strict=True):
+        offset = (times[0] - 4 * golden) % 1
+        places.append(offset.item())
+        assert passes == 5 and torch.allclose(times, (offset + torch.arange(4, 7) * golden) % 1)
+        assert torch.equal(times[1:2], alone) and torch.equal(keys[1:2], key)
+        assert keys.unique().numel() == keys.numel()
+    assert max(places) - min(places) > 0.5 and min(places) > 1e-6
+
+
 def constant(nats):
     """An estimator that needs no model."""
     return tm.Estimator(lambda model, windows: torch.full((len(windows.places),), nats))

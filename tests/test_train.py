@@ -359,6 +359,7 @@ def test_every_step_takes_the_next_windows_at_its_own_rate(watched):
     assert [number for number, _ in run.steps] == list(range(12))
     scales = [min((12 - step) / 6, 1.0) for step in range(12)]
     assert [scale for _, scale in run.steps] == pytest.approx(scales)
+    assert not run.log.found("^checkpoint:")  # CHECKPOINT_EVERY=0: only when stopped
 
 
 def test_rates_and_the_end_follow_the_clock(watched):
