@@ -557,10 +557,11 @@ def test_prefix_lines_are_the_score_by_position(split, tmp_path):
 
 
 def test_score_lines_have_the_figures_of_the_score(split, tmp_path, monkeypatch):
-    """Each figure has a value of its own; a window of 30 s and one of 90."""
+    """Each figure has a value of its own."""
     hp, val, model = split
     hp = dataclasses.replace(hp, scores="l2r:3,tgrid:2", final_eval_max_seqs=4)
-    tm.save_artifact(model, hp, tmp_path / "a.mdlm")
+    rounded = dataclasses.replace(hp, compute_dtype="bfloat16")
+    tm.save_artifact(model, rounded, tmp_path / "a.mdlm")
     now, asked = [0.0], []
     scores = dict(
         nelbo=tm.Score(1.23456789, 0.02, 2.3456789, 11, 500, 1600, 4000.0, 0.0),
@@ -571,6 +572,7 @@ def test_score_lines_have_the_figures_of_the_score(split, tmp_path, monkeypatch)
     def score_windows(name, model, hp, split, seqs, note):
         now[0] += 30.04
         asked.append((name, seqs, hp.nelbo_passes))
+        assert model.compute_dtype == torch.bfloat16  # as the artifact says
         return scores[name], torch.ones(3, 1, 2)
 
     monkeypatch.setattr(tm, "score_windows", score_windows)
@@ -736,7 +738,9 @@ def test_mask_times_of_the_nelbo_are_a_lattice_at_a_random_place(monkeypatch):
     for (*_, passes, times, keys), (*_, alone, key) in zip(calls[::2], calls[1::2], strict=True):
         offset = (times[0] - 4 * golden) % 1
         places.append(offset.item())
-        assert passes == 5 and torch.allclose(times, (offset + torch.arange(4, 7) * golden) % 1)
+        assert passes == 5 and torch.allclose(
+            times, (offset + torch.arange(4, 7).double() * golden) % 1
+        )
         assert torch.equal(times[1:2], alone) and torch.equal(keys[1:2], key)
         assert keys.unique().numel() == keys.numel()
     assert max(places) - min(places) > 0.5 and min(places) > 1e-6

@@ -441,6 +441,16 @@ def test_validations_are_short_and_logged_as_they_are(watched):
     assert run.trainer.progress.validated == 12
 
 
+def test_the_best_validation_is_the_lowest(watched, monkeypatch):
+    run, bpbs = watched(val_loss_every=4), [3.0, 2.0, 4.0]
+
+    def score_windows(*arguments):
+        return tm.Score(bpbs.pop(0), 0.1, 1.0, 5, 20, 30, 1.0, 0.0), None
+
+    monkeypatch.setattr(tm, "score_windows", score_windows)
+    assert run.train().trainer.progress.best_bpb == 2.0 and not bpbs
+
+
 def test_the_logged_loss_is_that_of_the_step(watched):
     """Σ weight · nll over the tokens of the batch, by the weights before the step."""
     run = watched(iterations=1)
