@@ -295,22 +295,27 @@ def test_every_step_and_every_row_has_a_mask_of_its_own(tmp_path):
         assert 12 < (one != other).sum() < 52  # 5 sigma
 
 
-@pytest.mark.parametrize("backbone", ["unet", "dit"])
-def test_the_loss_is_the_weighted_nll_of_a_model_that_is_told_the_noise(tmp_path, backbone):
-    """The probability that was drawn, where masks are Bernoulli, and not what came of it."""
+@pytest.mark.parametrize("masking", tm.MASKINGS)
+@pytest.mark.parametrize("backbone", tm.BACKBONES)
+def test_the_loss_is_the_weighted_nll_of_a_model_that_is_told_the_noise(
+    tmp_path, backbone, masking
+):
+    """The probability that was drawn, where masks are Bernoulli; the share, where it is exact."""
     prepare_text.write_shard(tmp_path / "fineweb_train_000000.bin", np.arange(300))
     stream = tm.TokenStream(tmp_path, "train")
     small = dict(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=2, neighbors=0)
     small |= dict(train_seq_len=8, train_batch_tokens=4 * 8, loss_weight="elbo")
-    hp = hp_of(backbone=backbone, masking="bernoulli", **small)
+    hp = hp_of(backbone=backbone, masking=masking, **small)
     model = random_model(hp, scale=0.3)
     batch = tm.training_batch(hp, stream, 0, range(4), 4 * 8, CPU)
-    drawn, _ = tm.draw_noise(hp, tm.seeded("cpu", hp.seed, "train", 0))
+    told, _ = tm.draw_noise(hp, tm.seeded("cpu", hp.seed, "train", 0))
+    if masking == "count":
+        told = (told * 8).ceil() / 8
     x0 = stream.windows(range(4), 8)[:, 1:]
     with torch.no_grad():
-        logp = model(batch.z, drawn).double().log_softmax(-1)
+        logp = model(batch.z, told).double().log_softmax(-1)
     nll = -logp.gather(-1, x0[..., None])[..., 0] * (batch.z == hp.mask_id)
-    expected = (nll.sum(1) / drawn.double()).sum().item()
+    expected = (nll.sum(1) / told.double()).sum().item()
     assert tm.batch_loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
 
 

@@ -117,6 +117,7 @@ def test_a_skipped_step_is_no_step():
             model(TOKENS).logsumexp(-1).sum().backward()
             optimizer.step(number, 1.0)
         assert optimizer.counts.tolist() == [5, len(bad)]
+        assert optimizer.first_bad[0] == (2 if bad else 0)  # the first of two
         states.append(optimizer.state.clone())
     assert torch.equal(*states)
 
