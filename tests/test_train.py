@@ -1,9 +1,11 @@
 """The script as its users run it, one and two processes, two groups, scoring again, errors; and a
 run looked at from inside, in simulated time."""
 
+import dataclasses
 import datetime
 import functools
 import itertools
+import math
 import os
 import pickle
 import pty
@@ -529,6 +531,59 @@ def trained_model(hp, weights):
     model = tm.build_model(hp)
     model.load_state_dict(weights)
     return model
+
+
+def test_steps_that_are_not_finite_are_allowed_as_often_as_asked(watched):
+    """Each is told of once; the one too many ends the run, and so do bad weights."""
+    run = watched(skip_nonfinite=2)
+    trainer, optimizer = run.trainer, run.trainer.optimizer
+    for number in (1, 2):
+        optimizer.grads[0] = math.nan
+        trainer.progress.step = number
+        optimizer.step(number, 1.0)
+        trainer.check()
+        trainer.check()
+    bad = r"^step:(\d) not finite: loss 0.0, gradients: matrix \(\S+, …\); skipped:(\d)$"
+    assert run.log.found(bad) == [("1", "1"), ("2", "2")]
+    optimizer.grads[0] = math.inf
+    optimizer.step(3, 1.0)
+    with pytest.raises(tm.InputError, match="step:3 not finite: .*; skipped:3; lower the learning"):
+        trainer.check()
+    optimizer.first_bad.zero_()
+    trainer.check()
+    optimizer.state[3, 0] = math.inf  # in the average
+    with pytest.raises(tm.InputError, match="step:2 the weights are not finite"):
+        trainer.check()
+
+
+def test_what_changes_the_result_may_not_change_in_a_restart(watched):
+    run = watched()
+    state = dict(state=None, counts=None, averages=0, data=0)
+    checkpoint = tm.Checkpoint(run.hp, tm.Progress(), **state)
+    result = dict(num_layers=2, mask_mean=0.3, iterations=13, seed=5, beta1=0.8, ema_decay=0.7)
+    work = dict(data_path="x", micro_batch_tokens=4, quant_mode="int4", scores="", run_id="x")
+    work |= dict(val_loss_every=3, compile="off", nelbo_passes=1)
+    for changes, matters in ((result, True), (work, False)):
+        for name, value in changes.items():
+            found = checkpoint.changed_settings(dataclasses.replace(run.hp, **{name: value}))
+            assert found == ([run.hp.shown(name)] if matters else []), name
+
+
+def test_hyperparameters_of_a_run_are_resolved(monkeypatch):
+    """The dtype is what the device does, the RUN_ID tells time and preset; an artifact's predictor
+    stays as it is, whatever the preset."""
+    monkeypatch.setattr(tm.time, "strftime", lambda form: "now")
+    asked = tm.Hyperparameters(preset="golf")
+    found = tm.resolve_hyperparameters(asked, {}, CPU, None)
+    assert (found.run_id, found.compute_dtype) == (f"now-{os.getpid()}_golf", "float32")
+    assert dataclasses.replace(found, run_id="", compute_dtype="auto") == asked
+    given = dataclasses.replace(asked, run_id="x", compute_dtype="bfloat16")
+    assert tm.resolve_hyperparameters(given, {}, CPU, None) == given
+    stored = tm.Hyperparameters(preset="llada", num_layers=2, compute_dtype="bfloat16")
+    env = dict(EVAL_ONLY="a.mdlm", RUN_ID="e", SCORES="l2r")
+    asked = tm.Hyperparameters.from_env(env)
+    found = tm.resolve_hyperparameters(asked, env, CPU, tm.Artifact(None, stored, "fp8+lzma"))
+    assert found == dataclasses.replace(stored, eval_only="a.mdlm", run_id="e", scores="l2r")
 
 
 def test_log_lines_of_an_artifact_have_its_figures(watched, tmp_path, monkeypatch):
