@@ -276,6 +276,29 @@ def test_weights_of_the_nelbo_are_exact():
         assert torch.allclose(covered, expected, rtol=2e-3)
 
 
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_masks_of_the_nelbo_in_closed_form(passes):
+    """Sizes and weights of every pass of every row, in plain Python; masks lie end to end in the
+    order of the keys. The second and third of four passes run backwards."""
+    g = torch.Generator().manual_seed(passes)
+    times = torch.rand(40, generator=g, dtype=torch.float64)
+    keys, allowed = torch.rand(40, 9, generator=g), torch.rand(40, 9, generator=g) < 0.8
+    allowed[:, 0] = True
+    found = list(tm.nelbo_masks(passes, times, keys, allowed))
+    power = 1.5 if passes > 1 else 1.0
+    for row in range(40):
+        places = [i for i in keys[row].argsort().tolist() if allowed[row, i]]
+        n, begin = len(places), 0
+        for i, (masks, weights) in enumerate(found):
+            t = 1 - times[row].item() if i in (1, 2) else times[row].item()
+            k = min(1 + int(n * ((i + t) / passes) ** power), n)
+            chance = (k / n) ** (1 / power) - ((k - 1) / n) ** (1 / power)
+            assert weights[row].item() == pytest.approx(1 / (k * chance * passes))
+            arc = {places[(begin + j) % n] for j in range(k)}
+            assert set(masks[row].nonzero()[:, 0].tolist()) == arc
+            begin += k
+
+
 def test_mask_sizes_are_evenly_spread_and_arcs_do_not_overlap(monkeypatch):
     seen = []
 

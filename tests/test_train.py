@@ -410,6 +410,8 @@ def test_pauses_are_not_training_time(watched):
         r"^step:(\d+)/12 train_loss:\S+ train_time:(\d+)ms step_avg:10000.00ms$"
     ) == [(str(step), str(10_000 * step)) for step in range(1, 13)]
     assert run.log.found(r"^checkpoint:logs/w.000000(\d\d).ckpt") == ["05", "10", "12"]
+    left = sorted(path.name for path in Path("logs").iterdir())
+    assert left == ["w.00000010.ckpt", "w.00000012.ckpt"]
     pauses = "warm-up 80.0 s, checkpoints 900.0 s, validation 3000.0 s"
     assert f"Training time: 120.0 s; not counted: {pauses}" in run.log.lines
 
