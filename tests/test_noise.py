@@ -80,6 +80,14 @@ def test_normal_mask_probabilities_are_the_quantiles_of_a_normal_distribution():
             assert ends.isfinite().all() and 0.05 <= ends.min() and ends.max() <= 0.75
 
 
+@pytest.mark.parametrize("dist", tm.MASK_DISTS)
+def test_mask_probabilities_grow_with_the_time(dist):
+    """From MASK_EPS to MASK_MAX: a late time hides more."""
+    hp = hp_of(mask_dist=dist, mask_eps=0.05, mask_max=0.85, mask_mean=0.4, mask_std=0.2)
+    found = tm.MASK_DISTS[dist](hp, torch.linspace(0, 1, 9))
+    assert (found.diff() > 0).all() and [found[0], found[-1]] == pytest.approx([0.05, 0.85])
+
+
 # ---- Masks and weights
 
 
@@ -253,6 +261,7 @@ def test_step_after_step_reads_the_split_from_front_to_back(tmp_path, objective,
                     (token - 1) % 300 for token in read[-8 * len(part) :]
                 ]
     assert read == [(1 + i) % 300 for i in range(20 * 6 * 8)]
+    assert [stream.count_windows(299, 1), stream.count_windows(400, 5)] == [1, 0]
 
 
 @pytest.mark.parametrize("objective", ["mdlm", "ar"])
