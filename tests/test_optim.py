@@ -358,6 +358,14 @@ def test_a_learning_rate_is_a_number_at_any_step_and_time(decay, shape):
                 assert 0 <= tm.run_fraction(hp, step, elapsed_ms) <= 1
 
 
+def test_momentum_rises_to_its_end_and_stays_there():
+    warm = dict(muon_momentum=0.95, muon_momentum_warmup_start=0.75)
+    hp = tiny_hp(muon_momentum_warmup_steps=10, **warm)
+    found = [tm.muon_momentum(hp, step) for step in (0, 5, 10, 11, 1000)]
+    assert found == pytest.approx([0.75, 0.85, 0.95, 0.95, 0.95])
+    assert tm.muon_momentum(tiny_hp(muon_momentum_warmup_steps=0, **warm), 0) == 0.95
+
+
 # ---- Learning rates
 
 

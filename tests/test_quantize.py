@@ -1,6 +1,7 @@
 """Grids, scales and error feedback, each against its definition in float64."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -44,6 +45,18 @@ def test_error_feedback_is_the_regression_on_what_is_not_rounded_yet(storage):
     nearest = tm.to_codes(rows / scales, quantizer).double().numpy()
     assert np.mean(codes != expected) < 0.02 < np.mean(nearest != expected)
     assert torch.equal(rows, gaussian(9, 12) * torch.linspace(0.5, 3, 9)[:, None])  # untouched
+
+
+def test_grids_are_as_wide_as_their_codes():
+    """As many whole numbers above 0 as below; the widest number of a format of PyTorch."""
+    for name, quantizer in tm.QUANTIZERS.items():
+        if quantizer.dtype == torch.int8:
+            assert quantizer.largest == 2 ** (int(name.removeprefix("int")) - 1) - 1
+        elif quantizer.dtype != torch.float32:
+            assert quantizer.largest == torch.finfo(quantizer.dtype).max
+        assert tm.to_codes(torch.tensor([1e9, -1e9]), quantizer).float().tolist() == (
+            [quantizer.largest, -quantizer.largest] if name != "fp32" else [1e9, -1e9]
+        )
 
 
 def test_a_clip_is_in_root_mean_squares_of_its_row():
@@ -114,6 +127,18 @@ def test_moments_are_of_all_batches_as_the_model_is_told_of_their_noise(backbone
     last = found.pop(f"blocks.{hp.num_layers - 1}.mlp.proj.weight")
     assert torch.allclose(last, sum(x.T @ x for x in kept), rtol=1e-4, atol=1e-4)
     assert "tok_emb.weight" not in found
+
+
+def test_an_artifact_names_its_preset_and_what_defines_the_predictor(tmp_path):
+    """And nothing of how it was trained."""
+    hp = tiny_hp()
+    tm.save_artifact(random_model(hp), hp, tmp_path / "a.mdlm")
+    data = (tmp_path / "a.mdlm").read_bytes()
+    header = json.loads(data[12 : 12 + int.from_bytes(data[8:12], "little")])
+    specs = dataclasses.fields(tm.Hyperparameters)
+    names = ["preset", *(spec.name for spec in specs if spec.metadata["group"] == "model")]
+    assert header["hyperparameters"] == {name: getattr(hp, name) for name in names}
+    assert {"mask_mean", "seed", "matrix_lr", "data_path"}.isdisjoint(names)
 
 
 def test_facts_of_a_kind_are_counted(tmp_path):
