@@ -664,6 +664,13 @@ def test_split_scores_do_not_depend_on_the_batch(split, name):
     assert len({(s.seqs, s.tokens, s.bytes) for s in scores}) == 1
 
 
+def test_buckets_are_named_by_their_positions():
+    assert [tm.bucket_name(bucket, 20) for bucket in range(6)] == (
+        ["0", "1", "2-3", "4-7", "8-15", "16-19"]
+    )
+    assert tm.bucket_name(5, 17) == "16" and tm.bucket_name(1, 2) == "1"
+
+
 def test_windows_are_evenly_spaced():
     assert tm.evenly_spaced(100, 4) == [0, 25, 50, 75] and tm.evenly_spaced(3, 0) == [0, 1, 2]
     assert tm.evenly_spaced(3, 7) == [0, 1, 2] and tm.evenly_spaced(7, 3) == [0, 2, 4]

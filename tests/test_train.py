@@ -445,6 +445,13 @@ def test_validations_are_short_and_logged_as_they_are(watched):
     assert run.trainer.progress.validated == 12
 
 
+@pytest.mark.parametrize("every, steps", [(0, []), (4, [*range(1, 11), 12]), (5, range(1, 11))])
+def test_log_lines_are_of_the_first_ten_steps_and_then_every_so_often(watched, every, steps):
+    run = watched(train_log_every=every).train()
+    found = run.log.found(r"^step:(\d+)/12 train_loss:")
+    assert [int(step) for step in found] == list(steps)
+
+
 def test_the_best_validation_is_the_lowest(watched, monkeypatch):
     run, bpbs = watched(val_loss_every=4), [3.0, 2.0, 4.0]
 
