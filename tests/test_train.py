@@ -282,6 +282,13 @@ def equal(some, others, **tolerance):
     return all(torch.allclose(some[name], others[name], **tolerance) for name in others)
 
 
+class Ring(tm.TokenStream):
+    """A split whose digest is what a test says."""
+
+    data = 7
+    digest = property(lambda self: self.data, lambda self, value: None)
+
+
 SCORE, SAVE = tm.score_windows, tm.write_checkpoint  # which a `Watched` run replaces
 
 
@@ -303,8 +310,7 @@ class Watched:
         monkeypatch.chdir(folder)
         monkeypatch.setattr(tm, "on_signals", lambda handler: None)
         monkeypatch.setattr(tm.time, "perf_counter", self.time.perf_counter)
-        stream = tm.TokenStream(folder, "train")
-        self.trainer = tm.Trainer(self.hp, stream, CPU, self.log)
+        self.trainer = tm.Trainer(self.hp, Ring(folder, "train"), CPU, self.log)
         self.first_windows, self.steps, self.live, self.validations = [], [], [], []
         self.watch(monkeypatch)
 
@@ -563,6 +569,27 @@ def test_steps_that_are_not_finite_are_allowed_as_often_as_asked(watched):
     optimizer.state[3, 0] = math.inf  # in the average
     with pytest.raises(tm.InputError, match="step:2 the weights are not finite"):
         trainer.check()
+
+
+def test_nothing_is_validated_or_saved_that_was_not_checked(watched):
+    for act in ("validate", "save"):
+        run = watched()
+        run.trainer.optimizer.dropped += 2
+        arguments = [run.val] if act == "validate" else []
+        with pytest.raises(tm.InputError, match="2 masked tokens had no place"):
+            getattr(run.trainer, act)(*arguments)
+        assert not run.log.lines and not Path("logs").exists()
+
+
+def test_other_data_end_a_restart(watched):
+    watched(checkpoint_every=50.0, iterations=5).train()
+    again = watched(checkpoint_every=50.0, iterations=5)
+    again.trainer.stream.data = 8
+    with pytest.raises(tm.InputError, match="00000005.ckpt was made with other shards"):
+        again.trainer.resume()
+    again.trainer.stream.data = 7
+    again.trainer.resume()
+    assert again.trainer.progress.step == 5
 
 
 def test_what_changes_the_result_may_not_change_in_a_restart(watched):
