@@ -664,6 +664,28 @@ def test_split_scores_do_not_depend_on_the_batch(split, name):
     assert len({(s.seqs, s.tokens, s.bytes) for s in scores}) == 1
 
 
+def test_plans_of_windows(split):
+    """Rows of one call: as many as fit, at most 16 where a window takes many calls, and always 16
+    where rounding could change the order. A stride is at most a window."""
+    hp, val, _ = split
+    names = ("nelbo", "tstep", "l2r", "random", "sliding", "confidence")
+    for tokens, rows in (
+        (16, [1, 1, 1, 1, 1, 16]),
+        (64, [2] * 5 + [16]),
+        (4096, [40] * 2 + [16] * 4),
+    ):
+        small = dataclasses.replace(hp, val_batch_size=tokens)
+        plans = [tm.WindowPlan(SCORES[name], small, val.stream, 40) for name in names]
+        assert [plan.rows for plan in plans] == rows
+    for stride, used in ((8, 8), (32, 32), (100, 32)):
+        plan = tm.WindowPlan(
+            SCORES["sliding"], dataclasses.replace(hp, stride=stride), val.stream, 0
+        )
+        assert plan.stride == used and plan.scored_tokens[:2] == [32, used]
+        some = tm.WindowPlan(SCORES["sliding"], plan.hp, val.stream, 3)
+        assert some.scored_tokens == [used] * 3 and some.numbers[0] == 0
+
+
 def test_buckets_are_named_by_their_positions():
     assert [tm.bucket_name(bucket, 20) for bucket in range(6)] == (
         ["0", "1", "2-3", "4-7", "8-15", "16-19"]
