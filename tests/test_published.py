@@ -7,7 +7,7 @@ import re
 import published
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, val_split
 
 import train_mdlm as tm
 
@@ -57,6 +57,19 @@ def test_an_artifact_scored_as_published_and_exactly(tiny_env, tmp_path, tool):
     generators = [tm.seeded("cpu", hp.seed, "published", number) for number in range(70)]
     ours = tm.discrete_elbo(model, rows, 4, generators).sum().item()
     assert exact * nbytes * math.log(2) == pytest.approx(ours, rel=0.05)
+
+
+def test_weights_that_diverged_and_single_windows_are_refused(tiny_env, tmp_path, tool):
+    hp = tm.Hyperparameters.from_env(tiny_env)
+    options = ["--data", tiny_env["DATA_PATH"], "--tokenizer", tiny_env["TOKENIZER_PATH"]]
+    tm.save_artifact(random_model(hp), dataclasses.replace(hp, quant_mode="fp32"), tmp_path / "a")
+    done = tool(published, tmp_path / "a", "--seqs", "1", *options)
+    assert done.returncode == 2 and "1 window has no standard error" in done.stderr
+    val = val_split(hp)
+    model = random_model(hp)
+    torch.nn.init.constant_(next(model.parameters()), math.inf)
+    with pytest.raises(tm.InputError, match="is not a finite number: the weights have diverged"):
+        published.measure(model, val, 2, 2)
 
 
 def test_what_cannot_be_scored_is_one_line(tmp_path, tool):

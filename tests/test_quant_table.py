@@ -69,7 +69,7 @@ def test_figures(tiny_env, tmp_path, tool, monkeypatch, objective):
     assert with_feedback["error"] != coarse["error"]
 
 
-@pytest.mark.parametrize("options", [[], ["--batch", "0"], ["--seqs", "-1"]])
+@pytest.mark.parametrize("options", [[], ["--batch", "0"], ["--seqs", "-1"], ["--seqs", "1"]])
 def test_wrong_input_is_one_line(tool, options):
     done = tool(quant_table, "missing.mdlm", *options)
     assert done.returncode == 2
