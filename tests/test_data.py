@@ -249,7 +249,7 @@ DEEP = '{"text": "two", "more": ' + "[" * 100_000 + "]" * 100_000 + "}"
         ("--source good.txt --tokenizer good.txt", "good.txt: not a SentencePiece model"),
         ("--source good.txt --tokenizer empty.txt", "empty.txt: not a SentencePiece model"),
         ("--source good.txt --tokenizer folder", "folder: there is no such file"),
-        ("--source good.txt --vocab-size 60000", "it has no more than 1"),
+        ("--source good.txt --vocab-size 60000", "it has no more than 8"),
         ("--source good.txt --vocab-size 100", "it needs at least 2"),
         ("--source good.txt --vocab-size 0", "--vocab-size 0: a tokenizer has between 1 and"),
         ("--source good.txt --vocab-size -7", "--vocab-size -7: a tokenizer has between 1 and"),
