@@ -159,7 +159,9 @@ def test_no_run_outlives_a_sweep_that_is_stopped(
         monkeypatch.setattr(sweep.Job, "run", fail)
     else:
         threading.Thread(target=stop_when_it_runs, daemon=True).start()
+    began = time.monotonic()
     done = tool(sweep, "NUM_HEADS=4,2", "--seeds", "1,2", "--jobs", "2", "--out", tmp_path)
+    assert time.monotonic() - began < 45  # nobody waits for the child, which sleeps for a minute
     pids = (tmp_path / "pids").read_text().split()
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     reason = {signal.SIGINT: "Ctrl-C", None: "something is broken"}.get(number) or number.name

@@ -25,6 +25,7 @@ HEADLINES = {  # what the score behind val_bpb is
     "nelbo": "any-order NELBO, exact bytes, weights read back from disk",
     "ar": "autoregressive code length, exact bytes, weights read back from disk",
 }
+UNFINISHED = "the run did not finish, or it is not a log of train_mdlm.py"
 WHOLE = r"\d{1,15}"
 REAL = r"-?\d{1,15}\.\d{1,9}"
 PIECE_BYTES = 256  # a token has at most
@@ -157,8 +158,7 @@ class LogLines:
         """The groups of the last line that fits; InputError says `what` the log lacks."""
         found = self.find_all(pattern)
         if not found:
-            unfinished = "the run did not finish, or it is not a log of train_mdlm.py"
-            raise InputError(f"{self.path}: no {what} in this log; {unfinished}")
+            raise InputError(f"{self.path}: no {what} in this log; {UNFINISHED}")
         return found[-1]
 
     def find_only(self, pattern: str, what: str) -> tuple[str, ...]:
@@ -224,6 +224,21 @@ def read_scores(life: LogLines) -> list[ScoreLine]:
     return found
 
 
+def find_headline(scores: list[ScoreLine], path: Path) -> ScoreLine:
+    """The score behind val_bpb; InputError unless there is one."""
+    found = [score for score in scores if score.name in HEADLINES]
+    if len(found) != 1:
+        raise InputError(f"{path}: has {len(found)} final scores, not one; {UNFINISHED}")
+    return found[0]
+
+
+def read_dataset(life: LogLines) -> tuple[str, ...]:
+    """Its name, the digest of the tokenizer, tokens, bytes and windows of the split."""
+    numbers = rf"val_tokens:({WHOLE})(?: val_bytes:({WHOLE}))? val_windows:({WHOLE})"
+    pattern = rf"^dataset:(.*?)(?: tokenizer_sha256:([0-9a-f]{{64}}))? {numbers}(?: |$)"
+    return life.find_only(pattern, "dataset line")
+
+
 class Point(NamedTuple):
     """How far a run was at a line of its log."""
 
@@ -255,15 +270,9 @@ def parse_log(path: Path) -> Run:
     all_lives = [LogLines(body, path) for body in bodies]
     last = all_lives[-1]  # it has the last validation, the sizes and the scores
     scores = read_scores(last)
-    headline = [score for score in scores if score.name in HEADLINES]
-    if len(headline) != 1:
-        unfinished = "the run did not finish, or it is not a log of train_mdlm.py"
-        raise InputError(f"{path}: has {len(headline)} final scores, not one; {unfinished}")
+    headline = find_headline(scores, path)
     settings = read_settings(last)
-    numbers = rf"val_tokens:({WHOLE})(?: val_bytes:({WHOLE}))? val_windows:({WHOLE})"
-    dataset, tokenizer, val_tokens, val_bytes, val_windows = last.find_only(
-        rf"^dataset:(.*?)(?: tokenizer_sha256:([0-9a-f]{{64}}))? {numbers}(?: |$)", "dataset line"
-    )
+    dataset, tokenizer, val_tokens, val_bytes, val_windows = read_dataset(last)
     storage, artifact_bytes = last.find_only(
         rf"^Serialized model (\S+): ({WHOLE}) bytes", "artifact size"
     )
@@ -298,11 +307,11 @@ def parse_log(path: Path) -> Run:
         total_bytes=last.number(r"Total submission size \S+: ", "total size"),
         val_loss=float(val_loss),
         val_bpb=float(val_bpb),
-        stderr=float(headline[0].stderr),
-        estimator=HEADLINES[headline[0].name],
-        seqs=headline[0].seqs,
-        tokens=headline[0].tokens,
-        bytes=headline[0].bytes,
+        stderr=float(headline.stderr),
+        estimator=HEADLINES[headline.name],
+        seqs=headline.seqs,
+        tokens=headline.tokens,
+        bytes=headline.bytes,
         others={
             score.name: (float(score.bpb), score.seqs)
             for score in scores
