@@ -934,7 +934,8 @@ def load_tokenizer(path: str, vocab_size: int):
     import sentencepiece
 
     try:
-        sp = sentencepiece.SentencePieceProcessor(model_proto=read_file(path))
+        sp = sentencepiece.SentencePieceProcessor()
+        sp.LoadFromSerializedProto(read_file(path))
         pieces = sp.id_to_piece(list(range(sp.vocab_size())))  # raises if one is no UTF-8
     except (RuntimeError, ValueError):
         message = f"TOKENIZER_PATH={path}: there is no SentencePiece model; {REMEDY}"

@@ -82,7 +82,8 @@ def open_closed_streams() -> None:
 
 
 open_closed_streams()
-if Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent == TOOLS:
+started = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
+if started.parent in (TOOLS, ROOT / "data"):
     on_signals(stop_at_once)
 
 import torch  # noqa: E402
