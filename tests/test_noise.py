@@ -33,6 +33,13 @@ def hp_of(**overrides):
     return tm.Hyperparameters(**(dict(preset="demo", mask_dist="uniform") | shape | overrides))
 
 
+def test_every_key_has_random_numbers_of_its_own():
+    keys = [(1, "train", 23), (12, "train", 3), (1, "train2", 3), (1, "train", 2, 3), (1, "train")]
+    draws = [torch.rand(4, generator=tm.seeded("cpu", *key)) for key in keys]
+    assert len({tuple(draw.tolist()) for draw in draws}) == len(keys)
+    assert torch.equal(torch.rand(4, generator=tm.seeded("cpu", *keys[0])), draws[0])
+
+
 # ---- Mask times and probabilities
 
 
