@@ -191,6 +191,10 @@ def test_paths_are_those_of_the_option_or_the_environment_or_the_preset(monkeypa
     found = common.with_paths(hp, tokenizer="option's.model")
     assert (found.data_path, found.tokenizer_path) == ("environment's", "option's.model")
     assert common.with_paths(hp, data="option's").data_path == "option's"
+    monkeypatch.setenv("TOKENIZER_PATH", "environment's.model")
+    assert common.with_paths(hp).tokenizer_path == "environment's.model"
+    found = common.with_paths(hp, tokenizer="option's.model")
+    assert found.tokenizer_path == "option's.model"
 
 
 def test_errors_of_a_tool_are_one_line(tmp_path, capsys):
