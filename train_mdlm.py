@@ -710,7 +710,8 @@ def write_file(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)  # it may have filled the disk
+        with contextlib.suppress(OSError):
+            part.unlink()  # it may have filled the disk
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
 
 

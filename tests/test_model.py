@@ -190,7 +190,7 @@ def test_a_file_that_claims_a_huge_model_is_refused_before_anything_is_unpacked(
         tm.unpack_artifact(claiming(tiny_hp(), 100), "small")
     assert asked and max(asked) < 10_000  # so this is where it would be noticed
     asked.clear()
-    huge = tm.Hyperparameters(num_layers=8, model_dim=400_000)
+    huge = tm.Hyperparameters(num_layers=200, model_dim=65_536)
     with pytest.raises(tm.InputError, match="huge: not an artifact"):
         tm.unpack_artifact(claiming(huge, 1000), "huge")
     assert max(asked, default=0) < 2**32
