@@ -149,99 +149,106 @@ class Hyperparameters:
     eval_only: str = knob("run", "", "artifact to score instead of training a model")
 
     data_path: str = knob("data", "./data/datasets/fineweb10B_sp1024",
-                          "folder with fineweb_train_*.bin and fineweb_val_*.bin")
+        "folder with fineweb_train_*.bin and fineweb_val_*.bin")
     tokenizer_path: str = knob("data", "./data/tokenizers/fineweb_1024_bpe.model",
-                               "SentencePiece model that made them")
+        "SentencePiece model that made them")
 
     objective: str = knob("model", "mdlm", "masked diffusion, or causal next-token prediction",
-                          choices=("mdlm", "ar"))
-    block_size: int = knob("model", 0, "tokens of a block: diffusion inside, autoregression over "
-                           "blocks; 0: one block, the whole window", high=2**20)
+        choices=("mdlm", "ar"))
+    block_size: int = knob("model", 0,
+        "tokens of a block: diffusion inside, autoregression over blocks; 0: one block, the window",
+        high=2**20)
     backbone: str = knob("model", "unet", "the challenge's trunk, or one told the noise level",
-                         choices=lambda: BACKBONES)
+        choices=lambda: BACKBONES)
     vocab_size: int = knob("model", 1024, "real tokens V; MASK is V, PAD V + 1", low=2, high=65_534)
     doc_chunks: bool = knob("model", False, "train on documents, in chunks of L tokens and PAD")
     anchor_bos: bool = knob("model", False, "never mask <s>; scores pay for where it stands")
-    train_seq_len: int = knob("model", 1024, "tokens L of a window, in training and scoring",
-                              low=1, high=2**20)
+    train_seq_len: int = knob("model", 1024, "tokens L of a window, in training and scoring", low=1,
+        high=2**20)
     num_layers: int = knob("model", 8, "blocks; in the U-Net half of them feed skips to the others",
-                           low=1, high=200)
+        low=1, high=200)
     model_dim: int = knob("model", 576, "width D of the residual stream", low=2, high=2**16)
     num_heads: int = knob("model", 8, "attention heads H", low=1)
     num_kv_heads: int = knob("model", 4, "key/value heads, each for an equal share of H", low=1)
     mlp_mult: int = knob("model", 2, "hidden width of the MLP as a multiple of MODEL_DIM", low=1,
-                         high=64)
+        high=64)
     tie_embeddings: bool = knob("model", True, "use the embedding as the output head too")
-    neighbors: int = knob("model", 0, "tokens on each side of a position whose embeddings, from "
-                          "tables of their own, join its input", high=64)
+    neighbors: int = knob("model", 0,
+        "tokens on each side of a position whose embeddings, from tables of their own, join its "
+        "input", high=64)
     rope_base: float = knob("model", 1e4, "base of the rotary frequencies", low=1)
     logit_softcap: float = knob("model", 30.0, "logits become cap·tanh(logits/cap); 0: unchanged")
     qk_gain_init: float = knob("model", 1.5, "initial gain of the normalised queries")
     tied_embed_init_std: float = knob("model", 0.005, "standard deviation of a new tied embedding")
     compute_dtype: str = knob("model", "auto", "of activations; auto: bfloat16 on GPUs",
-                              choices=("auto", "float32", "bfloat16"))
+        choices=("auto", "float32", "bfloat16"))
 
-    masking: str = knob("noise", "bernoulli", "how a row is masked: each token by itself, or an "
-                        "exact number of tokens", choices=lambda: MASKINGS)
-    time_sampling: str = knob("noise", "stratified", "how mask times are drawn: evenly spaced, in "
-                              "pairs t and 1 − t, or independently", choices=lambda: TIME_SAMPLINGS)
+    masking: str = knob("noise", "bernoulli",
+        "how a row is masked: each token by itself, or an exact number of tokens",
+        choices=lambda: MASKINGS)
+    time_sampling: str = knob("noise", "stratified",
+        "how mask times are drawn: evenly spaced, in pairs t and 1 − t, or independently",
+        choices=lambda: TIME_SAMPLINGS)
     mask_dist: str = knob("noise", "uniform", "how mask probabilities are distributed",
-                          choices=lambda: MASK_DISTS)
+        choices=lambda: MASK_DISTS)
     mask_mean: float = knob("noise", 0.45, "mean of MASK_DIST=normal", high=1)
     mask_std: float = knob("noise", 0.1, "its standard deviation", low=1e-6, high=10)
     mask_eps: float = knob("noise", 0.001, "smallest mask probability", high=1)
     mask_max: float = knob("noise", 1.0, "largest mask probability", high=1)
-    loss_weight: str = knob("noise", "elbo", "weight of a token masked with probability p: 1/p, "
-                            "about 1/(1 − p), or 1", choices=lambda: LOSS_WEIGHTS)
-    causal_weight: float = knob("noise", 1.0, "with BLOCK_SIZE: weight of the next-token loss of "
-                                "clean tokens")
+    loss_weight: str = knob("noise", "elbo",
+        "weight of a token masked with probability p: 1/p, about 1/(1 − p), or 1",
+        choices=lambda: LOSS_WEIGHTS)
+    causal_weight: float = knob("noise", 1.0,
+        "with BLOCK_SIZE: weight of the next-token loss of clean tokens")
     weight_clamp: float = knob("noise", 100.0, "largest weight of a masked token", low=1)
 
     seed: int = knob("training", 1337, "seed of weights, mask times and masks", high=2**63 - 1)
     iterations: int = knob("training", 20_000, "optimizer steps at most", high=2**24)
     max_wallclock_seconds: float = knob("training", 600.0, "training time at most; 0: no limit")
     train_batch_tokens: int = knob("training", 524_288, "tokens of a step, of all processes", low=1,
-                                   high=2**28)
+        high=2**28)
     lr_warmup_steps: int = knob("training", 0, "steps in which the learning rates rise at first")
     warmdown_iters: int = knob("training", 1200, "steps in which they decay; 0: see WARMDOWN_FRAC")
     warmdown_frac: float = knob("training", 0.0, "share of the run in which they decay", high=1)
     warmdown_shape: str = knob("training", "linear", "shape of the decay",
-                               choices=("linear", "cosine"))
+        choices=("linear", "cosine"))
     min_lr_frac: float = knob("training", 0.0, "share of them that is left at the end", high=1)
 
     compile: str = knob("execution", "auto", "compile the loss with torch.compile; auto: on GPUs",
-                        choices=("auto", "on", "off"))
+        choices=("auto", "on", "off"))
     warmup_steps: int = knob("execution", 20, "steps that warm the compiler up and are undone",
-                             high=1000)
+        high=1000)
     micro_batch_tokens: int = knob("execution", 65_536, "most tokens of one pass of a process",
-                                   low=1, high=2**24)
-    train_log_every: int = knob("execution", 200, "steps between log lines, after the first ten; "
-                                "0: no such lines")
+        low=1, high=2**24)
+    train_log_every: int = knob("execution", 200,
+        "steps between log lines, after the first ten; 0: no such lines")
     val_loss_every: int = knob("execution", 1000, "steps between validations; 0: only at the end")
-    checkpoint_every: float = knob("execution", 300.0, "seconds of training between checkpoints; "
-                                   "0: only when stopped")
-    resume: str = knob("execution", "auto", "auto: from the last checkpoint of RUN_ID, if there is "
-                       "one; never; or the path of a checkpoint")
-    skip_nonfinite: int = knob("execution", 0, "steps with infinite or NaN gradients that are "
-                               "skipped before the run gives up")
+    checkpoint_every: float = knob("execution", 300.0,
+        "seconds of training between checkpoints; 0: only when stopped")
+    resume: str = knob("execution", "auto",
+        "auto: from the last checkpoint of RUN_ID, if there is one; never; or the path of a "
+        "checkpoint")
+    skip_nonfinite: int = knob("execution", 0,
+        "steps with infinite or NaN gradients that are skipped before the run gives up")
 
     optimizer: str = knob("optimizer", "muon", "for the block matrices; AdamW is for the rest",
-                          choices=("muon", "adamw"))
+        choices=("muon", "adamw"))
     matrix_lr: float = knob("optimizer", 0.02, "learning rate of the block matrices")
     tied_embed_lr: float = knob("optimizer", 0.05, "learning rate of a tied embedding")
     embed_lr: float = knob("optimizer", 0.6, "learning rate of an untied one, and of NEIGHBORS")
     head_lr: float = knob("optimizer", 0.008, "learning rate of an untied output head")
     scalar_lr: float = knob("optimizer", 0.04, "learning rate of gains, scales, skips and biases")
-    adam_batch_tokens: int = knob("optimizer", 0, "batch size that these rates, but MATRIX_LR, are "
-                                  "for; they scale with its square root; 0: no scaling")
+    adam_batch_tokens: int = knob("optimizer", 0,
+        "batch size that these rates, but MATRIX_LR, are for; they scale with its square root; 0: "
+        "no scaling")
     weight_decay: float = knob("optimizer", 0.0, "decoupled, per step, times the learning rate")
-    weight_decay_on: str = knob("optimizer", "matrices", "what decays: block and head matrices, or "
-                                "all weights", choices=("matrices", "all"))
+    weight_decay_on: str = knob("optimizer", "matrices",
+        "what decays: block and head matrices, or all weights", choices=("matrices", "all"))
     muon_momentum: float = knob("optimizer", 0.95, "Nesterov momentum of Muon", high=1)
     muon_momentum_warmup_start: float = knob("optimizer", 0.85, "its momentum at step 0", high=1)
     muon_momentum_warmup_steps: int = knob("optimizer", 500, "steps until it is MUON_MOMENTUM")
     muon_backend_steps: int = knob("optimizer", 5, "Newton-Schulz iterations of Muon", low=1,
-                                   high=99)
+        high=99)
     beta1: float = knob("optimizer", 0.9, "decay of AdamW's first moment", high=0.999999)
     beta2: float = knob("optimizer", 0.95, "decay of AdamW's second moment", high=0.999999)
     adam_eps: float = knob("optimizer", 1e-8, "ε of AdamW", low=1e-30)
@@ -249,29 +256,31 @@ class Hyperparameters:
     ema_decay: float = knob("optimizer", 0.999, "decay of averaged weights; 0: no average", high=1)
     ema_start_frac: float = knob("optimizer", 0.1, "share of the run before averaging", high=1)
 
-    quant_mode: str = knob("export", "fp8", "storage of all weights, or by kind of parameter: "
-                           "int7,embed:int8,gain:fp16")
-    quant_clip: float = knob("export", 0.0, "largest code, in root mean squares of its row; 0: the "
-                             "one with the least squared error", high=16)
-    quant_feedback: int = knob("export", 0, "training batches for GPTQ rounding, best with "
-                               "QUANT_CLIP of 10 or more; 0: round to nearest", high=1000)
+    quant_mode: str = knob("export", "fp8",
+        "storage of all weights, or by kind of parameter: int7,embed:int8,gain:fp16")
+    quant_clip: float = knob("export", 0.0,
+        "largest code, in root mean squares of its row; 0: the one with the least squared error",
+        high=16)
+    quant_feedback: int = knob("export", 0,
+        "training batches for GPTQ rounding, best with QUANT_CLIP of 10 or more; 0: round to "
+        "nearest", high=1000)
     pack: str = knob("export", "auto", "compressor of each kind of parameter; auto: the smallest",
-                     choices=lambda: ("auto", *PACKERS))
+        choices=lambda: ("auto", *PACKERS))
 
-    scores: str = knob("scoring", "nelbo,l2r", "final scores, each with a number of windows if "
-                       "wanted (0: all): nelbo,l2r:512")
+    scores: str = knob("scoring", "nelbo,l2r",
+        "final scores, each with a number of windows if wanted (0: all): nelbo,l2r:512")
     nelbo_passes: int = knob("scoring", 4, "masks per window of the final NELBO", low=1, high=9999)
     eval_max_seqs: int = knob("scoring", 4096, "windows of a validation in training; 0: all")
     final_eval_max_seqs: int = knob("scoring", 0, "windows of the final val_bpb; 0: all")
     final_eval_t_samples: int = knob("scoring", 0, "points of PR 1699's grid; adds the score tgrid",
-                                     high=100_000)
+        high=100_000)
     tstep_steps: int = knob("scoring", 128, "T of the T-step bound", low=1, high=100_000)
     stride: int = knob("scoring", 64, "tokens that a sliding window scores", low=1)
     score_block_size: int = knob("scoring", 0, "BLOCK_SIZE of the scores; 0: as trained",
-                                 high=2**20)
+        high=2**20)
     chain_group: int = knob("scoring", 1, "positions a chain rule reveals in one call", low=1)
     val_batch_size: int = knob("scoring", 524_288, "tokens of one scoring pass, over all processes",
-                               low=1, high=2**24)
+        low=1, high=2**24)
 # fmt: on
 
     def __init__(self, preset: str = "mdlm", **overrides):
@@ -719,7 +728,8 @@ def write_file(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)  # it may have filled the disk
+        with contextlib.suppress(OSError):
+            part.unlink()  # it may have filled the disk
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
 
 
@@ -951,7 +961,8 @@ def load_tokenizer(path: str, vocab_size: int):
     import sentencepiece
 
     try:
-        sp = sentencepiece.SentencePieceProcessor(model_proto=read_file(path))
+        sp = sentencepiece.SentencePieceProcessor()
+        sp.LoadFromSerializedProto(read_file(path))
         pieces = sp.id_to_piece(list(range(sp.vocab_size())))  # raises if one is no UTF-8
     except (RuntimeError, ValueError):
         message = f"TOKENIZER_PATH={path}: there is no SentencePiece model; {REMEDY}"

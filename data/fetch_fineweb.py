@@ -5,41 +5,74 @@
     python data/fetch_fineweb.py --variant sp4096 --train-shards 10
 
 Files land in data/datasets/ and data/tokenizers/, where train_mdlm.py looks for them by default.
-What is already there and sound is not fetched again; an interrupted download continues. A file
-whose SHA-256 is not what the hub says, or a shard whose header or size is wrong, is refused.
+What is already there and is what the hub has is not fetched again; an interrupted download
+continues. A file whose digest is not what the hub says, or a shard whose header or size is wrong,
+is refused. What all of it holds is written to verified.json beside the shards.
 
 HF_ENDPOINT and HF_TOKEN are honoured. Needs requirements-dev.txt (huggingface_hub).
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import hashlib
 import json
 import os
 import re
+import shutil
 import sys
-from collections.abc import Callable
+import tempfile
+import urllib.parse
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import common  # noqa: E402
+import torch  # noqa: E402
+from prepare_text import MOST_SHARDS, NAME, free_name, load_tokenizer, write_verified  # noqa: E402
 
-from train_mdlm import InputError, Log, open_shard  # noqa: E402
+from train_mdlm import (  # noqa: E402
+    SHARD_HEADER_BYTES,
+    VERIFIED,
+    ByteTables,
+    InputError,
+    Log,
+    TokenStream,
+    build_sentencepiece_luts,
+    count_bytes,
+    explain,
+    open_shard,
+)
 
 REPO = "willdepueoai/parameter-golf"
 REMOTE_ROOT = "datasets"
-MOST_SHARDS = 1_000_000  # as many as their names have room for
+# Length of a window, and tokens and bytes in all windows of the validation split. A space at the
+# beginning of a document, which published scripts do not always count, makes less of a difference.
+PUBLISHED = {"fineweb10B_sp1024": (1024, 62_021_632, 151_073_604)}
+BYTES_MAY_DIFFER = 0.0001
 
 Verify = Callable[[Path], object]  # raises InputError for a bad file
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def read_through(path: Path, like: str) -> tuple[str, int]:
+    """A digest of the same kind as `like`, and the CRC-32 of what follows the header of a shard.
+
+    The hub gives the SHA-256 of large files, and Git's SHA-1 of small ones.
+    """
+    if re.fullmatch("[0-9a-f]{64}", like):
+        digest = hashlib.sha256()
+    else:
+        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    checksum = 0
     with path.open("rb") as file:
+        digest.update(file.read(SHARD_HEADER_BYTES))
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()
+            checksum = zlib.crc32(block, checksum)
+    return digest.hexdigest(), checksum
 
 
 def accept(path: Path) -> None:
@@ -54,13 +87,15 @@ class Fetcher:
         self.remote_root = remote_root
         self.out = out
         self.log = log
+        self.checksums: dict[str, int] = {}  # CRC-32 of the tokens of a shard, by its name
+        self.verified: Path | None = None  # removed before anything that it describes changes
 
     def local(self, relative: str) -> Path:
         """Where a file of the manifest goes; InputError for a path that would leave `out`."""
         path = PurePosixPath(relative)
-        named = f"manifest.json names {relative!r}, which is"
+        named = f"manifest.json names {ascii(relative)}, which is"
         escapes = path.is_absolute() or ".." in path.parts
-        if not relative or escapes or re.search(r"[\\\0]", relative):
+        if not relative or escapes or "\\" in relative or not relative.isprintable():
             raise InputError(f"{named} outside the data folder; refused")
         expected = path.parts[0] in ("datasets", "tokenizers", "manifest.json")
         if not expected or path.suffix in (".py", ".pth"):
@@ -68,42 +103,79 @@ class Fetcher:
         return self.out / path
 
     def fetch(self, relative: str, verify: Verify, refresh: bool = False) -> Path:
-        """Downloads `relative` unless a sound copy is there."""
+        """Downloads `relative` unless what is there is what the hub has; to `refresh` what may
+        change on the hub is to ask for it each time, and to leave it where downloads begin."""
         target = self.local(relative)
-        if target.is_file() and not refresh:
+        if refresh:
+            return self.download(relative, verify)
+        if target.is_file():
+            etag = self.etag(relative)
             try:
                 verify(target)
+                self.compare(target, etag)
                 self.log(f"{target}: there already")
                 return target
             except InputError as error:
-                self.log(f"{error}; fetching it again")
-        got, etag = self.download(relative)
-        try:
-            is_sha256 = re.fullmatch("[0-9a-f]{64}", etag)  # of large files; others have a Git hash
-            if is_sha256 and sha256(got) != etag:
-                damaged = "its SHA-256 is not what the hub says, it was damaged on its way"
-                raise InputError(f"{relative}: {damaged}; run the same command again")
-            verify(got)
-        except InputError:
-            got.unlink()
-            raise
+                self.log(f"{explain(error)}; fetching it again")
+        got = self.download(relative, verify)
+        if self.verified:
+            self.verified.unlink(missing_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(got, target)
+        if target.exists():  # somebody else's, perhaps
+            aside = free_name(target)
+            os.rename(target, aside)
+            self.log(f"{target}: what was there is {aside.name} now")
+        part = target.with_name(target.name + ".part")
+        shutil.move(got, part)  # perhaps to another disk
+        os.replace(part, target)
         self.log(f"{target}: {target.stat().st_size:,} bytes")
         return target
 
-    def download(self, relative: str) -> tuple[Path, str]:
-        """Where a file has been downloaded to, and what the hub says it is."""
+    def compare(self, path: Path, etag: str) -> None:
+        """InputError if a file is not what the hub has; notes its checksum."""
+        digest, checksum = read_through(path, etag)
+        if digest != etag:
+            kind = "SHA-256" if len(digest) == 64 else "Git hash"
+            raise InputError(f"{path}: its {kind} is not what the hub says, it is damaged")
+        self.checksums[path.name] = checksum
+
+    def download(self, relative: str, verify: Verify) -> Path:
+        """Where a file has been downloaded to: a place of its own, in which it is kept if sound."""
         import huggingface_hub
+
+        with self.explained(relative):
+            place = dict(repo_type="dataset", local_dir=self.out / ".hub")
+            name = str(PurePosixPath(self.remote_root, relative))
+            got = Path(huggingface_hub.hf_hub_download(self.repo, name, **place))
+        try:
+            self.compare(got, self.etag(relative))
+            verify(got)
+        except InputError as error:
+            got.unlink()
+            raise InputError(f"{explain(error)}; run the same command again") from None
+        return got
+
+    def etag(self, relative: str) -> str:
+        """The digest that the hub gives for a file."""
+        import huggingface_hub
+
+        with self.explained(relative):
+            name = str(PurePosixPath(self.remote_root, relative))
+            url = huggingface_hub.hf_hub_url(self.repo, name, repo_type="dataset")
+            etag = huggingface_hub.get_hf_file_metadata(url).etag or ""
+        if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", etag):
+            raise InputError(f"{relative}: {self.repo} gives no digest to compare it with")
+        return etag
+
+    @contextlib.contextmanager
+    def explained(self, relative: str) -> Iterator[None]:
+        """Says in one line why the hub did not answer."""
         from huggingface_hub import errors
 
-        remote = str(PurePosixPath(self.remote_root, relative))
-        where = dict(repo_id=self.repo, filename=remote, repo_type="dataset")
         try:
-            got = huggingface_hub.hf_hub_download(**where, local_dir=self.out / ".hub")
-            url = huggingface_hub.hf_hub_url(**where)
-            etag = huggingface_hub.get_hf_file_metadata(url).etag
-            return Path(got), etag or ""
+            yield
+        except errors.HFValidationError:
+            raise InputError(f"--repo {self.repo!r} is no data set: give OWNER/NAME") from None
         except errors.RepositoryNotFoundError:
             raise InputError(f"there is no data set {self.repo} that you may read") from None
         except errors.LocalEntryNotFoundError as error:
@@ -111,11 +183,14 @@ class Fetcher:
         except errors.EntryNotFoundError:
             missing = f"{relative} is not in {self.repo}; the manifest promises it"
             raise InputError(missing) from None
-        except (errors.HfHubHTTPError, OSError, RuntimeError) as error:
+        except Exception as error:  # of whatever the client uses to connect
             failure = error
-        reason = str(failure).strip().splitlines()[0]
+        else:
+            return
+        reason = str(failure).strip() or type(failure).__name__
         remedy = "the same command continues where this one stopped"
-        raise InputError(f"{relative} could not be fetched: {reason}; {remedy}")
+        first_line = reason.splitlines()[0].rstrip(".")
+        raise InputError(f"{relative} could not be fetched: {first_line}; {remedy}")
 
 
 # ---- The manifest
@@ -132,7 +207,7 @@ class Variant(NamedTuple):
 
 
 def read_manifest(path: Path) -> dict[str, dict[str, dict]]:
-    """Its data sets and tokenizers, by name."""
+    """Its data sets and tokenizers, by name; InputError if it is none."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         return {
@@ -149,13 +224,17 @@ def find_variant(manifest: dict[str, dict[str, dict]], variant: str) -> Variant:
     datasets = manifest["datasets"]
     dataset = datasets.get(f"fineweb10B_{variant}", datasets.get(variant))
     if dataset is None:
-        raise InputError(f"--variant {variant} is not one of {', '.join(sorted(datasets))}")
+        known = ", ".join(sorted(map(printable, datasets)))
+        raise InputError(f"--variant {printable(variant)} is not one of {known}")
+    name = str(dataset["name"])
+    if not NAME.fullmatch(name):
+        raise InputError(f"manifest.json names a data set {ascii(name)}; refused")
     try:
         stats = dataset["stats"]
         tokenizer = manifest["tokenizers"][dataset["tokenizer_name"]]
         keys = ("model_path", "vocab_path", "path")
         found = Variant(
-            name=dataset["name"],
+            name=name,
             files_train=int(stats["files_train"]),
             files_val=int(stats["files_val"]),
             tokens_val=int(stats.get("tokens_val", 0)),
@@ -164,9 +243,14 @@ def find_variant(manifest: dict[str, dict[str, dict]], variant: str) -> Variant:
         if not 1 <= found.files_val <= MOST_SHARDS or not 0 <= found.files_train <= MOST_SHARDS:
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        lacking = f"the entry of {dataset['name']} lacks its stats or its tokenizer"
+        lacking = f"the entry of {name} lacks its stats or its tokenizer"
         raise InputError(f"manifest.json: {lacking}") from None
     return found
+
+
+def printable(text: str) -> str:
+    """`text`, with escapes if there is anything in it that moves a cursor."""
+    return text if text.isprintable() else ascii(text)
 
 
 def fetch_variant(fetcher: Fetcher, variant: str, train_shards: int) -> tuple[Path, list[Path]]:
@@ -175,21 +259,90 @@ def fetch_variant(fetcher: Fetcher, variant: str, train_shards: int) -> tuple[Pa
     found = find_variant(manifest, variant)
     if train_shards > found.files_train:
         raise InputError(f"--train-shards {train_shards}: {found.name} has {found.files_train}")
+    folder = fetcher.local(f"datasets/{found.name}")
+    wanted = {f"fineweb_val_{number:06d}.bin" for number in range(found.files_val)}
+    listed = [f"fineweb_train_{number:06d}.bin" for number in range(found.files_train)]
+    there = {path.name for path in folder.glob("fineweb_*.bin")}
+    foreign = there - wanted - set(listed)
+    if foreign:
+        remedy = "the manifest does not list it; move it away"
+        raise InputError(f"{folder / min(foreign)}: {remedy}")
+    wanted |= there | set(listed[:train_shards])  # what is there is compared too
+    for path in found.tokenizer_files:
+        if fetcher.out / "tokenizers" not in fetcher.local(path).parents:
+            raise InputError(f"manifest.json names {ascii(path)}, which is no tokenizer; refused")
+    fetcher.verified = folder / VERIFIED
     tokenizers = [fetcher.fetch(path, accept) for path in found.tokenizer_files]
-
-    def fetch_split(split: str, count: int) -> list[Path]:
-        names = [f"fineweb_{split}_{number:06d}.bin" for number in range(count)]
-        return [fetcher.fetch(f"datasets/{found.name}/{name}", open_shard) for name in names]
-
-    val = fetch_split("val", found.files_val)
-    fetch_split("train", train_shards)
-    val_tokens = sum(len(open_shard(path)) for path in val)
+    shards = [
+        fetcher.fetch(f"datasets/{found.name}/{name}", open_shard)
+        for name in sorted(wanted, key=lambda name: ("train" in name, name))
+    ]
+    val_tokens = sum(len(open_shard(path)) for path in shards[: found.files_val])
     if found.tokens_val and val_tokens != found.tokens_val:
         promised = f"the manifest says {found.tokens_val}"
         raise InputError(f"the validation split has {val_tokens} tokens, {promised}")
-    shards = f"{train_shards} of {found.files_train} training shards"
-    fetcher.log(f"{found.name}: {val_tokens:,} validation tokens, {shards}")
-    return val[0].parent, tokenizers
+    count = f"{len(shards) - found.files_val} of {found.files_train} training shards"
+    fetcher.log(f"{found.name}: {val_tokens:,} validation tokens, {count}")
+    return shards[0].parent, tokenizers
+
+
+# ---- What is there
+
+
+def verify(fetcher: Fetcher, folder: Path, model: Path) -> None:
+    """Counts what the fetched shards hold, and writes it beside them."""
+    sp = load_tokenizer(model)
+    luts = build_sentencepiece_luts(sp, sp.vocab_size())
+    val = TokenStream(folder, "val")
+    val.measure(sp.vocab_size(), luts=luts)
+    check_published(folder.name, model, val, luts)
+    shards = sorted(folder.glob("fineweb_train_*.bin"))
+    checksums = {path.name: fetcher.checksums[path.name] for path in shards}
+    tokens = sum(len(open_shard(path)) for path in shards)
+    write_verified(folder, model, dict(tokens=tokens, shards=checksums), val.facts)
+    fetcher.log(f"{folder / VERIFIED}: {val.facts['bytes']:,} validation bytes")
+
+
+def check_published(name: str, model: Path, val: TokenStream, luts: ByteTables) -> None:
+    """InputError if the windows of a published split have other bytes than published."""
+    if name not in PUBLISHED:
+        return
+    length, tokens, known = PUBLISHED[name]
+    if val.count_windows(length) * length != tokens:  # another split, which nobody has counted
+        return
+    tail = torch.from_numpy(val.read(tokens, val.total - tokens)).long()
+    counted = val.facts["bytes"] - int(count_bytes(tail[1:], tail[0], luts))
+    if abs(counted - known) > BYTES_MAY_DIFFER * known:
+        raise InputError(
+            f"{model}: counts {counted:,} bytes in the {tokens:,} tokens of {name} that are "
+            f"scored, but published were {known:,} (a space at the beginning of a document, which "
+            f"published scripts treat differently, makes less than {BYTES_MAY_DIFFER:.2%}); scores "
+            "would be wrong, so it is refused: move the file away and run the same command again"
+        )
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    if arguments.train_shards < 0:
+        raise InputError(f"--train-shards {arguments.train_shards} must not be negative")
+    root = PurePosixPath(arguments.remote_root)
+    if root.is_absolute() or ".." in root.parts or not arguments.remote_root.isprintable():
+        wanted = "a folder in the data set, such as datasets"
+        raise InputError(f"--remote-root {arguments.remote_root!r}: give {wanted}")
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=arguments.out):
+            pass
+    except OSError as error:
+        failed = f"--out {arguments.out}: cannot be written: {error.strerror}"
+        raise InputError(f"{failed}; give another --out") from None
+    endpoint = os.environ.get("HF_ENDPOINT")
+    if not endpoint:
+        return
+    with contextlib.suppress(ValueError):
+        address = urllib.parse.urlsplit(endpoint)
+        if address.scheme in ("http", "https") and address.hostname:
+            return
+    raise InputError(f"HF_ENDPOINT={endpoint!r} is no address: give https://… or unset it")
 
 
 @common.run_tool
@@ -205,13 +358,13 @@ def main() -> None:
     here = Path(__file__).resolve().parent
     parser.add_argument("--out", type=Path, default=here, help="default: data/")
     arguments = parser.parse_args()
-    if arguments.train_shards < 0:
-        raise InputError("--train-shards must not be negative")
+    check_arguments(arguments)
     common.require("huggingface_hub")
     fetcher = Fetcher(arguments.repo, arguments.remote_root, arguments.out, Log())
     folder, tokenizers = fetch_variant(fetcher, arguments.variant, arguments.train_shards)
     models = [path for path in tokenizers if path.suffix == ".model"]
     if models:
+        verify(fetcher, folder, models[0])
         places = f"DATA_PATH={os.path.relpath(folder)} TOKENIZER_PATH={os.path.relpath(models[0])}"
         fetcher.log(places)
     else:

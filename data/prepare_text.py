@@ -6,15 +6,18 @@
 
 A file is a document, and so is a line of a .jsonl file; the validation split gets some of them.
 Files may be packed (.gz, .xz). Writes <out>/tokenizers/<name>_<vocab>_bpe.model and
-<out>/datasets/<name>_sp<vocab>/fineweb_{train,val}_*.bin, and prints the two variables that point
-train_mdlm.py at them. The same input and options give the same bytes. Held in memory are one batch
-of documents, one shard, the sample that trains the tokenizer and, for --source docs, the text.
+<out>/datasets/<name>_sp<vocab>/fineweb_{train,val}_*.bin, with what it counted in them in
+verified.json, and prints the two variables that point train_mdlm.py at them. A data set of the same
+name is replaced when all of the new one is made. The same input and options give the same bytes.
+Held in memory are one batch of documents, one shard, the sample that trains the tokenizer and, for
+--source docs, the text.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import gzip
 import hashlib
 import importlib.util
@@ -24,27 +27,34 @@ import json
 import lzma
 import multiprocessing
 import os
+import re
+import shutil
+import signal
 import sys
 import sysconfig
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
-import sentencepiece
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-import common  # noqa: E402
+import common  # noqa: E402  (before what takes long to import)
+import numpy as np  # noqa: E402
+import sentencepiece  # noqa: E402
 
 from train_mdlm import (  # noqa: E402
+    BOS_ID,
     SHARD_HEADER_INTS,
     SHARD_MAGIC,
     SHARD_VERSION,
+    VERIFIED,
     InputError,
     Log,
     build_sentencepiece_luts,
     count_bytes,
+    file_sha256,
+    read_file,
     write_file,
 )
 
@@ -58,7 +68,23 @@ TEST_FOLDERS = {"tests", "test", "testing", "idlelib"}
 SHORTEST_DOC = 200  # characters; shorter docstrings say little
 BATCH_DOCS = 256
 TOKENIZER_SAMPLE_BYTES = 8_000_000
+LONGEST_LINE_BYTES = 4192  # SentencePiece leaves longer lines out when it trains
 LARGEST_VOCABULARY = 65_534  # shards hold 16-bit tokens, and the model adds two of its own
+LARGEST_SHARD = 2**31 - 1  # tokens; the header counts them in 32 bits
+MOST_SHARDS = 1_000_000  # of a split: their names have six digits
+NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,99}")
+OWN_FILES = re.compile(r"fineweb_(train|val)_\d{6}\.bin(\.part)?|" + re.escape(VERIFIED))
+
+
+@contextlib.contextmanager
+def ignored(*signals: signal.Signals) -> Iterator[None]:
+    """For a while; processes that are started meanwhile ignore these signals to their end."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---- Sources
@@ -100,7 +126,9 @@ def docs_of_packages(packages: Iterable[str], note: Callable[[float], None]) -> 
     files = package_files(packages)
     texts = set()
     processes = min(2, os.cpu_count() or 1)
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+    with ignored(signal.SIGINT, signal.SIGHUP):  # they would complain, each for itself
+        workers = multiprocessing.get_context("spawn").Pool(processes)
+    with workers as pool:
         for done, text in enumerate(pool.imap_unordered(module_text, files, chunksize=32), 1):
             texts.add(text)
             note(done / len(files))
@@ -117,8 +145,12 @@ def docs_of_files(paths: Iterable[Path]) -> Iterator[str]:
                     yield from docs_of_lines(file, path)
                 else:
                     yield file.read()
-        except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: cannot be read as UTF-8 text: {error}; convert it") from None
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            packed = "" if opener is open else "; is it packed, as its name says?"
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{path}: cannot be read as UTF-8 text: {reason}{packed}") from None
 
 
 def docs_of_lines(lines: Iterable[str], path: Path) -> Iterator[str]:
@@ -127,9 +159,12 @@ def docs_of_lines(lines: Iterable[str], path: Path) -> Iterator[str]:
             text = json.loads(line)["text"]
             if not isinstance(text, str):
                 raise TypeError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             wanted = 'a JSON object with a "text" string'
             raise InputError(f"{path}:{number}: not {wanted}") from None
+        if half := re.search("[\ud800-\udfff]", text):
+            found = f"its text holds \\u{ord(half[0]):x}, half a character"
+            raise InputError(f"{path}:{number}: {found}; repair the text or remove the line")
         yield text
 
 
@@ -144,17 +179,45 @@ def is_validation(number: int, text: str, val_docs: int, val_fraction: float) ->
 # ---- Tokenizer
 
 
+def short_lines(text: str) -> Iterator[str]:
+    """The lines of a text; those that SentencePiece would leave out in parts, cut before spaces."""
+    for line in text.split("\n"):
+        longest = len(line)  # characters of a part
+        if len(line.encode()) > LONGEST_LINE_BYTES:
+            longest = LONGEST_LINE_BYTES // 4  # a character has at most 4 bytes
+        start = 0
+        while start < len(line):
+            end = start + longest
+            if end < len(line):
+                space = line.rfind(" ", start + 1, end + 1)
+                end = space if space > 0 else end
+            yield line[start:end]
+            start = end
+
+
+def why_not_trained(error: RuntimeError) -> str:
+    """What SentencePiece's message means here."""
+    text = str(error)
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", text):
+        return f"it needs at least {found[1]}; change --vocab-size"
+    if found := re.search(r"size too high .* value <= (\d+)", text):
+        return f"it has no more than {found[1]}; change --vocab-size, or give more text"
+    if "sentences_.empty()" in text or "all_chars_count" in text:
+        return "there is nothing in it to learn from; give more text"
+    return text.strip().splitlines()[-1]
+
+
 def train_tokenizer(docs: Iterable[str], path: Path, vocab_size: int, normalization: str) -> None:
     """BPE with byte fallback and the challenge's options, on the first TOKENIZER_SAMPLE_BYTES."""
-    lines = []
+    lines: list[str] = []
     budget = TOKENIZER_SAMPLE_BYTES
     for text in docs:
-        lines += [line for line in text.split("\n") if line]
+        lines += short_lines(text)
         budget -= len(text)
         if budget < 0:
             break
     if not lines:
-        raise InputError("the train split is empty; change --val-docs or --val-fraction")
+        raise InputError(empty("train"))
     exact = normalization == "identity"
     model = io.BytesIO()  # not a file: the trainer would write its name into the model
     try:
@@ -182,18 +245,26 @@ def train_tokenizer(docs: Iterable[str], path: Path, vocab_size: int, normalizat
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
         failed = f"a tokenizer of {vocab_size} pieces cannot be trained on this text"
-        raise InputError(f"{failed}: {reason}") from None
+        raise InputError(f"{failed}: {why_not_trained(error)}") from None
     write_file(path, model.getvalue())
 
 
 def load_tokenizer(path: Path):
+    """A SentencePiece model; InputError if shards cannot be made with it."""
     sp = sentencepiece.SentencePieceProcessor()
     try:
-        sp.load(str(path))
-    except (OSError, RuntimeError):
+        sp.LoadFromSerializedProto(read_file(path))
+        pieces = len(sp.id_to_piece(list(range(sp.vocab_size()))))  # raises if one is no UTF-8
+    except (RuntimeError, UnicodeDecodeError):
         raise InputError(f"{path}: not a SentencePiece model") from None
+    if pieces > LARGEST_VOCABULARY:
+        most = f"at most {LARGEST_VOCABULARY}, as shards hold 16-bit tokens"
+        raise InputError(f"{path}: has {pieces} pieces; give a tokenizer of {most}")
+    if sp.bos_id() != BOS_ID:
+        found = f"token {sp.bos_id()}" if sp.bos_id() >= 0 else "missing"
+        remedy = f"train it with bos_id={BOS_ID}"
+        raise InputError(f"{path}: its <s> is {found}, but it has to be token {BOS_ID}; {remedy}")
     return sp
 
 
@@ -222,7 +293,7 @@ class ShardWriter:
         self.shard_tokens = shard_tokens
         self.parts: list[np.ndarray] = []  # what is not written yet
         self.pending = 0  # tokens in it
-        self.shards = 0
+        self.shards: dict[str, int] = {}  # CRC-32 of the tokens, by name
         self.docs = 0
         self.tokens = 0
         self.bytes = 0
@@ -237,17 +308,30 @@ class ShardWriter:
             self.flush(self.shard_tokens)
 
     def flush(self, count: int) -> None:
-        collected = np.concatenate(self.parts)
-        path = self.folder / f"fineweb_{self.split}_{self.shards:06d}.bin"
-        write_shard(path, collected[:count])
+        if len(self.shards) == MOST_SHARDS:
+            raise InputError(f"--shard-tokens {self.shard_tokens}: more than {MOST_SHARDS} shards")
+        collected = np.concatenate(self.parts).astype("<u2", copy=False)
+        name = f"fineweb_{self.split}_{len(self.shards):06d}.bin"
+        write_shard(self.folder / name, collected[:count])
+        self.shards[name] = zlib.crc32(collected[:count])
         rest = collected[count:]
         self.parts = [rest]
         self.pending = len(rest)
-        self.shards += 1
 
     def close(self) -> None:
         if self.pending:
             self.flush(self.pending)
+
+    def facts(self) -> dict:
+        """What verified.json says of the split."""
+        counts = dict(tokens=self.tokens, documents=self.docs, bytes=self.bytes)
+        return counts | {"shards": self.shards}
+
+
+def write_verified(folder: Path, tokenizer: Path, train: dict, val: dict) -> None:
+    """What train_mdlm.py compares shards and tokenizer with."""
+    facts = {"tokenizer_sha256": file_sha256(tokenizer), "train": train, "val": val}
+    write_file(folder / VERIFIED, (json.dumps(facts, indent=2) + "\n").encode())
 
 
 def encode(
@@ -266,9 +350,6 @@ def encode(
     this tokenizer would be wrong.
     """
     luts = build_sentencepiece_luts(sp, vocab_size)
-    bos = sp.bos_id()
-    if bos < 0:
-        raise InputError("the tokenizer has no <s> to begin a document with")
     threads = os.cpu_count() or 1
     left_out = 0
     number = 0
@@ -282,14 +363,14 @@ def encode(
                 left_out += 1
                 continue
             true_bytes = len(text_again.encode())
-            counted = int(count_bytes(tokens, bos, luts))
+            counted = int(count_bytes(tokens, BOS_ID, luts))
             if counted != true_bytes:
                 raise InputError(
                     f"document {number}: the byte tables of this tokenizer count {counted} bytes "
                     f"where the decoded text has {true_bytes}; scores would be wrong, so it is "
                     "refused"
                 )
-            choose(number - 1, text).add(np.array([bos, *tokens], dtype=np.uint16), true_bytes)
+            choose(number - 1, text).add(np.array([BOS_ID, *tokens], dtype=np.uint16), true_bytes)
         note(number)
     return left_out
 
@@ -323,17 +404,49 @@ def parse_arguments() -> argparse.Namespace:
     shard_help = "tokens a shard (default 100,000,000)"
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, help=shard_help)
     arguments = parser.parse_args()
+    arguments.name = data_set_name(arguments.name, arguments.source[0])
+    if arguments.source != ["docs"]:
+        check_sources([Path(source) for source in arguments.source])
     if arguments.val_fraction is None:
         arguments.val_fraction = 0.35 if arguments.source == ["docs"] else 0.04
     if arguments.val_docs < 0:
-        raise InputError("--val-docs must not be negative")
+        raise InputError(f"--val-docs {arguments.val_docs} must not be negative")
     if not 0 < arguments.val_fraction < 1:
-        raise InputError("--val-fraction lies between 0 and 1")
-    if arguments.shard_tokens < 1:
-        raise InputError("--shard-tokens is at least 1")
-    if arguments.vocab_size > LARGEST_VOCABULARY:
-        raise InputError(f"--vocab-size {arguments.vocab_size}: shards hold 16-bit tokens")
+        raise InputError(f"--val-fraction {arguments.val_fraction} lies not between 0 and 1")
+    if not 1 <= arguments.shard_tokens <= LARGEST_SHARD:
+        limits = f"a shard has between 1 and {LARGEST_SHARD} tokens"
+        raise InputError(f"--shard-tokens {arguments.shard_tokens}: {limits}")
+    if not 1 <= arguments.vocab_size <= LARGEST_VOCABULARY:
+        limits = f"a tokenizer has between 1 and {LARGEST_VOCABULARY} pieces"
+        raise InputError(f"--vocab-size {arguments.vocab_size}: {limits}")
     return arguments
+
+
+def data_set_name(wanted: str | None, first_source: str) -> str:
+    """`wanted`, else the name of the first source; InputError if it makes no file name."""
+    rule = "letters, digits and . _ + - only, at most 100, and no . at the beginning"
+    if wanted is None:
+        name = Path(first_source).name.split(".")[0]
+        if not NAME.fullmatch(name):
+            remedy = f"give --name ({rule})"
+            raise InputError(f"{first_source}: no data set can be called {name!r}; {remedy}")
+        return name
+    if not NAME.fullmatch(wanted):
+        raise InputError(f"--name {wanted!r}: no name of a data set; {rule}")
+    return wanted
+
+
+def check_sources(paths: list[Path]) -> None:
+    """InputError unless they are different files."""
+    seen: dict[str, Path] = {}
+    for path in paths:
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; name the files in it")
+        if not path.is_file():
+            raise InputError(f"{path}: no such file")
+        same = seen.setdefault(os.path.realpath(path), path)
+        if same is not path:
+            raise InputError(f"--source names {path} twice; name it once")
 
 
 class Source:
@@ -346,14 +459,9 @@ class Source:
         self.paths: list[Path] = []
         self.in_memory: list[str] = []
         if arguments.source == ["docs"]:
-            self.name = "docs"
             self.in_memory = docs_of_packages(DOC_PACKAGES, self.note_reading)
         else:
             self.paths = [Path(source) for source in arguments.source]
-            self.name = self.paths[0].name.split(".")[0]
-            for path in self.paths:
-                if not path.is_file():
-                    raise InputError(f"{path}: no such file")
 
     def note_reading(self, fraction: float) -> None:
         self.log.progress("reading documentation", fraction)
@@ -376,65 +484,147 @@ class Source:
                 yield text
 
 
+def empty(split: str) -> str:
+    remedy = "give more text, or change --val-docs or --val-fraction"
+    return f"the {split} split is empty; {remedy}"
+
+
+# ---- Places
+
+
+class Places:
+    """Where a data set and its tokenizer go; `folder` is the one that a link leads to."""
+
+    def __init__(self, out: Path, name: str, vocab_size: int):
+        self.link = out / "datasets" / f"{name}_sp{vocab_size}"
+        self.folder = Path(os.path.realpath(self.link))
+        self.model = out / "tokenizers" / f"{name}_{vocab_size}_bpe.model"
+        self.check()
+
+    def check(self) -> None:
+        """InputError if something is there that this program does not make."""
+        remedy = "move it away, or give another --name"
+        if self.model.is_dir():
+            raise InputError(f"{self.model}: is a folder; {remedy}")
+        if not self.folder.exists():
+            return
+        if not self.folder.is_dir():
+            raise InputError(f"{self.link}: is not a folder; {remedy}")
+        others = [path for path in self.folder.iterdir() if not OWN_FILES.fullmatch(path.name)]
+        if others:
+            raise InputError(f"{min(others)}: is not of this program; {remedy}")
+
+    def staging(self) -> tempfile.TemporaryDirectory:
+        """A folder beside that of the data set, to be removed again."""
+        parent = self.folder.parent
+        try:
+            self.model.parent.mkdir(parents=True, exist_ok=True)
+            parent.mkdir(parents=True, exist_ok=True)
+            return tempfile.TemporaryDirectory(prefix=".prepare-", dir=parent)
+        except OSError as error:
+            failed = f"{error.filename}: cannot be written: {error.strerror}"
+            raise InputError(f"{failed}; give another --out") from None
+
+    def made_with(self) -> str:
+        """SHA-256 of the tokenizer of the data set that is there; empty unless verified.json says
+        that this program made all of it."""
+        try:
+            verified = json.loads(read_file(self.folder / VERIFIED))
+            verified["train"]["documents"]  # fetch_fineweb.py does not count them
+            shards = {*verified["train"]["shards"], *verified["val"]["shards"]}
+            there = {path.name for path in self.folder.iterdir()}
+            return str(verified["tokenizer_sha256"]) if there <= shards | {VERIFIED} else ""
+        except (InputError, ValueError, KeyError, TypeError, RecursionError):
+            return ""
+
+    def replace(self, made: Path, model: Path | None, aside: Path, log: Log) -> None:
+        """Moves the folder `made` and the tokenizer `model` to their places, the old data `aside`;
+        what this program may not have made is kept under another name.
+
+        At no time there are shards of which some are new, or shards with another tokenizer.
+        """
+        self.check()
+        made_with = self.made_with()
+        replaced = self.folder.exists()
+        if replaced:
+            if not made_with:
+                aside = free_name(self.folder)
+                log(f"{self.link}: what was there is {aside.name} now")
+            os.rename(self.folder, aside)
+        try:
+            if model:
+                ours = (made_with, file_sha256(model))
+                if self.model.exists() and file_sha256(self.model) not in ours:
+                    kept = free_name(self.model)
+                    log(f"{self.model}: what was there is {kept.name} now")
+                    write_file(kept, self.model.read_bytes())
+                write_file(self.model, model.read_bytes())
+            os.rename(made, self.folder)
+        except BaseException:
+            if replaced:
+                os.rename(aside, self.folder)
+            raise
+
+
+def free_name(path: Path) -> Path:
+    """A name beside `path` that nothing has."""
+    names = (path.with_name(f"{path.name}.old{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+# ---- The whole
+
+
 def prepare(arguments: argparse.Namespace, log: Log) -> None:
     """Everything is made in a folder of its own first: a failure leaves the old data alone."""
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=arguments.out) as staging:
-        prepare_in(Path(staging), arguments, log)
-
-
-def prepare_in(staging: Path, arguments: argparse.Namespace, log: Log) -> None:
-    """Makes tokenizer and shards in `staging`, and moves them to their places at the end."""
+    given = arguments.tokenizer and load_tokenizer(arguments.tokenizer)
+    vocab_size = given.vocab_size() if given else arguments.vocab_size
+    places = Places(arguments.out, arguments.name, vocab_size)
     source = Source(arguments, log)
-    name = arguments.name or source.name
-    model_path = arguments.tokenizer
-    staged_model = staging / "tokenizer.model"
-    if model_path is None:
-        vocab_size = arguments.vocab_size
-        model_path = arguments.out / "tokenizers" / f"{name}_{vocab_size}_bpe.model"
-        log(f"training a tokenizer of {vocab_size} pieces …")
-        documents = source.training_documents()
-        train_tokenizer(documents, staged_model, vocab_size, arguments.normalization)
-    sp = load_tokenizer(staged_model if staged_model.exists() else model_path)
-    vocab_size = sp.vocab_size()
-    folder = arguments.out / "datasets" / f"{name}_sp{vocab_size}"
-    train = ShardWriter(staging, "train", arguments.shard_tokens)
-    val = ShardWriter(staging, "val", arguments.shard_tokens)
+    with places.staging() as folder:
+        staging = Path(folder)
+        model = arguments.tokenizer
+        if not given:
+            model = staging / "tokenizer.model"
+            log(f"training a tokenizer of {vocab_size} pieces …")
+            documents = source.training_documents()
+            train_tokenizer(documents, model, vocab_size, arguments.normalization)
+        made = staging / "made"
+        made.mkdir()
+        write_data_set(made, model, source, arguments.shard_tokens, log)
+        with ignored(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # all is done but this
+            places.replace(made, None if given else model, staging / "replaced", log)
+            shutil.rmtree(staging / "replaced", ignore_errors=True)
+    model = arguments.tokenizer or places.model
+    variables = f"DATA_PATH={os.path.relpath(places.link)} TOKENIZER_PATH={os.path.relpath(model)}"
+    if vocab_size != 1024:
+        variables += f" VOCAB_SIZE={vocab_size}"
+    log(variables)
+
+
+def write_data_set(folder: Path, model: Path, source: Source, shard_tokens: int, log: Log) -> None:
+    """Encodes a source into the shards of both splits, and writes down what they hold."""
+    sp = load_tokenizer(model)
+    train = ShardWriter(folder, "train", shard_tokens)
+    val = ShardWriter(folder, "val", shard_tokens)
 
     def choose(number: int, text: str) -> ShardWriter:
         return val if source.is_validation(number, text) else train
 
     exact = keeps_text(sp)
-    left_out = encode(source.documents(), sp, vocab_size, exact, choose, source.note_encoded)
+    left_out = encode(source.documents(), sp, sp.vocab_size(), exact, choose, source.note_encoded)
     for writer in (train, val):
         writer.close()
         if not writer.docs:
-            remedy = "change --val-docs or --val-fraction"
-            raise InputError(f"the {writer.split} split is empty; {remedy}")
+            raise InputError(empty(writer.split))
         log(
             f"{writer.split}: {writer.docs} documents, {writer.tokens} tokens, {writer.bytes} "
-            f"bytes (verified), {writer.bytes / writer.tokens:.3f} bytes/token, {writer.shards} "
-            "shards"
+            f"bytes (verified), {writer.bytes / writer.tokens:.3f} bytes/token, "
+            f"{len(writer.shards)} shards"
         )
     if left_out:
         log(f"left out: {left_out} documents that the tokenizer cannot give back unchanged")
-    if staged_model.exists():
-        model_path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staged_model, model_path)
-    replace_shards(staging, folder)
-    places = f"DATA_PATH={os.path.relpath(folder)} TOKENIZER_PATH={os.path.relpath(model_path)}"
-    if vocab_size != 1024:
-        places += f" VOCAB_SIZE={vocab_size}"
-    log(places)
-
-
-def replace_shards(staging: Path, folder: Path) -> None:
-    """Moves the shards in `staging` to `folder`, in place of those that are there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("fineweb_*.bin"):
-        old.unlink()
-    for shard in staging.glob("fineweb_*.bin"):
-        os.replace(shard, folder / shard.name)
+    write_verified(folder, model, train.facts(), val.facts())
 
 
 @common.run_tool

@@ -86,16 +86,18 @@ def test_split_scores_pay_for_the_places_once(tiny_env, name):
     score, table = tm.score_windows(name, model, hp, val, seqs)
     stride = 8 if sliding else 32
     tokens = torch.from_numpy(val.stream.read(0, val.stream.total).astype("int64"))
-    bits, anchors = 0.0, 0
+    places, anchors = [], 0
     for n in tm.evenly_spaced(1 + (val.stream.total - 33) // stride, seqs):
         first = 32 - stride if sliding and n else 0
         part = tokens[1 + n * stride + first : 33 + n * stride]
         count = int((part == tm.BOS_ID).sum())
-        bits += math.log2(len(part) + 1) + math.log2(math.comb(len(part), count))
+        places.append(math.log2(len(part) + 1) + math.log2(math.comb(len(part), count)))
         anchors += count
+    bits, own = sum(places), table[..., 0].sum(1) + torch.tensor(places, dtype=torch.float64)
     assert anchors >= 2 and score.boundary_bits == pytest.approx(bits)
     assert score.bpb * score.bytes == pytest.approx(table[..., 0].sum().item() + bits)
     assert f"boundary_bits:{bits:.1f} " in score.line()
+    assert score.stderr == pytest.approx(tm.bits_per_byte(own, table[..., 1].sum(1))[1])
     without = random_model(dataclasses.replace(hp, anchor_bos=False), scale=0.1)
     plain, _ = tm.score_windows(name, without, without.hp, val, seqs)
     assert plain.boundary_bits == 0 and "boundary" not in plain.line()

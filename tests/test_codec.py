@@ -227,6 +227,23 @@ def test_what_a_command_reads_is_not_replaced(files, tmp_path, tool, replaced):
     assert all(path.read_text() == "something" for path in paths.values())
 
 
+def test_only_files_of_codec_are_replaced(files, tmp_path, tool):
+    source = tmp_path / "in.txt"
+    out = tmp_path / "out"
+    source.write_text("A short text.", encoding="utf-8")
+    out.write_text("mine")
+    done = tool(codec, *given_to("compress", source, out, files=files))
+    assert done.returncode == 2 and "out: is there already" in done.stderr
+    assert out.read_text() == "mine"
+    out.unlink()
+    for _ in range(2):  # it made the first one
+        assert tool(codec, *given_to("compress", source, out, files=files)).returncode == 0
+    back = tmp_path / "back"
+    assert tool(codec, *given_to("decompress", out, back, files=files)).returncode == 0
+    done = tool(codec, *given_to("decompress", out, back, files=files))  # a text may be anybody's
+    assert done.returncode == 2 and "back: is there already" in done.stderr
+
+
 def test_text_that_is_not_utf8_is_refused(files, tmp_path, tool):
     source = tmp_path / "in.bin"
     out = tmp_path / "out"
@@ -266,6 +283,92 @@ def test_a_hostile_header_is_a_clear_error(loaded):
             codec.decompress(content, loaded["mdlm"], "file")
 
 
+HEAD = codec.BODY + codec.FIELDS.size  # where the numbers begin
+
+
+def resealed(rest):
+    return codec.MAGIC + codec.digest(rest) + rest
+
+
+@pytest.mark.parametrize(
+    "order, claim", [("l2r", 1_000_000), ("confidence", 20_000), ("random", 400_000_000)]
+)
+def test_a_claim_of_many_tokens_is_soon_found_out(loaded, monkeypatch, order, claim):
+    """After some model calls, whatever the code is: nothing, zeros, or that of another text."""
+    data, _, _ = there_and_back(loaded["mdlm"], LONG, order)
+    *_, begin = codec.read_numbers(data, 384)
+    calls = []
+    predict = codec.predict
+    monkeypatch.setattr(codec, "predict", lambda steps: calls.append(0) or predict(steps))
+    for code in (b"", b"\0" * 80, data[begin:], b"\0" * 800):
+        calls.clear()
+        numbers = codec.varint(1) + codec.varint(0) + codec.varint(claim)
+        file = resealed(data[codec.BODY : HEAD] + numbers + code)
+        with pytest.raises(tm.InputError) as caught:
+            codec.decompress(file, loaded["mdlm"], "file")
+        message = str(caught.value)
+        assert message.startswith(
+            f"file: the code ends before the {claim:,} tokens of the header"
+        ) or (message.startswith("file: the header makes no sense"))
+        tokens = 8 * len(code) + codec.SPARE_BITS  # if each took a bit, and most take many
+        assert len(calls) <= tokens / codec.BATCH + codec.CALLS_AHEAD + 2
+
+
+def test_damage_under_a_checksum_that_is_right_is_one_line(loaded):
+    """Bits flipped in numbers and code, code cut off or exchanged: the text, or one line."""
+    text = LONG[:300]
+    rng = np.random.default_rng(0)
+    data, _, _ = there_and_back(loaded["mdlm"], text, "confidence", 2)
+    *_, begin = codec.read_numbers(data, 384)
+    refused = 0
+    for trial in range(90):
+        rest = bytearray(data[codec.BODY :])
+        if trial % 3 == 0:
+            at = int(rng.integers(HEAD - 2, len(data))) - codec.BODY
+            rest[at] ^= 1 << int(rng.integers(8))
+        elif trial % 3 == 1:
+            del rest[begin - codec.BODY + 4 * int(rng.integers(0, (len(data) - begin) // 4)) :]
+        else:
+            rest[begin - codec.BODY :] = rng.bytes(4 * int(rng.integers(300)))
+        try:
+            assert codec.decompress(resealed(bytes(rest)), loaded["mdlm"], "file") == text
+        except tm.InputError as error:
+            assert str(error).startswith("file: ")
+            refused += 1
+    assert refused > 80
+
+
+def test_a_text_that_costs_next_to_nothing_is_no_false_alarm(files, tmp_path, monkeypatch):
+    """A model that is sure: thousands of tokens in a few bytes, and no bit counted too much."""
+    loaded = codec.load(files["mdlm"], files["tokenizer"])
+    the = loaded.tokenizer.encode("the the")[-1]
+    text = loaded.tokenizer.decode([the] * 5_000)
+    model = loaded.model
+    sure = torch.full((model.hp.vocab_size,), -30.0)
+    sure[the] = 30.0
+    monkeypatch.setattr(model, "head", lambda hidden: sure.expand(len(hidden), -1))
+    data, bits, count = codec.compress(text, loaded, "l2r", 1, 0, "cpu")
+    assert count >= 5_000 and len(data) < 60
+    assert codec.decompress(data, loaded, "file") == text
+
+
+def test_what_is_all_but_impossible_is_no_false_alarm():
+    """The coder gives every token 2^-24 at least, so it needs fewer bits than the model says."""
+    coding = codec.common.require("constriction").stream
+    logp = np.log(np.array([[1.0, 1e-9, 1e-12]], np.float32)).repeat(500, 0)
+    tokens = np.arange(500, dtype=np.int32) % 2 + 1
+    coder = coding.queue.RangeEncoder()
+    coder.encode(tokens, coding.model.Categorical(perfect=False), np.exp(logp))
+    decoder = codec.Decoder(coder.get_compressed().astype("<u4").tobytes(), 500)
+    for first in range(0, 500, 100):
+        index = np.arange(first, first + 100)
+        assert (decoder.transfer(index, logp[index]) == tokens[index]).all()
+    assert 0 <= decoder.bits < 0.15 * 24 * 500
+    with pytest.raises(EOFError):
+        for _ in range(50):
+            decoder.transfer(np.arange(100), np.log(np.full((100, 2), 0.5, np.float32)))
+
+
 def test_arithmetic_that_differs_is_detected(loaded, monkeypatch):
     data = there_and_back(loaded["mdlm"], LONG)[0]
     exact = codec.predict
@@ -278,7 +381,7 @@ def test_arithmetic_that_differs_is_detected(loaded, monkeypatch):
         return positions, logp * np.float32(1.01)
 
     monkeypatch.setattr(codec, "predict", slightly_different)
-    with pytest.raises(ValueError, match="does not have the checksum of the original"):
+    with pytest.raises(ValueError, match="the arithmetic of this machine or version of torch"):
         codec.decompress(data, loaded["mdlm"], "file")
 
 

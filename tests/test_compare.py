@@ -3,13 +3,14 @@
 import dataclasses
 import math
 import re
+from types import SimpleNamespace
 
 import bench
 import common
 import compare
 import pytest
 import torch
-from conftest import random_model, run_python
+from conftest import random_model, run_python, tiny_hp
 
 import train_mdlm as tm
 
@@ -18,12 +19,16 @@ import train_mdlm as tm
 def artifacts(tiny_env, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     changes = {
+        "demo": dict(preset="demo"),
         "mdlm": {},
         "ar": dict(objective="ar"),
+        "words": {},
         "short": dict(train_seq_len=16, train_batch_tokens=64),
     }
     for name, overrides in changes.items():
         hp = dataclasses.replace(tm.Hyperparameters.from_env(tiny_env), **overrides)
+        if name == "words":
+            hp = dataclasses.replace(hp, vocab_size=512)
         tm.save_artifact(random_model(hp, scale=0.2), hp, folder / f"{name}.mdlm")
     return folder
 
@@ -71,13 +76,53 @@ def test_paired_difference_by_position(artifacts, tiny_env):
 
 def test_artifacts_that_cannot_be_compared(artifacts, tiny_env, tool):
     for name, message in [
-        ("short.mdlm", "TRAIN_SEQ_LEN=16"),
-        ("absent.mdlm", "absent.mdlm: cannot be read"),
+        ("words.mdlm", "VOCAB_SIZE=512, but"),
+        ("short.mdlm", "TRAIN_SEQ_LEN=16, but"),
+        ("absent.mdlm", "absent.mdlm: there is no such file"),
     ]:
         done = tool(compare, artifacts / "mdlm.mdlm", artifacts / name, *where(tiny_env))
         assert done.returncode == 2
         assert done.stderr.startswith("compare.py: error: ") and message in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_artifacts_of_two_texts_cannot_be_compared(artifacts, tiny_env, tool, monkeypatch):
+    """Presets name their data and tokenizer; options and variables hold for both artifacts."""
+    for name in ("DATA_PATH", "TOKENIZER_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    pair = [artifacts / "mdlm.mdlm", artifacts / "demo.mdlm"]
+    for options, message in [
+        ([], "TOKENIZER_PATH=./data/tokenizers/docs_1024_bpe.model, but"),
+        (where(tiny_env)[2:], "DATA_PATH=./data/datasets/docs_sp1024, but"),
+    ]:
+        done = tool(compare, *pair, *options)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert f"{pair[1]}: {message} {pair[0]} has" in done.stderr
+    scores, _ = compare.measure(pair, tiny_env["DATA_PATH"], tiny_env["TOKENIZER_PATH"], 2)
+    assert [score.seqs for score, _ in scores] == [2, 2]
+
+
+def test_scores_of_different_bytes_cannot_be_compared(artifacts, tiny_env):
+    paths = [artifacts / "mdlm.mdlm"] * 2
+    scores, _ = compare.measure(paths, tiny_env["DATA_PATH"], tiny_env["TOKENIZER_PATH"], 2)
+    (score, first), (_, second) = scores
+    second = second.clone()
+    second[0, 0, 1] += 1
+    for other in ((score, second), (score._replace(tokens=63), first)):
+        with pytest.raises(tm.InputError, match="scored on different text: 2 windows"):
+            compare.check_same_windows([(score, first), other])
+
+
+def test_both_are_measured_on_the_same_windows_or_not_at_all(artifacts, tiny_env, monkeypatch):
+    score_windows, asked = tm.score_windows, iter([2, 3])
+
+    def another_number(name, model, hp, val, seqs, note):
+        return score_windows(name, model, hp, val, next(asked), note)
+
+    monkeypatch.setattr(tm, "score_windows", another_number)
+    pair = [artifacts / "mdlm.mdlm", artifacts / "ar.mdlm"]
+    with pytest.raises(tm.InputError, match="different text: 2 windows, .* and 3 windows"):
+        compare.measure(pair, tiny_env["DATA_PATH"], tiny_env["TOKENIZER_PATH"], 2)
 
 
 def test_equal_artifacts_do_not_differ(artifacts, tiny_env):
@@ -108,6 +153,32 @@ def test_bench_puts_the_estimators_side_by_side(artifacts, tiny_env, tool):
     assert done.returncode == 2 and "nothing to compare" in done.stderr
 
 
+def test_figures_of_bench(monkeypatch):
+    """Four repetitions of the exact score, 2.0 and 2.2 in turn, and three of each estimator."""
+    bpbs = iter([2.0, 2.2, 2.0, 2.2, *[2.5, 2.6, 2.7] * len(bench.VARIANTS)])
+    asked = []
+
+    def score_windows(name, model, hp, val, seqs):
+        asked.append((name, hp.seed, seqs, hp.nelbo_passes, hp.tstep_steps))
+        return tm.Score(next(bpbs), 0.0, 0.0, 9, 36, 36, 5.0, 0.0), None
+
+    monkeypatch.setattr(tm, "score_windows", score_windows)
+    val = SimpleNamespace(stream=SimpleNamespace(count_windows=lambda length: 36))
+    title, _, _, _, *rows = bench.Bench(None, tiny_hp(), val, 9).table(3).splitlines()
+    stderr = (4 * 0.1**2 / 3 / 4) ** 0.5
+    passes = 4 * bench.REFERENCE_PASSES
+    assert title == (
+        f"exact any-order NELBO: 2.1000 ± {stderr:.4f} bpb on 9 of 36 windows ({passes} passes)"
+    )
+    off = f"+0.5000 ± {(0.1**2 / 3 + stderr**2) ** 0.5:.4f}"
+    for variant, row in zip(bench.VARIANTS, rows, strict=True):
+        figures = f"{variant.calls} | 2.6000 | {off} | 0.1000 | 0.0500 | 5 | 3 |"
+        assert row == f"| {variant.label} | {figures}"
+    assert [seed for _, seed, *_ in asked] == list(range(4 + 3 * len(bench.VARIANTS)))
+    assert asked[0] == ("nelbo", 0, 9, bench.REFERENCE_PASSES, 128)
+    assert asked[4][3] == 1 and asked[-6][::4] == ("tstep", 128)
+
+
 # ---- common.py
 
 
@@ -120,6 +191,10 @@ def test_paths_are_those_of_the_option_or_the_environment_or_the_preset(monkeypa
     found = common.with_paths(hp, tokenizer="option's.model")
     assert (found.data_path, found.tokenizer_path) == ("environment's", "option's.model")
     assert common.with_paths(hp, data="option's").data_path == "option's"
+    monkeypatch.setenv("TOKENIZER_PATH", "environment's.model")
+    assert common.with_paths(hp).tokenizer_path == "environment's.model"
+    found = common.with_paths(hp, tokenizer="option's.model")
+    assert found.tokenizer_path == "option's.model"
 
 
 def test_errors_of_a_tool_are_one_line(tmp_path, capsys):

@@ -1,15 +1,28 @@
 """Shards, byte counts and data/prepare_text.py."""
 
+import contextlib
+import errno
 import gzip
+import hashlib
+import io
 import itertools
 import json
 import lzma
+import multiprocessing.pool
+import os
+import resource
+import shutil
+import signal
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import prepare_text
 import pytest
+import sentencepiece
 import torch
-from conftest import prepare_tiny, run_python, text_of
+from conftest import prepare_tiny, text_of, tiny_hp
 
 import train_mdlm as tm
 
@@ -91,6 +104,17 @@ def test_published_tokenizer_rule_for_a_space_after_a_boundary():
     assert tm.count_bytes([1], 0, luts._replace(keeps_space=True)) == 4
 
 
+@contextlib.contextmanager
+def file_limit(size):
+    """No file may grow beyond `size` bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def shard(path, tokens):
     prepare_text.write_shard(path, np.array(tokens))
     return path
@@ -166,7 +190,218 @@ def test_prepared_data_is_deterministic_and_split_by_document(dataset, tmp_path)
         assert texts == [path.read_text(encoding="utf-8") for path in chosen]
 
 
-def test_prepare_reads_json_lines_packed_or_not_with_a_given_tokenizer(dataset, tmp_path):
+@pytest.fixture
+def prepare(tool, tmp_path, monkeypatch):
+    """Calls data/prepare_text.py in an empty folder; fails if it does not succeed or say `error`
+    in one line."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments, error=None):
+        done = tool(prepare_text, *arguments)
+        if error is None:
+            assert done.returncode == 0 and done.stderr == "", done.stderr
+        else:
+            assert done.returncode == 2 and error in done.stderr, done.stderr
+            assert done.stderr.startswith("prepare_text.py: error: ")
+            assert done.stderr.count("\n") == 1
+        assert not list(tmp_path.rglob(".prepare-*"))
+        return done
+
+    return call
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_lines(path, count, words=60):
+    lines = [json.dumps({"text": text_of(i, words)}) + "\n" for i in range(count)]
+    path.write_text("".join(lines), encoding="utf-8")
+    return lines
+
+
+DEEP = '{"text": "two", "more": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--source missing.txt", "missing.txt: no such file"),
+        ("--source folder", "folder: is a folder; name the files in it"),
+        (
+            "--source good.txt folder/../good.txt",
+            "--source names folder/../good.txt twice; name it once",
+        ),
+        ("--source bad.jsonl", 'bad.jsonl:2: not a JSON object with a "text" string'),
+        ("--source list.jsonl", 'list.jsonl:1: not a JSON object with a "text" string'),
+        ("--source number.jsonl", 'number.jsonl:1: not a JSON object with a "text" string'),
+        ("--source deep.jsonl", 'deep.jsonl:2: not a JSON object with a "text" string'),
+        ("--source half.jsonl", r"half.jsonl:2: its text holds \ud800, half a character; repair"),
+        ("--source half.jsonl --tokenizer t.model", r"half.jsonl:2: its text holds \ud800"),
+        ("--source latin.txt", "latin.txt: cannot be read as UTF-8 text: "),
+        ("--source text.gz", "text.gz: cannot be read as UTF-8 text: Not a gzipped file"),
+        ("--source text.xz", "text.xz: cannot be read as UTF-8 text: "),
+        ("--source cut.gz", "cut.gz: cannot be read as UTF-8 text: Compressed file ended"),
+        ("--source bad.gz", "bad.gz: cannot be read as UTF-8 text: Error -3"),
+        ("--source empty.txt", "the train split is empty; give more text"),
+        ("--source empty.txt --tokenizer t.model", "the train split is empty; give more text"),
+        ("--source zeros.txt", "cannot be trained on this text: there is nothing in it"),
+        ("--source good.txt --tokenizer good.txt", "good.txt: not a SentencePiece model"),
+        ("--source good.txt --tokenizer empty.txt", "empty.txt: not a SentencePiece model"),
+        ("--source good.txt --tokenizer folder", "folder: there is no such file"),
+        ("--source good.txt --vocab-size 60000", "it has no more than 8"),
+        ("--source good.txt --vocab-size 100", "it needs at least 2"),
+        ("--source good.txt --vocab-size 0", "--vocab-size 0: a tokenizer has between 1 and"),
+        ("--source good.txt --vocab-size -7", "--vocab-size -7: a tokenizer has between 1 and"),
+        ("--source good.txt --vocab-size 65535", "--vocab-size 65535: a tokenizer has between"),
+        ("--source good.txt --shard-tokens 0", "--shard-tokens 0: a shard has between 1 and"),
+        ("--source good.txt --shard-tokens 2147483648", "--shard-tokens 2147483648: a shard has"),
+        (f"--source good.txt --shard-tokens 1{'0' * 30}", "a shard has between 1 and 2147483647"),
+        ("--source good.txt --val-docs 1", "the train split is empty"),
+        ("--source good.txt --val-docs -1", "--val-docs -1 must not be negative"),
+        ("--source good.txt --tokenizer t.model", "the val split is empty"),
+        ("--source good.txt --val-fraction 0", "--val-fraction 0.0 lies not between 0 and 1"),
+        ("--source good.txt --val-fraction 1", "--val-fraction 1.0 lies not between 0 and 1"),
+        ("--source good.txt --val-fraction nan", "--val-fraction nan lies not between 0 and 1"),
+        ("--source good.txt --name ../../evil", "--name '../../evil': no name of a data set"),
+        ("--source good.txt --name a/b", "--name 'a/b': no name of a data set; letters, digits"),
+        ("--source good.txt --name .x", "--name '.x': no name of a data set; letters, digits"),
+        ("--source good.txt --name=", "--name '': no name of a data set"),
+        (f"--source good.txt --name {'x' * 101}", "': no name of a data set; letters, digits"),
+        ("--source .hidden", ".hidden: no data set can be called ''; give --name (letters"),
+        ("--source good.txt --out good.txt", "good.txt/tokenizers: cannot be written: Not a"),
+        ("--source good.txt --out good.txt/x", "cannot be written: Not a directory; give another"),
+    ],
+)
+def test_prepare_explains_bad_input(dataset, prepare, tmp_path, arguments, message):
+    first = '{"text": "one"}\n'
+    packed = gzip.compress(text_of(0, 2000).encode())
+    texts = {
+        "good.txt": text_of(0, 2000),
+        "bad.jsonl": first + '{"body": "two"}\n',
+        "list.jsonl": "[1]\n",
+        "number.jsonl": '{"text": 1}\n',
+        "deep.jsonl": first + DEEP,
+        "half.jsonl": first + '{"text": "a \\ud800 b"}\n',
+        "text.gz": "plain",
+        "text.xz": "plain",
+        "empty.txt": "",
+        "zeros.txt": "\0" * 5000,
+        ".hidden": "text",
+        "latin.txt": b"caf\xe9",
+        "cut.gz": packed[:-20],
+        "bad.gz": packed[:30] + bytes(200),
+        "t.model": (dataset / "tokenizers/tiny_384_bpe.model").read_bytes(),
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    (tmp_path / "folder").mkdir()
+    out = [] if "--out" in arguments else ["--out", "out"]
+    prepare(*arguments.split(), *out, error=message)
+    assert not [path for path in contents(tmp_path) if path.suffix in (".bin", ".json")]
+    assert not (tmp_path.parent / "evil").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(bos_id=2, eos_id=1), "its <s> is token 2, but it has to be token 1; train it with"),
+        (dict(bos_id=-1, eos_id=1), "its <s> is missing, but it has to be token 1"),
+        (dict(bos_id=1, user_defined_symbols="<s>"), "its <s> is missing, but it"),
+    ],
+)
+def test_a_tokenizer_with_another_s_is_refused(prepare, tmp_path, options, message):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text_of(0, 1000).split("\n")),
+        model_writer=model,
+        vocab_size=300,
+        byte_fallback=True,
+        pad_id=0,
+        unk_id=3,
+        minloglevel=2,
+        **(dict(eos_id=2) | options),
+    )
+    (tmp_path / "t.model").write_bytes(model.getvalue())
+    write_lines(tmp_path / "a.jsonl", 4)
+    prepare("--source", "a.jsonl", "--tokenizer", "t.model", "--out", "out", error=message)
+
+
+def test_a_tokenizer_of_more_than_16_bits_is_refused(dataset, monkeypatch):
+    monkeypatch.setattr(prepare_text, "LARGEST_VOCABULARY", 383)
+    with pytest.raises(tm.InputError, match="has 384 pieces; give a tokenizer of at most 383"):
+        prepare_text.load_tokenizer(dataset / "tokenizers/tiny_384_bpe.model")
+
+
+def test_lines_that_are_too_long_for_sentencepiece_are_cut(tmp_path):
+    longest = "ab " * 1397 + "a"  # 4192 bytes
+    plain = f"one\n\n two \n{longest}\n"
+    assert list(prepare_text.short_lines(plain)) == ["one", " two ", longest]
+    texts = [
+        longest + "b",
+        "é" * 3000,
+        "🙂" * 1048 + "b",
+        " " * 5000,
+        "🙂 🙂 " * 3000,
+    ]
+    for text in texts:
+        parts = list(prepare_text.short_lines(text + "\nlast"))
+        assert len(parts) > 2 and "".join(parts[:-1]) == text and parts[-1] == "last"
+        assert all(0 < len(part.encode()) <= 4192 for part in parts)
+        if text.strip(" ").count(" ") > 2:
+            assert all(part.startswith(" ") for part in parts[1:-1])
+
+
+def test_long_lines_train_a_tokenizer_and_short_ones_the_same_as_before(tmp_path, monkeypatch):
+    path = tmp_path / "t.model"
+
+    def trained(texts):
+        prepare_text.train_tokenizer(texts, path, 384, "identity")
+        return path.read_bytes()
+
+    texts = [text_of(i, 300) for i in range(9)]
+    long_line = " ".join(texts).replace("\n", " ")
+    assert len(long_line.encode()) > 8000
+    sp = sentencepiece.SentencePieceProcessor(model_proto=trained([long_line]))
+    assert len(sp.encode(long_line)) < 0.6 * len(long_line)
+    short = trained(texts)
+    assert trained([*texts, long_line]) != short
+    monkeypatch.setattr(prepare_text, "short_lines", lambda text: filter(None, text.split("\n")))
+    assert trained(texts) == short == trained([*texts, long_line])
+
+
+def test_verified_json_says_what_the_text_holds(dataset):
+    files = sorted(dataset.glob("doc*.txt"))
+    folder = dataset / "datasets/tiny_sp384"
+    model = dataset / "tokenizers/tiny_384_bpe.model"
+    verified = json.loads((folder / "verified.json").read_text())
+    assert verified.keys() == {"tokenizer_sha256", "train", "val"}
+    assert verified["tokenizer_sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
+    luts = tm.build_sentencepiece_luts(tm.load_tokenizer(str(model), 384), 384)
+    paths = dict(data_path=str(folder), tokenizer_path=str(model))
+    for split, chosen in (("val", files[:10]), ("train", files[10:])):
+        assert verified[split]["documents"] == len(chosen)
+        assert verified[split]["bytes"] == sum(path.stat().st_size for path in chosen)
+        stream = tm.TokenStream(folder, split)
+        stream.measure(384, luts=luts)
+        assert verified[split] == stream.facts
+        assert tm.check_verified(tiny_hp(**paths, vocab_size=384), stream, split)
+    assert len(verified["train"]["shards"]) > 1
+    for name, checksum in verified["train"]["shards"].items():
+        assert checksum == zlib.crc32((folder / name).read_bytes()[1024:])
+
+
+def test_verified_json_of_a_given_tokenizer(dataset, prepare, tmp_path):
+    model = dataset / "tokenizers/tiny_384_bpe.model"
+    write_lines(tmp_path / "a.jsonl", 9)
+    prepare("--source", "a.jsonl", "--tokenizer", model, "--out", "out", "--val-docs", 2)
+    assert not list((tmp_path / "out").rglob("*.model"))
+    verified = json.loads((tmp_path / "out/datasets/a_sp384/verified.json").read_text())
+    assert verified["tokenizer_sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
+    assert verified["val"]["documents"] == 2 and verified["train"]["documents"] == 7
+
+
+def test_prepare_reads_json_lines_packed_or_not_with_a_given_tokenizer(dataset, prepare, tmp_path):
     lines = "".join(json.dumps({"text": text_of(i, 50)}) + "\n" for i in range(40))
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
@@ -174,8 +409,7 @@ def test_prepare_reads_json_lines_packed_or_not_with_a_given_tokenizer(dataset, 
     tokenizer = dataset / "tokenizers/tiny_384_bpe.model"
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.xz"):
         options = ["--name", name[0], "--out", tmp_path, "--val-fraction", "0.25"]
-        line = ["data/prepare_text.py", "--source", tmp_path / name, "--tokenizer", tokenizer]
-        done = run_python(*line, *options, cwd=tmp_path)
+        done = prepare("--source", name, "--tokenizer", tokenizer, *options)
         assert "VOCAB_SIZE=384" in done.stdout and "verified" in done.stdout
     folders = [tmp_path / f"datasets/{name}_sp384" for name in "abc"]
     read = [(folder / "fineweb_train_000000.bin").read_bytes() for folder in folders]
@@ -185,49 +419,224 @@ def test_prepare_reads_json_lines_packed_or_not_with_a_given_tokenizer(dataset, 
     assert sum(docs) == 40 and 3 <= docs[1] <= 20  # a quarter of them by hash
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--source", "missing.txt"], "no such file"),
-        (["--source", "bad.jsonl"], 'bad.jsonl:2: not a JSON object with a "text" string'),
-        (["--source", "latin.txt"], "cannot be read as UTF-8"),
-        (["--source", "good.txt", "--tokenizer", "good.txt"], "not a SentencePiece model"),
-        (["--source", "good.txt", "--vocab-size", "60000"], "cannot be trained"),
-        (["--source", "good.txt", "--val-docs", "1"], "the train split is empty"),
-        (["--source", "good.txt", "--val-fraction", "0"], "between 0 and 1"),
-    ],
-)
-def test_prepare_explains_bad_input(tmp_path, arguments, message):
-    (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"body": "two"}\n')
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "good.txt").write_text(text_of(0, 2000), encoding="utf-8")
-    line = ["data/prepare_text.py", *arguments, "--out", tmp_path / "out"]
-    done = run_python(*line, cwd=tmp_path, check=False)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+@pytest.fixture
+def made(prepare, tmp_path):
+    """A data set, and the command that would replace it by another."""
+    lines = write_lines(tmp_path / "a.jsonl", 20)
+    line = "--source a.jsonl --out out --vocab-size 384 --val-docs 4".split()
+    prepare(*line)
+    (tmp_path / "a.jsonl").write_text("".join(lines[:9]), encoding="utf-8")
+    return line
 
 
-def test_a_failure_leaves_the_old_data_alone(tmp_path):
+def test_a_failure_leaves_the_old_data_alone(made, prepare, tmp_path):
     """A bad last line ends in an error before a tokenizer or a shard is replaced."""
-    lines = [json.dumps({"text": text_of(i, 60)}) + "\n" for i in range(20)]
-    source = tmp_path / "a.jsonl"
     out = tmp_path / "out"
-    line = ["data/prepare_text.py", "--source", source, "--out", out, "--vocab-size", "384"]
-    line += ["--val-docs", "4"]
+    before = contents(out)
+    assert len(before) == 4
+    good = (tmp_path / "a.jsonl").read_text()
+    (tmp_path / "a.jsonl").write_text(good + '{"body": "two"}\n')
+    prepare(*made, error="a.jsonl:10: not a JSON object")
+    assert contents(out) == before and len(list(out.iterdir())) == 2
+    (tmp_path / "a.jsonl").write_text(good)
+    prepare(*made)
+    after = contents(out)
+    assert after.keys() == before.keys() and not set(after.values()) & set(before.values())
+    mode = (out / "datasets/a_sp384").stat().st_mode
+    assert mode == (out / "datasets").stat().st_mode  # not that of a temporary folder
 
-    def contents():
-        return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
-    source.write_text("".join(lines), encoding="utf-8")
-    run_python(*line, cwd=tmp_path)
-    before = contents()
-    assert len(before) == 3
-    source.write_text("".join(lines[:9]) + '{"body": "two"}\n', encoding="utf-8")
-    done = run_python(*line, cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "a.jsonl:10: not a JSON object" in done.stderr
-    assert contents() == before and len(list(out.iterdir())) == 2
-    source.write_text("".join(lines[:9]), encoding="utf-8")
-    run_python(*line, cwd=tmp_path)
-    assert contents().keys() == before.keys() and contents() != before
+def test_fewer_shards_leave_none_of_the_old_ones(made, prepare, tmp_path):
+    folder = tmp_path / "out/datasets/a_sp384"
+    prepare(*made, "--shard-tokens", 300)
+    assert len(list(folder.iterdir())) > 5
+    prepare(*made)
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_signals_are_ignored_for_a_while_only():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with prepare_text.ignored(signal.SIGINT):
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_the_old_data_alone(made, prepare, tmp_path, monkeypatch, number):
+    before = contents(tmp_path / "out")
+    write_verified = prepare_text.write_verified
+
+    def interrupted(*arguments):
+        write_verified(*arguments)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(prepare_text, "write_verified", interrupted)
+    handler = signal.signal(number, signal.default_int_handler)  # not the end of the tests
+    try:
+        prepare(*made, error="stopped by ")
+    finally:
+        signal.signal(number, handler)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_full_disk_leaves_the_old_data_alone(made, prepare, tmp_path):
+    before = contents(tmp_path / "out")
+    shutil.copy(next((tmp_path / "out").rglob("*.model")), "t.model")
+    for given in ([], ["--tokenizer", "t.model"]):  # so that it is the tokenizer, or a shard
+        with file_limit(2000):
+            prepare(*made, *given, error="cannot be written: File too large")
+        assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("failing", ["rename", "write_file"])
+def test_a_failure_while_data_are_replaced(made, prepare, tmp_path, monkeypatch, failing):
+    """There are never shards beside a tokenizer or shards of the other data set."""
+    folder, model = tmp_path / "out/datasets/a_sp384", tmp_path / "out/tokenizers/a_384_bpe.model"
+    before = contents(tmp_path / "out")
+    rename, write_file, calls = os.rename, prepare_text.write_file, []
+
+    def watched(name, action):
+        def call(*arguments):
+            place = Path(arguments[-1] if name == "rename" else arguments[0]).absolute()
+            if place in (folder, model):
+                calls.append(name)
+                assert not folder.exists() and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+                if calls.count(name) == 1 and name == failing:
+                    raise OSError(errno.EIO, "Input/output error", str(place))
+            return action(*arguments)
+
+        return call
+
+    monkeypatch.setattr(os, "rename", watched("rename", rename))
+    monkeypatch.setattr(prepare_text, "write_file", watched("write_file", write_file))
+    handler = signal.getsignal(signal.SIGINT)
+    prepare(*made, error="Input/output error")
+    assert signal.getsignal(signal.SIGINT) == handler
+    after = contents(tmp_path / "out")
+    assert {path: after[path] for path in before if path != model} == {
+        path: data for path, data in before.items() if path != model
+    }
+    assert (after[model] == before[model]) == (failing == "write_file")
+    assert calls == ["write_file", "rename", "rename"][: 3 if failing == "rename" else 2]
+
+
+def test_nothing_is_replaced_that_the_program_did_not_make(made, prepare, tmp_path):
+    folder = tmp_path / "out/datasets/a_sp384"
+    for name in ("notes.txt", "fineweb_val_1.bin", "fineweb_val_000000.bin.old1", "x/y"):
+        own = folder / name
+        own.parent.mkdir(exist_ok=True)
+        own.write_text("mine")
+        before = contents(tmp_path / "out")
+        own = own if own.parent == folder else own.parent
+        prepare(*made, error=f"{own.name}: is not of this program; move it away, or give another")
+        assert contents(tmp_path / "out") == before
+        shutil.rmtree(own) if own.is_dir() else own.unlink()
+    model = tmp_path / "out/tokenizers/b_384_bpe.model"
+    model.mkdir()
+    prepare(*made, "--name", "b", error="b_384_bpe.model: is a folder; move it away")
+    (folder.parent / "c_sp384").write_text("mine")
+    prepare(*made, "--name", "c", error="c_sp384: is not a folder; move it away")
+    assert (folder.parent / "c_sp384").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda verified: None,
+        lambda verified: verified["train"].pop("documents"),  # of fetch_fineweb.py
+        lambda verified: verified["val"]["shards"].clear(),
+        lambda verified: verified.clear(),
+    ],
+    ids=["none", "fetched", "shards", "empty"],
+)
+def test_data_that_the_program_may_not_have_made_are_kept(made, prepare, tmp_path, change):
+    out = tmp_path / "out"
+    folder, model = out / "datasets/a_sp384", out / "tokenizers/a_384_bpe.model"
+    shards, tokenizer = contents(folder), model.read_bytes()
+    path = folder / "verified.json"
+    verified = json.loads(path.read_text())
+    if change(verified) is None and verified == json.loads(path.read_text()):
+        path.unlink()
+    else:
+        path.write_text(json.dumps(verified))
+    done = prepare(*made)
+    assert "a_sp384: what was there is a_sp384.old1 now" in done.stdout
+    kept = contents(folder.with_name("a_sp384.old1"))
+    assert {p.name: data for p, data in kept.items() if p.suffix == ".bin"} == {
+        p.name: data for p, data in shards.items() if p.suffix == ".bin"
+    }
+    assert model.with_name(f"{model.name}.old1").read_bytes() == tokenizer != model.read_bytes()
+    prepare(*made)
+    assert len(list(folder.parent.iterdir())) == len(list(model.parent.iterdir())) == 2
+
+
+def test_a_tokenizer_of_another_data_set_is_kept(made, prepare, tmp_path):
+    """For example that of FineWeb, where a text is called fineweb.txt."""
+    model = tmp_path / "out/tokenizers/a_384_bpe.model"
+    model.write_bytes(b"other")
+    for number in (1, 2):
+        done = prepare(*made)
+        assert f"a_384_bpe.model: what was there is a_384_bpe.model.old{number} now" in done.stdout
+        assert model.with_name(f"{model.name}.old{number}").read_bytes() == b"other"
+        model.write_bytes(b"other")
+    prepare(*made)
+    shutil.rmtree(tmp_path / "out/datasets")
+    there = set(contents(model.parent))
+    prepare(*made)  # makes the same tokenizer again
+    assert set(contents(model.parent)) == there and len(there) == 4
+    assert len(list((tmp_path / "out/datasets").iterdir())) == 1
+
+
+def test_a_link_to_another_disk_stays_a_link(made, prepare, tmp_path):
+    link, disk = tmp_path / "out/datasets/a_sp384", tmp_path / "disk"
+    disk.mkdir()
+    before = contents(link)
+    link.rename(disk / "text")
+    link.symlink_to(disk / "text")
+    done = prepare(*made)
+    assert "DATA_PATH=out/datasets/a_sp384 " in done.stdout
+    assert link.is_symlink() and [path.name for path in disk.iterdir()] == ["text"]
+    assert len(contents(disk)) == 3 and not set(contents(disk).values()) & set(before.values())
+
+
+def test_which_documents_are_validation_depends_on_their_hash():
+    """So that figures of the same text, such as those of the records, stay comparable."""
+    chosen = [n for n in range(40) if prepare_text.is_validation(n, f"text {n}", 0, 0.35)]
+    assert chosen == [6, 7, 11, 12, 13, 14, 17, 19, 20, 21, 24, 26, 28, 30, 34, 39]
+    first = [prepare_text.is_validation(n, "text", 2, 0.35) for n in range(4)]
+    assert first == [True, True, False, False]
+
+
+def test_a_tokenizer_is_trained_on_the_first_documents(tmp_path, monkeypatch):
+    """So that memory does not grow with the text."""
+    monkeypatch.setattr(prepare_text, "TOKENIZER_SAMPLE_BYTES", 5000)
+    texts = iter([text_of(i, 300) for i in range(20)])
+    prepare_text.train_tokenizer(texts, tmp_path / "t.model", 384, "identity")
+    assert 14 <= len(list(texts)) <= 17
+
+
+def test_files_of_the_same_name_are_different_documents(dataset, prepare, tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text(f"text {folder}")
+    model = dataset / "tokenizers/tiny_384_bpe.model"
+    line = "--source a/x.txt b/x.txt --val-docs 1 --out out --tokenizer".split()
+    prepare(*line, model)
+    sp = tm.load_tokenizer(str(model), 384)
+    for split, text in (("val", "text a"), ("train", "text b")):
+        tokens = tm.TokenStream(tmp_path / "out/datasets/x_sp384", split).read(0, 99).tolist()
+        assert sp.decode(tokens[1 : tokens.index(1, 1)]) == text
+
+
+def test_more_shards_than_their_names_can_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_text, "MOST_SHARDS", 2)
+    writer = prepare_text.ShardWriter(tmp_path, "train", 3)
+    writer.add(np.arange(6, dtype=np.uint16), 1)
+    with pytest.raises(tm.InputError, match="--shard-tokens 3: more than 2 shards"):
+        writer.add(np.arange(6, dtype=np.uint16), 1)
 
 
 def encode_all(docs, sp, writer):
@@ -275,3 +684,23 @@ def test_documentation_source_reads_docstrings_in_an_order_of_their_own(tmp_path
     files = prepare_text.package_files(["sentencepiece"])
     assert any("sentencepiece" in path.parts for path in files)
     assert not any("tests" in path.parts for path in files)
+
+
+def test_documentation_is_sorted_by_hash_and_counted_once(tmp_path, monkeypatch):
+    names = ["a", "b", "c", "d", "same"]
+    for name in names:
+        doc = f'"""Text of {name}. {"More. " * 40}"""'
+        (tmp_path / f"{name}.py").write_text(doc)
+    shutil.copy(tmp_path / "same.py", tmp_path / "again.py")
+    (tmp_path / "without.py").write_text("x = 1")
+    threads = SimpleNamespace(Pool=multiprocessing.pool.ThreadPool)
+    monkeypatch.setattr(prepare_text.multiprocessing, "get_context", lambda method: threads)
+    fractions = []
+    texts = []
+    for order in (False, True):
+        files = sorted(tmp_path.glob("*.py"), reverse=order)
+        monkeypatch.setattr(prepare_text, "package_files", lambda packages, files=files: files)
+        texts.append(prepare_text.docs_of_packages([], fractions.append))
+    assert texts[0] == texts[1] and len(texts[0]) == len(names)
+    hashes = [hashlib.sha256(text.encode()).digest() for text in texts[0]]
+    assert hashes == sorted(hashes) and fractions[-1] == 1

@@ -79,6 +79,19 @@ def test_every_chunk_once_an_epoch_in_shard_after_shard(shards):
     assert not torch.equal(other, stream.windows(range(total), L))
 
 
+def test_a_single_shard_has_another_order_in_every_epoch(shards, tmp_path):
+    write_shards(tmp_path, shards[1][4:])
+    stream, count = (
+        tm.DocumentStream(tmp_path, "train", hp_of()),
+        len(reference.chunks_of(shards[1][4], L)),
+    )
+    epochs = [stream.windows(range(n * count, n * count + count), L).tolist() for n in range(3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    other = tm.DocumentStream(tmp_path, "train", hp_of(seed=7)).windows(range(count), L).tolist()
+    assert other not in epochs and sorted(other) == sorted(epochs[0])
+
+
 def test_a_batch_depends_on_seed_and_step_only(shards):
     """Read before, read afresh, in halves and in single rows: the same batch, across shards and
     epochs."""

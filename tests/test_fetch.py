@@ -1,18 +1,32 @@
 """data/fetch_fineweb.py with the real huggingface_hub client against a hub on loopback."""
 
+import errno
 import hashlib
 import http.server
 import json
+import os
 import threading
+import time
+import zlib
 
+import fetch_fineweb
 import numpy as np
+import prepare_text
 import pytest
-from conftest import run_python
+from conftest import ROOT, run_python, text_of, tiny_hp
+from test_data import file_limit
 
 import train_mdlm as tm
 
 REPO = "willdepueoai/parameter-golf"
 DATASET = "datasets/datasets/fineweb10B_sp1024"  # in the repository
+
+
+def etag_of(path, content):
+    """The hub gives the SHA-256 of large files, and Git's hash of small ones."""
+    if path.endswith(".bin"):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -21,6 +35,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def answer(self, with_body):
+        if self.server.down:
+            self.close_connection = True
+            self.connection.close()
+            return
         prefix = f"/datasets/{REPO}/resolve/main/"
         content = (
             self.server.files.get(self.path[len(prefix) :])
@@ -42,7 +60,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             else 0
         )
         self.send_response(206 if start else 200)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        etag = self.server.etags.get(self.path[len(prefix) :], etag_of(self.path, content))
+        self.send_header("ETag", f'"{etag}"')
         self.send_header("X-Repo-Commit", "0" * 40)
         self.send_header("Content-Length", str(len(content) - start))
         if start:
@@ -69,15 +88,40 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def shard_bytes(count):
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, count
-    return header.tobytes() + (np.arange(count) % 1000).astype("<u2").tobytes()
+    return header.tobytes() + (np.arange(count) % 380).astype("<u2").tobytes()
+
+
+MODEL = "datasets/tokenizers/fineweb_1024_bpe.model"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A hub without files; the client reads the environment once, when it is imported."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    os.environ |= dict(
+        HF_ENDPOINT=f"http://127.0.0.1:{server.server_address[1]}",
+        HF_HOME=str(tmp_path_factory.mktemp("hf")),
+        HF_HUB_DISABLE_XET="1",
+        NO_PROXY="127.0.0.1",
+        HF_HUB_DISABLE_TELEMETRY="1",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+        HF_HUB_DOWNLOAD_TIMEOUT="5",
+    )
+    from huggingface_hub import constants
+
+    assert constants.ENDPOINT == os.environ["HF_ENDPOINT"]
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture
-def hub():
-    files = {
-        "datasets/tokenizers/fineweb_1024_bpe.model": b"model",
-        "datasets/tokenizers/fineweb_1024_bpe.vocab": b"vocab",
-    }
+def hub(server, dataset):
+    """A small data set of the challenge."""
+    model = dataset / "tokenizers/tiny_384_bpe.model"
+    vocab = MODEL.replace(".model", ".vocab")
+    files = {MODEL: model.read_bytes(), vocab: b"vocab"}
     for split, count in (("val", 2), ("train", 3)):
         for i in range(count):
             files[f"{DATASET}/fineweb_{split}_{i:06d}.bin"] = shard_bytes(100 + i)
@@ -97,11 +141,12 @@ def hub():
             }
         ],
     }
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.files = files
     server.requests = []
     server.cut = {}  # path → where the connection breaks, once
     server.damaged = {}  # path → what is sent instead, once
+    server.etags = {}  # path → another than that of its content
+    server.down = False  # whether it breaks every connection
 
     def set_manifest(edit=lambda manifest: None):
         edit(manifest)
@@ -109,89 +154,225 @@ def hub():
 
     server.set_manifest = set_manifest
     set_manifest()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    return server
 
 
-def fetch(hub, out, *arguments, check=True):
-    env = dict(
-        HF_ENDPOINT=f"http://127.0.0.1:{hub.server_address[1]}",
-        HF_HOME=str(out / "hf"),
-        HF_HUB_DISABLE_XET="1",
-        NO_PROXY="127.0.0.1",
-        HF_HUB_DISABLE_TELEMETRY="1",
-        HF_HUB_DOWNLOAD_TIMEOUT="5",
-    )
-    script = "data/fetch_fineweb.py"
-    return run_python(script, "--out", out, *arguments, cwd=out, check=check, **env)
+@pytest.fixture
+def fetch(hub, tool, tmp_path, monkeypatch):
+    """Calls data/fetch_fineweb.py for some folder; fails if it does not succeed or say `error`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # before the client tries again
+
+    def call(*arguments, error=None):
+        done = tool(fetch_fineweb, "--out", tmp_path, *arguments)
+        lines = done.stderr.strip().splitlines()
+        if error is None:
+            assert done.returncode == 0, done.stderr
+        else:
+            assert done.returncode == 2 and error in lines[-1], done.stderr
+            assert lines[-1].startswith("fetch_fineweb.py: error: ")
+        return done
+
+    return call
 
 
-def test_whole_validation_split_first_training_shards_and_tokenizer(hub, tmp_path):
-    done = fetch(hub, tmp_path, "--train-shards", "2")
+def test_whole_validation_split_first_training_shards_and_tokenizer(hub, fetch, tmp_path):
+    done = run_python("data/fetch_fineweb.py", "--out", ".", "--train-shards", "2", cwd=tmp_path)
     assert "201 validation tokens, 2 of 3 training shards" in done.stdout
     assert "DATA_PATH=datasets/fineweb10B_sp1024 " in done.stdout
     assert "TOKENIZER_PATH=tokenizers/fineweb_1024_bpe.model" in done.stdout
     for remote, content in hub.files.items():
         local = tmp_path / remote.removeprefix("datasets/")
-        if "train_000002" in remote:
+        if "train_000002" in remote or "manifest" in remote:
             assert not local.exists()
         else:
             assert local.read_bytes() == content
     assert tm.TokenStream(tmp_path / "datasets/fineweb10B_sp1024", "train").total == 201
     hub.requests.clear()
-    again = fetch(hub, tmp_path, "--train-shards", "3")  # only what is missing
+    again = fetch("--train-shards", "3")  # only what is missing
     fetched = {path for method, path, _ in hub.requests if method == "GET"}
     assert fetched <= {"datasets/manifest.json", f"{DATASET}/fineweb_train_000002.bin"}
     assert again.stdout.count("there already") == 6
 
 
-def test_a_broken_connection_ends_in_a_whole_file_or_an_error_and_resumes(hub, tmp_path):
+def test_verified_json_says_what_was_fetched(hub, fetch, tmp_path):
+    folder = tmp_path / "datasets/fineweb10B_sp1024"
+    path = folder / "verified.json"
+    for count, there in (
+        (2, 2),
+        (0, 2),
+        (3, 3),
+    ):  # what is there is compared and listed too
+        done = fetch("--train-shards", count)
+        assert f"{there} of 3 training shards" in done.stdout
+        verified = json.loads(path.read_text())
+        assert verified["tokenizer_sha256"] == hashlib.sha256(hub.files[MODEL]).hexdigest()
+        assert verified["train"].keys() == {"tokens", "shards"}
+        assert verified["train"]["tokens"] == sum(range(100, 100 + there))
+        shards = verified["train"]["shards"] | verified["val"]["shards"]
+        assert len(shards) == there + 2
+        for name, checksum in shards.items():
+            assert checksum == zlib.crc32(hub.files[f"{DATASET}/{name}"][1024:])
+    assert verified["val"]["tokens"] == 201 and verified["val"]["documents"] == 2
+    stream = tm.TokenStream(folder, "val")
+    model = tmp_path / MODEL.removeprefix("datasets/")
+    sp = tm.load_tokenizer(str(model), 384)
+    luts = tm.build_sentencepiece_luts(sp, 384)
+    for split in (stream, tm.TokenStream(folder, "train")):
+        split.measure(384, luts=luts)
+        hp = tiny_hp(data_path=str(folder), tokenizer_path=str(model), vocab_size=384)
+        assert tm.check_verified(hp, split, "val" if split is stream else "train")
+    tokens = stream.read(0, stream.total).astype("int64")
+    assert verified["val"]["bytes"] == int(tm.count_bytes(tokens, 1, luts)) > 100
+
+
+def test_verified_json_is_gone_while_what_it_describes_changes(hub, fetch, tmp_path):
+    fetch("--train-shards", "1")
+    path = tmp_path / "datasets/fineweb10B_sp1024/verified.json"
+    before = path.read_bytes()
+    hub.down = True
+    fetch("--train-shards", "2", error="could not be fetched")
+    assert path.read_bytes() == before
+    hub.down = False
+    missing = hub.files.pop(f"{DATASET}/fineweb_train_000002.bin")
+    fetch("--train-shards", "3", error="fineweb_train_000002.bin is not in")  # 000001 is new
+    assert not path.exists()
+    hub.files[f"{DATASET}/fineweb_train_000002.bin"] = missing
+    fetch("--train-shards", "3")
+    assert len(json.loads(path.read_text())["train"]["shards"]) == 3
+
+
+def test_tokens_that_the_tokenizer_does_not_have_are_refused(hub, fetch):
+    raw = bytearray(hub.files[f"{DATASET}/fineweb_val_000001.bin"])
+    raw[-2:] = b"\x80\x01"  # 384
+    hub.files[f"{DATASET}/fineweb_val_000001.bin"] = bytes(raw)
+    fetch("--train-shards", "0", error="fineweb_val_000001.bin: holds token 384")
+
+
+def test_published_figures_are_those_of_the_documentation():
+    (length, tokens, nbytes) = fetch_fineweb.PUBLISHED["fineweb10B_sp1024"]
+    assert tokens % length == 0
+    assert f"{tokens:,} tokens, {nbytes:,} bytes" in (ROOT / "docs/presets.md").read_text()
+
+
+@pytest.mark.parametrize("tail", [1, 2, 40])
+def test_bytes_of_the_published_windows(dataset, tmp_path, monkeypatch, tail):
+    """They are refused from a ten-thousandth on; bytes behind the last window do not count."""
+    model = dataset / "tokenizers/tiny_384_bpe.model"
+    sp = prepare_text.load_tokenizer(model)
+    luts = tm.build_sentencepiece_luts(sp, 384)
+    tokens = np.array([1, *sp.encode(text_of(0, 5000))])[: 64 * 150 + tail]
+    prepare_text.write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
+    val = tm.TokenStream(tmp_path, "val")
+    val.measure(384, luts=luts)
+    true = int(tm.count_bytes(tokens[: 64 * 150 + 1], 1, luts))
+    assert true > 15_000
+
+    def check(known, scored=64 * 150, name="some"):
+        monkeypatch.setattr(fetch_fineweb, "PUBLISHED", {"some": (64, scored, known)})
+        fetch_fineweb.check_published(name, model, val, luts)
+
+    for known in (true - 1, true, true + 1):
+        check(known)
+    check(true + 100, name="other")
+    check(true + 100, scored=64 * 149)
+    for known in (true - 3, true + 3):
+        with pytest.raises(tm.InputError, match="a space at the beginning of a document") as caught:
+            check(known)
+        assert f"counts {true:,} bytes in the 9,600 tokens of some" in str(caught.value)
+
+
+def test_published_bytes_are_checked_before_anything_is_called_verified(
+    hub, fetch, tmp_path, monkeypatch
+):
+    published = {"fineweb10B_sp1024": (64, 192, 10_000)}
+    monkeypatch.setattr(fetch_fineweb, "PUBLISHED", published)
+    fetch("--train-shards", "0", error="published were 10,000")
+    assert not list(tmp_path.rglob("verified.json"))
+
+
+def test_a_broken_connection_ends_in_a_whole_file_or_an_error_and_resumes(hub, fetch, tmp_path):
     name = f"{DATASET}/fineweb_train_000000.bin"
     hub.files[name] = shard_bytes(8_000_000)  # the client keeps what it got in pieces of 10 MB
     hub.cut[name] = 12_000_000
-    done = fetch(hub, tmp_path, "--train-shards", "1", check=False)
-    if done.returncode:
-        assert done.returncode == 2 and "continues where this one stopped" in done.stderr
-        assert "Traceback" not in done.stderr
-        fetch(hub, tmp_path, "--train-shards", "1")
+    try:
+        fetch("--train-shards", "1")
+    except AssertionError as error:
+        assert "continues where this one stopped" in str(error)
+        fetch("--train-shards", "1")
     assert (tmp_path / name.removeprefix("datasets/")).read_bytes() == hub.files[name]
     # the second request asks for the rest only
     assert any(path == name and wanted for _, path, wanted in hub.requests)
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda raw: raw[:-2], lambda raw: b"\0" + raw[1:], lambda raw: raw[:100]]
+    "damage",
+    [lambda raw: raw[:-2], lambda raw: b"\0" + raw[1:], lambda raw: raw[:100]],
+    ids=["truncated", "magic", "header"],
 )
-def test_a_wrong_shard_is_refused_and_nothing_is_left_in_its_place(hub, tmp_path, damage):
+def test_a_wrong_shard_is_refused_and_nothing_is_left_in_its_place(hub, fetch, tmp_path, damage):
     name = f"{DATASET}/fineweb_val_000001.bin"
     hub.files[name] = damage(hub.files[name])
-    done = fetch(hub, tmp_path, "--train-shards", "0", check=False)
-    assert done.returncode == 2 and "fineweb_val_000001.bin" in done.stderr
-    assert "Traceback" not in done.stderr
+    fetch("--train-shards", "0", error="fineweb_val_000001.bin")
     assert not (tmp_path / name.removeprefix("datasets/")).exists()
 
 
-def test_a_shard_damaged_on_its_way_is_refused_and_fetched_again(hub, tmp_path):
+@pytest.mark.parametrize(
+    "name, kind",
+    [(f"{DATASET}/fineweb_val_000001.bin", "SHA-256"), (MODEL, "Git hash")],
+    ids=["shard", "tokenizer"],
+)
+def test_what_is_damaged_on_its_way_is_refused_and_fetched_again(hub, fetch, tmp_path, name, kind):
     """One bit of one token, which neither the header nor the size can show."""
-    name = f"{DATASET}/fineweb_val_000001.bin"
     whole = hub.files[name]
     hub.damaged[name] = whole[:-1] + bytes([whole[-1] ^ 1])
-    done = fetch(hub, tmp_path, "--train-shards", "0", check=False)
-    assert done.returncode == 2
-    assert "fineweb_val_000001.bin: its SHA-256 is not what the hub says" in done.stderr
-    fetch(hub, tmp_path, "--train-shards", "0")
+    fetch("--train-shards", "0", error=f"{kind} is not what the hub says")
+    assert not list(tmp_path.rglob("verified.json"))
+    fetch("--train-shards", "0")
     assert (tmp_path / name.removeprefix("datasets/")).read_bytes() == whole
 
 
-def test_a_damaged_local_copy_is_fetched_again(hub, tmp_path):
-    fetch(hub, tmp_path, "--train-shards", "0")
-    local = tmp_path / "datasets/fineweb10B_sp1024/fineweb_val_000000.bin"
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        (f"{DATASET}/fineweb_val_000000.bin", lambda raw: raw[:-10]),
+        (f"{DATASET}/fineweb_val_000000.bin", lambda raw: raw[:-1] + b"\x01"),
+        (f"{DATASET}/fineweb_train_000001.bin", lambda raw: raw[:-2] + b"\x05\x00"),
+        (MODEL, lambda raw: raw.replace(b"the", b"tha", 1)),
+    ],
+    ids=["truncated", "bit", "training", "tokenizer"],
+)
+def test_a_local_copy_that_is_not_the_hubs_is_fetched_again_and_kept(
+    hub, fetch, tmp_path, name, damage
+):
+    fetch("--train-shards", "2")
+    local = tmp_path / name.removeprefix("datasets/")
     good = local.read_bytes()
-    local.write_bytes(good[:-10])
-    fetch(hub, tmp_path, "--train-shards", "0")
-    assert local.read_bytes() == good
+    for number in (1, 2):
+        local.write_bytes(damage(good))
+        done = fetch("--train-shards", "0")
+        assert local.read_bytes() == good != damage(good)
+        assert local.with_name(f"{local.name}.old{number}").read_bytes() == damage(good)
+        assert f"{local.name}.old{number}" in done.stdout and "; fetching it again\n" in done.stdout
+
+
+def test_a_file_without_a_digest_is_refused(hub, fetch):
+    hub.etags[f"{DATASET}/fineweb_val_000001.bin"] = "new-2"
+    fetch("--train-shards", "0", error="gives no digest to compare it with")
+
+
+def test_shards_that_the_manifest_does_not_list_are_left_alone(hub, fetch, tmp_path):
+    own = tmp_path / "datasets/fineweb10B_sp1024/fineweb_val_000002.bin"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(shard_bytes(5))
+    fetch("--train-shards", "0", error="fineweb_val_000002.bin: the manifest does not list it")
+    assert list(own.parent.iterdir()) == [own]
+
+
+def test_nobody_elses_manifest_is_replaced(hub, fetch, tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    fetch("--train-shards", "0")
+    assert (tmp_path / "manifest.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize(
@@ -199,17 +380,30 @@ def test_a_damaged_local_copy_is_fetched_again(hub, tmp_path):
     [
         (lambda m: m["datasets"][0]["stats"].update(tokens_val=999), "the manifest says 999"),
         (lambda m: m["datasets"][0].pop("stats"), "lacks its stats"),
+        (lambda m: m["datasets"][0].update(stats=[1]), "lacks its stats"),
+        (lambda m: m["datasets"][0].update(tokenizer_name=[1]), "lacks its stats"),
         (lambda m: m["tokenizers"].clear(), "lacks its stats or its tokenizer"),
         (lambda m: m["datasets"].clear(), "--variant sp1024 is not one of"),
         (lambda m: m.pop("datasets"), "not a manifest"),
+        (lambda m: m.update(datasets=[["name"]]), "not a manifest"),
+        (lambda m: m.update(datasets={"name": 1}), "not a manifest"),
         (lambda m: m["datasets"][0]["stats"].update(files_val=0), "lacks its stats"),
+        (lambda m: m["datasets"][0]["stats"].update(files_val=10**7), "lacks its stats"),
         (lambda m: m["datasets"][0]["stats"].update(files_val=3), f"is not in {REPO}"),
+        (lambda m: m["datasets"][0].update(name="a\n\x1b[2Jb"), r"is not one of 'a\n\x1b[2Jb'"),
     ],
 )
-def test_wrong_manifests_are_explained(hub, tmp_path, edit, message):
+def test_wrong_manifests_are_explained(hub, fetch, tmp_path, edit, message):
     hub.set_manifest(edit)
-    done = fetch(hub, tmp_path, "--train-shards", "0", check=False)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    done = fetch("--train-shards", "0", error=message)
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.rglob("verified.json"))
+
+
+@pytest.mark.parametrize("name", ["a/../../b", "../x", "a\nb", ".x", "a/b"])
+def test_a_data_set_with_an_odd_name_is_refused(hub, fetch, name):
+    hub.set_manifest(lambda manifest: manifest["datasets"][0].update(name=name))
+    fetch("--train-shards", "0", "--variant", name, error="names a data set")
 
 
 @pytest.mark.parametrize(
@@ -217,30 +411,81 @@ def test_wrong_manifests_are_explained(hub, tmp_path, edit, message):
     [
         ("../../evil", "outside the data folder"),
         ("/etc/evil", "outside the data folder"),
+        ("tokenizers\\x", "outside the data folder"),
+        ("tokenizers/a\nb", r"'tokenizers/a\nb'"),
         ("argparse.py", "no data set and no tokenizer"),
         ("tokenizers/x.py", "no data set and no tokenizer"),
+        ("datasets/docs_sp1024/fineweb_val_000000.bin", "no tokenizer"),
     ],
 )
-def test_a_manifest_cannot_name_other_files(hub, tmp_path, path, message):
+def test_a_manifest_cannot_name_other_files(hub, fetch, tmp_path, path, message):
     hub.set_manifest(lambda manifest: manifest["tokenizers"][0].update(model_path=path))
-    done = fetch(hub, tmp_path, "--train-shards", "0", check=False)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    done = fetch("--train-shards", "0", error=message)
+    assert done.stderr.count("\n") == 1
 
 
-def test_wrong_arguments_are_explained_and_a_full_name_is_a_variant(hub, tmp_path):
+def test_wrong_arguments_are_explained_and_a_full_name_is_a_variant(hub, fetch, tmp_path):
+    (tmp_path / "file").write_text("")
     for arguments, message in (
         (["--train-shards", "4"], "has 3"),
-        (["--train-shards", "-1"], "negative"),
+        (["--train-shards", "-1"], "--train-shards -1 must not be negative"),
         (["--variant", "sp7"], "--variant sp7 is not one of fineweb10B_sp1024"),
+        (["--repo", "a/b/c"], "--repo 'a/b/c' is no data set: give OWNER/NAME"),
+        (["--repo", ""], "--repo '' is no data set: give OWNER/NAME"),
+        (["--remote-root", "../x"], "--remote-root '../x': give a folder in the data set"),
+        (["--out", "file"], "--out file: cannot be written: File exists; give another --out"),
     ):
-        done = fetch(hub, tmp_path, *arguments, check=False)
-        assert done.returncode == 2 and message in done.stderr
-    fetch(hub, tmp_path, "--train-shards", "0", "--variant", "fineweb10B_sp1024")
+        done = fetch(*arguments, error=message)
+        assert done.stderr.count("\n") == 1
+    fetch("--train-shards", "0", "--variant", "fineweb10B_sp1024")
 
 
-def test_a_hub_that_is_not_there_is_one_line(hub, tmp_path):
-    hub.shutdown()
-    hub.server_close()
-    done = fetch(hub, tmp_path, "--train-shards", "0", check=False)
-    assert done.returncode == 2 and "could not be fetched" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("endpoint", ["not a url", "http://[::", "https://", "ftp://x"])
+def test_an_endpoint_that_is_no_address_is_explained(fetch, monkeypatch, endpoint):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    done = fetch(error=f"HF_ENDPOINT={endpoint!r} is no address")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_hub_that_is_not_there_is_one_line(hub, fetch):
+    hub.down = True
+    fetch("--train-shards", "0", error="manifest.json could not be fetched: ")
+
+
+def test_a_data_set_that_is_not_there_is_one_line(hub, fetch):
+    fetch("--repo", "nobody/nothing", error="manifest.json is not in nobody/nothing")
+
+
+def test_a_full_disk_is_one_line(hub, fetch, tmp_path):
+    """Everything that was there is as it was."""
+    name = f"{DATASET}/fineweb_train_000000.bin"
+    fetch("--train-shards", "0")
+    before = {path: path.read_bytes() for path in (tmp_path / "datasets").rglob("*.*")}
+    hub.files[name] = shard_bytes(100_000)
+    with file_limit(50_000):
+        fetch("--train-shards", "1", error="fineweb_train_000000.bin could not be fetched: ")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "datasets").rglob("*.*")}
+    fetch("--train-shards", "1")
+
+
+def test_a_data_set_on_another_disk(hub, fetch, tmp_path, monkeypatch):
+    """Where files cannot be renamed to."""
+    rename = os.rename
+
+    def across(source, target, **options):
+        if ".hub" in str(source) and ".hub" not in str(target):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(source, target, **options)
+
+    monkeypatch.setattr(os, "rename", across)
+    fetch("--train-shards", "1")
+    local = tmp_path / "datasets/fineweb10B_sp1024/fineweb_train_000000.bin"
+    assert local.read_bytes() == hub.files[f"{DATASET}/fineweb_train_000000.bin"]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_variant_without_a_sentencepiece_model_is_noted(hub, fetch, tmp_path):
+    hub.set_manifest(lambda manifest: manifest["tokenizers"][0].pop("model_path"))
+    done = fetch("--train-shards", "0")
+    assert "no SentencePiece model" in done.stdout
+    assert not list(tmp_path.rglob("verified.json"))

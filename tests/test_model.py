@@ -1,6 +1,8 @@
 """The forward pass against the equations written out in float64, and the published shapes."""
 
 import dataclasses
+import json
+import zlib
 
 import numpy as np
 import pytest
@@ -80,6 +82,36 @@ def test_initial_weights_depend_on_the_seed_only():
     assert not torch.equal(a["tok_emb.weight"], c["tok_emb.weight"])
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_initial_weights_of_the_unet(tied):
+    """Blocks begin as nothing: gains of 1, matrices into the residual stream of 0."""
+    hp = tm.Hyperparameters(
+        tie_embeddings=tied, neighbors=1, qk_gain_init=1.25, tied_embed_init_std=0.02, num_layers=2
+    )
+    found = tm.build_model(hp).state_dict()
+    std = found.pop("tok_emb.weight").std().item()
+    assert std == pytest.approx(0.02 if tied else 1.0, rel=0.01)
+    for name, value in found.items():
+        if name.endswith(("attn_scale", "mlp_scale", "skip_weights", "q_gain")):
+            assert (value == (1.25 if "q_gain" in name else 1.0)).all(), name
+        elif name.endswith("resid_mix"):
+            assert (value[0] == 1).all() and (value[1] == 0).all(), name
+        elif name.endswith("proj.weight") or name.startswith(("near", "lm_head")):
+            assert (value == 0).all(), name
+        else:  # PyTorch's uniform distribution
+            reach = value.shape[1] ** -0.5
+            assert 0.95 * reach < value.abs().max() <= reach, name
+
+
+def test_initial_weights_of_the_dit():
+    """All at random, its head too."""
+    found = tm.build_model(tm.Hyperparameters(preset="llada", num_layers=1)).state_dict()
+    assert found.pop("tok_emb.weight").std().item() == pytest.approx(1.0, rel=0.01)
+    for name, value in found.items():
+        reach = (found[name.replace("bias", "weight")].shape[1]) ** -0.5
+        assert 0.9 * reach < value.abs().max() <= reach, name
+
+
 def test_causal_model_does_not_look_ahead_and_mdlm_does():
     z = torch.tensor([[0, 1, 2, 0]])
     changed = torch.tensor([[0, 1, 2, 1]])
@@ -117,6 +149,7 @@ def test_bfloat16_activations_stay_close():
     exact = model(z)
     model.compute_dtype = torch.bfloat16
     assert (model(z) - exact).abs().max() < 0.1
+    assert model(z).dtype == torch.float32 and model.hidden(z).dtype == torch.bfloat16
 
 
 def test_an_outline_has_the_shapes_of_the_model_and_no_weights():
@@ -129,6 +162,38 @@ def test_an_outline_has_the_shapes_of_the_model_and_no_weights():
         ]
         assert shapes[0] == shapes[1]
         assert {parameter.device.type for parameter in outline.parameters()} == {"meta"}
+
+
+def claiming(hp, size):
+    """An artifact whose header claims a model of `hp`, each kind of parameter in `size` bytes."""
+    kinds = ("matrix", "embed", "gain")
+    header = dict(
+        version=tm.FORMAT_VERSION,
+        hyperparameters={name: getattr(hp, name) for name in tm.stored_fields()},
+        kinds={kind: ["int8", "zlib", size] for kind in kinds},
+    )
+    text = json.dumps(header).encode()
+    body = zlib.compress(bytes(size))[:size].ljust(size, b"\0") * len(kinds)
+    return tm.sealed(b"MDLMgolf" + len(text).to_bytes(4, "little") + text + body)
+
+
+def test_a_file_that_claims_a_huge_model_is_refused_before_anything_is_unpacked(monkeypatch):
+    """Terabytes of weights: nobody is asked for so much memory, whether or not there is any."""
+    asked = []
+
+    def unpack(packed, limit):
+        asked.append(limit)
+        raise MemoryError
+
+    monkeypatch.setitem(tm.PACKERS, "zlib", tm.Packer(tm.deflate, unpack))
+    with pytest.raises(tm.InputError, match="small: not an artifact"):
+        tm.unpack_artifact(claiming(tiny_hp(), 100), "small")
+    assert asked and max(asked) < 10_000  # so this is where it would be noticed
+    asked.clear()
+    huge = tm.Hyperparameters(num_layers=200, model_dim=65_536)
+    with pytest.raises(tm.InputError, match="huge: not an artifact"):
+        tm.unpack_artifact(claiming(huge, 1000), "huge")
+    assert max(asked, default=0) < 2**32
 
 
 # ---- DiT

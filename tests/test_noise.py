@@ -5,8 +5,11 @@ import itertools
 import math
 from statistics import NormalDist
 
+import numpy as np
+import prepare_text
 import pytest
 import torch
+from conftest import random_model
 
 import train_mdlm as tm
 
@@ -30,6 +33,13 @@ def hp_of(**overrides):
     return tm.Hyperparameters(**(dict(preset="demo", mask_dist="uniform") | shape | overrides))
 
 
+def test_every_key_has_random_numbers_of_its_own():
+    keys = [(1, "train", 23), (12, "train", 3), (1, "train2", 3), (1, "train", 2, 3), (1, "train")]
+    draws = [torch.rand(4, generator=tm.seeded("cpu", *key)) for key in keys]
+    assert len({tuple(draw.tolist()) for draw in draws}) == len(keys)
+    assert torch.equal(torch.rand(4, generator=tm.seeded("cpu", *keys[0])), draws[0])
+
+
 # ---- Mask times and probabilities
 
 
@@ -39,6 +49,12 @@ def test_stratified_times_hit_every_stratum_once(rows):
     t = tm.TIME_SAMPLINGS["stratified"](u)
     assert sorted((t * rows).long().tolist()) == list(range(rows))
     assert 0 <= t.min() and t.max() < 1
+
+
+def test_stratified_times_are_all_at_the_same_place_in_their_strata():
+    u = torch.rand(24, generator=torch.Generator().manual_seed(0))
+    t = tm.TIME_SAMPLINGS["stratified"](u).double().sort().values
+    assert torch.allclose(t * 24 - torch.arange(24), u[0].double().expand(24), atol=1e-5)
 
 
 def test_any_slice_of_stratified_times_is_balanced():
@@ -69,6 +85,14 @@ def test_normal_mask_probabilities_are_the_quantiles_of_a_normal_distribution():
             other = dataclasses.replace(hp, time_sampling=sampling)
             ends = tm.mask_probability(other, torch.full((24,), u))
             assert ends.isfinite().all() and 0.05 <= ends.min() and ends.max() <= 0.75
+
+
+@pytest.mark.parametrize("dist", tm.MASK_DISTS)
+def test_mask_probabilities_grow_with_the_time(dist):
+    """From MASK_EPS to MASK_MAX: a late time hides more."""
+    hp = hp_of(mask_dist=dist, mask_eps=0.05, mask_max=0.85, mask_mean=0.4, mask_std=0.2)
+    found = tm.MASK_DISTS[dist](hp, torch.linspace(0, 1, 9))
+    assert (found.diff() > 0).all() and [found[0], found[-1]] == pytest.approx([0.05, 0.85])
 
 
 # ---- Masks and weights
@@ -104,6 +128,22 @@ def test_weights_are_clamped():
     clamped = dict(masking="bernoulli", loss_weight="elbo", weight_clamp=3.0)
     _, weight = masks_of(hp_of(mask_eps=0.001, **clamped), 0)
     assert weight.max() == 3.0
+
+
+@pytest.mark.parametrize("clamp", [1.0, 3.0, 1000.0])
+def test_loss_weights_in_closed_form(clamp):
+    """elbo is of the share that was masked, dsigma of the probability that was drawn."""
+    noise = dict(masking="count", mask_eps=0.1, mask_max=0.6, weight_clamp=clamp)
+    probability = torch.tensor([0.05, 0.25, 0.6, 0.55])
+    keys = torch.rand(4, 10, generator=torch.Generator().manual_seed(0))
+    x0 = torch.full((4, 10), 5)
+    shares = torch.tensor([0.1, 0.3, 0.6, 0.6])
+    expected = dict(elbo=1 / shares, dsigma=0.5 / (1 - probability), flat=torch.ones(4))
+    for name, weights in expected.items():
+        hp = hp_of(loss_weight=name, **noise)
+        mask, found, share = tm.apply_noise(hp, x0, probability, keys)
+        assert torch.allclose(share, shares) and torch.allclose(mask.float().mean(1), shares)
+        assert torch.allclose(found, weights.clamp(max=clamp)), name
 
 
 def test_mask_exactly_masks_the_smallest_keys_even_with_ties():
@@ -203,6 +243,34 @@ def test_compact_lists_the_masked_positions():
 # ---- Batches and loss
 
 
+def original(batch):
+    """The tokens of a batch before they were hidden, in order."""
+    x0, scored = batch.z.flatten().clone(), batch.weights > 0
+    x0[batch.positions[scored]] = batch.targets[scored]
+    return x0.tolist()
+
+
+@pytest.mark.parametrize("rows", [[range(6)], [range(0, 2), range(2, 4), range(4, 6)]], ids=len)
+@pytest.mark.parametrize("objective", ["mdlm", "ar"])
+def test_step_after_step_reads_the_split_from_front_to_back(tmp_path, objective, rows):
+    """Every token once, as it stands in the shards, and then again from the first one on."""
+    for number, part in enumerate(np.split(np.arange(300), [130, 140])):
+        prepare_text.write_shard(tmp_path / f"fineweb_train_{number:06d}.bin", part)
+    stream = tm.TokenStream(tmp_path, "train")
+    hp = hp_of(objective=objective, train_seq_len=8, train_batch_tokens=6 * 8, mask_eps=0.0)
+    read = []
+    for step in range(20):
+        for part in rows:
+            batch = tm.training_batch(hp, stream, step, part, 8 * len(part), CPU)
+            read += batch.targets.tolist() if objective == "ar" else original(batch)
+            if objective == "ar":
+                assert batch.z.flatten().tolist() == [
+                    (token - 1) % 300 for token in read[-8 * len(part) :]
+                ]
+    assert read == [(1 + i) % 300 for i in range(20 * 6 * 8)]
+    assert [stream.count_windows(299, 1), stream.count_windows(400, 5)] == [1, 0]
+
+
 @pytest.mark.parametrize("objective", ["mdlm", "ar"])
 def test_a_batch_depends_on_seed_and_step_only(tiny_env, objective):
     hp = hp_of(objective=objective, seed=7)
@@ -225,6 +293,46 @@ def test_a_batch_depends_on_seed_and_step_only(tiny_env, objective):
     other = hp_of(objective=objective, seed=8)
     other = tm.training_batch(other, stream, 5, range(24), 24 * 32, CPU)
     assert torch.equal(other.z, whole.z) is (objective == "ar")
+
+
+def test_every_step_and_every_row_has_a_mask_of_its_own(tmp_path):
+    """Half of the tokens masked: any two masks differ in about half of the places."""
+    prepare_text.write_shard(tmp_path / "fineweb_train_000000.bin", np.arange(300))
+    stream = tm.TokenStream(tmp_path, "train")
+    half = dict(mask_eps=0.4999, mask_max=0.5001, masking="bernoulli")
+    hp = hp_of(train_seq_len=64, train_batch_tokens=4 * 64, **half)
+    masks = []
+    for step in range(4):
+        for rows in (range(0, 2), range(2, 4)):
+            batch = tm.training_batch(hp, stream, step, rows, 2 * 64, CPU)
+            masks += list(batch.z == hp.mask_id)
+    assert len(masks) == 16
+    for one, other in itertools.combinations(masks, 2):
+        assert 12 < (one != other).sum() < 52  # 5 sigma
+
+
+@pytest.mark.parametrize("masking", tm.MASKINGS)
+@pytest.mark.parametrize("backbone", tm.BACKBONES)
+def test_the_loss_is_the_weighted_nll_of_a_model_that_is_told_the_noise(
+    tmp_path, backbone, masking
+):
+    """The probability that was drawn, where masks are Bernoulli; the share, where it is exact."""
+    prepare_text.write_shard(tmp_path / "fineweb_train_000000.bin", np.arange(300))
+    stream = tm.TokenStream(tmp_path, "train")
+    small = dict(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=2, neighbors=0)
+    small |= dict(train_seq_len=8, train_batch_tokens=4 * 8, loss_weight="elbo")
+    hp = hp_of(backbone=backbone, masking=masking, **small)
+    model = random_model(hp, scale=0.3)
+    batch = tm.training_batch(hp, stream, 0, range(4), 4 * 8, CPU)
+    told, _ = tm.draw_noise(hp, tm.seeded("cpu", hp.seed, "train", 0))
+    if masking == "count":
+        told = (told * 8).ceil() / 8
+    x0 = stream.windows(range(4), 8)[:, 1:]
+    with torch.no_grad():
+        logp = model(batch.z, told).double().log_softmax(-1)
+    nll = -logp.gather(-1, x0[..., None])[..., 0] * (batch.z == hp.mask_id)
+    expected = (nll.sum(1) / told.double()).sum().item()
+    assert tm.batch_loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_loss_of_a_uniform_model_is_the_uniform_code(tiny_env):

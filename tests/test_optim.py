@@ -84,6 +84,44 @@ def test_three_steps_equal_separate_optimizers():
             assert p.grad.abs().max() == 0
 
 
+@pytest.mark.parametrize("limit", [0.0, 0.01, 1.0, 1e6])
+def test_gradients_are_a_token_and_no_longer_than_the_limit(limit):
+    """What a first step makes of them, as first moments: of all groups together, and whatever the
+    loss was. (The updates themselves hardly depend on the length of a first gradient.)"""
+    hp = tiny_hp(grad_clip_norm=limit, optimizer="adamw")
+    model = random_model(hp)
+    optimizer = tm.Optimizer(model, hp)
+    model(TOKENS).logsumexp(-1).sum().backward()
+    optimizer.sums += torch.tensor([20.0, 1e5, 0.0])  # tokens, loss, dropped
+    grads = optimizer.grads[:-3].clone() / 20
+    share = min(limit / grads.norm().item(), 1.0) if limit else 1.0
+    assert share < 1 or limit != 1.0
+    assert optimizer.step(0, 1.0) == 5000
+    assert torch.allclose(optimizer.state[1], (1 - hp.beta1) * share * grads, rtol=1e-4, atol=1e-9)
+    second = (1 - hp.beta2) * (share * grads).square()
+    assert torch.allclose(optimizer.state[2], second, rtol=1e-4, atol=1e-12)
+
+
+def test_a_skipped_step_is_no_step():
+    """The steps after it are those of a run without it, to the last bit."""
+    states = []
+    for bad in ((), (1, 3)):
+        hp = tiny_hp(weight_decay=0.1)
+        model = random_model(hp)
+        optimizer = tm.Optimizer(model, hp)
+        for number in range(5):
+            if number in bad:
+                model(TOKENS).sum().backward()
+                optimizer.grads[7] = math.inf
+                optimizer.step(number, 1.0)
+            model(TOKENS).logsumexp(-1).sum().backward()
+            optimizer.step(number, 1.0)
+        assert optimizer.counts.tolist() == [5, len(bad)]
+        assert optimizer.first_bad[0] == (2 if bad else 0)  # the first of two
+        states.append(optimizer.state.clone())
+    assert torch.equal(*states)
+
+
 def rate_name(name, parameter):
     """The knob that is the learning rate of a parameter of a DiT with a head of its own."""
     if name == "tok_emb.weight":
@@ -261,6 +299,8 @@ def test_learning_rate_schedules():
     assert tm.lr_scale(timed, 50, 5_000.0) == 1.0
     # 180 ms a step: 5.6 steps are left
     assert tm.lr_scale(timed, 50, 9_000.0) == pytest.approx(1_000 / 180 / 40)
+    # The mean of fewer than ten steps says nothing, because the first ones are slow.
+    assert tm.lr_scale(timed, 9, 9_000.0) == 1.0 and tm.lr_scale(timed, 10, 9_000.0) < 0.1
     assert tm.run_fraction(timed, 50, 9_000.0) == 0.9
     assert tm.run_fraction(timed, 95, 9_000.0) == 0.95
     assert tm.run_fraction(hp, 50, 1e9) == 0.5 and tm.run_fraction(timed, 0, 11_000.0) == 1.0
@@ -316,6 +356,14 @@ def test_a_learning_rate_is_a_number_at_any_step_and_time(decay, shape):
                 scale = tm.lr_scale(hp, step, elapsed_ms)
                 assert math.isfinite(scale) and 0 < scale <= 1
                 assert 0 <= tm.run_fraction(hp, step, elapsed_ms) <= 1
+
+
+def test_momentum_rises_to_its_end_and_stays_there():
+    warm = dict(muon_momentum=0.95, muon_momentum_warmup_start=0.75)
+    hp = tiny_hp(muon_momentum_warmup_steps=10, **warm)
+    found = [tm.muon_momentum(hp, step) for step in (0, 5, 10, 11, 1000)]
+    assert found == pytest.approx([0.75, 0.85, 0.95, 0.95, 0.95])
+    assert tm.muon_momentum(tiny_hp(muon_momentum_warmup_steps=0, **warm), 0) == 0.95
 
 
 # ---- Learning rates

@@ -91,6 +91,18 @@ def test_bytes_of_a_submission(artifact):
     assert predicted.bytes - header == tm.predicted_bytes(tm.Hyperparameters("demo"))
 
 
+@pytest.mark.parametrize("size, room", [(15_999_999, "1 below"), (16_000_002, "2 above")])
+def test_room_below_the_limit(monkeypatch, size, room):
+    written = []
+    monkeypatch.setattr(
+        pictures, "write", lambda axes, x, y, text, *more, **options: written.append(text)
+    )
+    parts = [pictures.Part("code", size - 300, ""), pictures.Part("matrix", 300, "", weights=400)]
+    _, axes = pictures.new_sheet(100)
+    pictures.draw_submission(axes, 0, pictures.Submission("a", parts), 1e-6)
+    assert written == ["a", f"{size:,} bytes, {room} the limit; 400 weights of 6.00 bits"]
+
+
 def test_probabilities_of_mask_sizes():
     """They are those of k, and sum to 1 over all sizes for each pass and window that has them."""
     masks = pictures.draw_masks(pictures.golden_times(3000))

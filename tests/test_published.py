@@ -7,7 +7,7 @@ import re
 import published
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, val_split
 
 import train_mdlm as tm
 
@@ -57,6 +57,53 @@ def test_an_artifact_scored_as_published_and_exactly(tiny_env, tmp_path, tool):
     generators = [tm.seeded("cpu", hp.seed, "published", number) for number in range(70)]
     ours = tm.discrete_elbo(model, rows, 4, generators).sum().item()
     assert exact * nbytes * math.log(2) == pytest.approx(ours, rel=0.05)
+
+
+def test_windows_lie_back_to_back(tiny_env):
+    """Each knows the token before it, also where a batch of them begins; the first has <s>."""
+    hp = tm.Hyperparameters.from_env(tiny_env)
+    val = val_split(hp)
+    batches = list(published.first_windows(val, 32, 70))
+    assert [rows.numbers for rows in batches] == [range(64), range(64, 70)]
+    tokens = val.stream.read(0, 70 * 32).astype(int).tolist()
+    assert torch.cat([rows.x0 for rows in batches]).flatten().tolist() == tokens
+    before = torch.cat([rows.before for rows in batches]).tolist()
+    assert before == [tm.BOS_ID, *tokens[31:-1:32]]
+
+
+def test_the_model_is_told_the_noise_of_each_step(tiny_env, monkeypatch):
+    """If every token costs one nat: four steps, then V choices for what the last noise leaves."""
+    hp = tm.Hyperparameters.from_env(tiny_env)
+    told = []
+
+    def one_nat(model, x0, hidden, masked_fraction):
+        told.append(masked_fraction.tolist())
+        return hidden.float()
+
+    monkeypatch.setattr(tm, "masked_nll", one_nat)
+    x0 = torch.full((2, 32), 7)
+    rows = published.Rows(range(2), x0, x0[:, 0])
+    nats = published.published_bound(random_model(hp), rows, 4) * math.log(2)
+    steps = [(1 - tm.TSTEP_EPS) * step / 4 for step in (1, 2, 3, 4)]
+    for fractions, noise in zip(told, steps, strict=True):
+        assert fractions == pytest.approx([noise, noise])
+    keys = tm.random_keys(x0.shape, [tm.seeded("cpu", hp.seed, "published", n) for n in (0, 1)])
+    expected = sum(weight * mask.sum(1) for mask, weight in tm.tstep_masks(4, keys))
+    terminal = tm.TSTEP_EPS * 32 * math.log(384)
+    assert (nats - expected).tolist() == pytest.approx([terminal] * 2, rel=1e-4)
+
+
+def test_weights_that_diverged_and_single_windows_are_refused(tiny_env, tmp_path, tool):
+    hp = tm.Hyperparameters.from_env(tiny_env)
+    options = ["--data", tiny_env["DATA_PATH"], "--tokenizer", tiny_env["TOKENIZER_PATH"]]
+    tm.save_artifact(random_model(hp), dataclasses.replace(hp, quant_mode="fp32"), tmp_path / "a")
+    done = tool(published, tmp_path / "a", "--seqs", "1", *options)
+    assert done.returncode == 2 and "1 window has no standard error" in done.stderr
+    val = val_split(hp)
+    model = random_model(hp)
+    torch.nn.init.constant_(next(model.parameters()), math.inf)
+    with pytest.raises(tm.InputError, match="is not a finite number: the weights have diverged"):
+        published.measure(model, val, 2, 2)
 
 
 def test_what_cannot_be_scored_is_one_line(tmp_path, tool):

@@ -66,10 +66,22 @@ def test_figures(tiny_env, tmp_path, tool, monkeypatch, objective):
     assert coarse["cost"] == pytest.approx(cost, abs=1e-6)
     assert coarse["stderr"] == pytest.approx(stderr, abs=1e-6)
     assert coarse["artifact_bytes"] == info["artifact_bytes"]
+    kinds = [kind for name, kind in info["kinds"].items() if name != "gain"]
+    weights = sum(kind["weights"] for kind in kinds)
+    bits = {name: sum(kind["packed_bytes"][name] for kind in kinds) for name in coarse["packers"]}
+    assert coarse["packers"] == {name: 8 * size / weights for name, size in bits.items()}
+    entropy = sum(kind["entropy_bits"] for kind in kinds) / weights
+    assert coarse["entropy"] == pytest.approx(entropy)
+    lost = whole = 0.0
+    for (name, given), stored in zip(model.named_parameters(), packed.parameters(), strict=True):
+        if not tm.kind_of(name).storage:
+            lost += (given - stored).square().sum().item()
+            whole += given.square().sum().item()
+    assert coarse["error"] == pytest.approx(lost / whole)
     assert with_feedback["error"] != coarse["error"]
 
 
-@pytest.mark.parametrize("options", [[], ["--batch", "0"], ["--seqs", "-1"]])
+@pytest.mark.parametrize("options", [[], ["--batch", "0"], ["--seqs", "-1"], ["--seqs", "1"]])
 def test_wrong_input_is_one_line(tool, options):
     done = tool(quant_table, "missing.mdlm", *options)
     assert done.returncode == 2

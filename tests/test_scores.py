@@ -2,12 +2,15 @@
 random models."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
 import time
 
 import codec
+import numpy as np
+import prepare_text
 import pytest
 import reference
 import torch
@@ -273,6 +276,29 @@ def test_weights_of_the_nelbo_are_exact():
         assert torch.allclose(covered, expected, rtol=2e-3)
 
 
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_masks_of_the_nelbo_in_closed_form(passes):
+    """Sizes and weights of every pass of every row, in plain Python; masks lie end to end in the
+    order of the keys. The second and third of four passes run backwards."""
+    g = torch.Generator().manual_seed(passes)
+    times = torch.rand(40, generator=g, dtype=torch.float64)
+    keys, allowed = torch.rand(40, 9, generator=g), torch.rand(40, 9, generator=g) < 0.8
+    allowed[:, 0] = True
+    found = list(tm.nelbo_masks(passes, times, keys, allowed))
+    power = 1.5 if passes > 1 else 1.0
+    for row in range(40):
+        places = [i for i in keys[row].argsort().tolist() if allowed[row, i]]
+        n, begin = len(places), 0
+        for i, (masks, weights) in enumerate(found):
+            t = 1 - times[row].item() if i in (1, 2) else times[row].item()
+            k = min(1 + int(n * ((i + t) / passes) ** power), n)
+            chance = (k / n) ** (1 / power) - ((k - 1) / n) ** (1 / power)
+            assert weights[row].item() == pytest.approx(1 / (k * chance * passes))
+            arc = {places[(begin + j) % n] for j in range(k)}
+            assert set(masks[row].nonzero()[:, 0].tolist()) == arc
+            begin += k
+
+
 def test_mask_sizes_are_evenly_spread_and_arcs_do_not_overlap(monkeypatch):
     seen = []
 
@@ -315,6 +341,34 @@ def test_discrete_elbo_is_unbiased(model, steps):
     error = draws.std(0) / len(draws) ** 0.5
     exact = enumerated_tstep(model, x0, steps)
     assert ((draws.mean(0) - exact).abs() < 4 * error + 1e-9).all()
+
+
+def test_the_t_step_bound_pays_for_what_its_last_step_leaves_visible(monkeypatch):
+    """For a model that is certain of every token it is ε·ln V for each that may be masked: neither
+    PAD nor, with ANCHOR_BOS, <s>."""
+    monkeypatch.setattr(tm, "masked_nll", lambda model, x0, mask: torch.zeros(x0.shape))
+    x0 = torch.tensor([[0, 1, 2, 0], [1, 1, 1, 1], [2, 2, 4, 4]])  # PAD is 4
+    for anchors, free in ((False, [4, 4, 2]), (True, [3, 0, 2])):
+        model = random_model(tiny_hp(anchor_bos=anchors, doc_chunks=True))
+        expected = 1e-3 * math.log(V) * torch.tensor(free, dtype=torch.float64)
+        for steps in (1, 5):
+            assert torch.allclose(tm.discrete_elbo(model, x0, steps), expected, rtol=1e-6)
+
+
+def test_masks_of_the_t_step_bound_and_of_the_grid_are_the_published_ones():
+    """Steps i = 1 … T mask with (1 − ε)·i/T and weigh 1/i; the grid's points are at t, and weigh
+    (1 − ε)/(points·t)."""
+    keys = (torch.arange(1000, dtype=torch.float64)[None] + 0.5) / 1000
+    found = [
+        (int(mask.sum()), weight) for mask, weight in tm.tstep_masks(3, itertools.repeat(keys))
+    ]
+    assert found == [(333, 1), (666, 1 / 2), (999, 1 / 3)]
+    keys = itertools.repeat(keys.flip(1))
+    grid = [(int(mask.sum()), weight) for mask, weight in tm.tgrid_masks(4, keys)]
+    assert [masked for masked, _ in grid] == [2, 334, 667, 1000]  # at first also token 0
+    assert [weight for _, weight in grid] == pytest.approx(
+        [0.999 / 4 / t for t in (0.001, 0.334, 0.667, 1.0)]
+    )
 
 
 def test_tstep_bound_decreases_towards_the_nelbo():
@@ -379,6 +433,70 @@ def test_split_score_is_the_ratio_with_its_standard_error(split, monkeypatch):
     assert score.loss == pytest.approx((1.0 + torch.arange(count)).mean().item() / 32)
     # Nats that are not by position are all in the first bucket.
     assert torch.allclose(table[:, 0, 0], bits) and not table[:, 1:, 0].any()
+
+
+class Pieces:
+    """A tokenizer of which only the pieces are known."""
+
+    pieces = ["<unk>", "<s>", "<0x41>", "unused", "\u2581the", "the", "\u2581\u2581", "é", "\u2581"]
+
+    def __init__(self, keeps_space):
+        self.keeps_space = keeps_space
+        self.id_to_piece = self.pieces.__getitem__
+        self.vocab_size = lambda: len(self.pieces)
+        kinds = dict(is_unknown=0, is_control=1, is_byte=2, is_unused=3)
+        for kind, token in kinds.items():
+            setattr(self, kind, functools.partial(int.__eq__, token))
+
+    def decode(self, tokens):
+        text = "".join(self.pieces[token].replace("\u2581", " ") for token in tokens)
+        return text if self.keeps_space else text.removeprefix(" ")
+
+
+@pytest.mark.parametrize("keeps_space", [False, True])
+def test_byte_tables_of_every_kind_of_piece(keeps_space):
+    """And of MASK and PAD, which stand for no text; tables may be longer than the vocabulary."""
+    luts = tm.build_sentencepiece_luts(Pieces(keeps_space), 9)
+    assert luts.base_bytes.tolist() == [0, 0, 1, 0, 3, 3, 1, 2, 0, 0, 0]
+    assert luts.has_leading_space.nonzero().flatten().tolist() == [4, 6, 8]
+    assert luts.is_boundary.nonzero().flatten().tolist() == [0, 1, 3, 9, 10]
+    assert luts.keeps_space is keeps_space
+    text = [4, 5, 7, 6, 2, 8, 1, 4, 0, 4]
+    space = int(keeps_space)
+    sizes = [3 + space, 3, 2, 2, 1, 1, 0, 3 + space, 0, 3 + space]
+    assert tm.token_bytes(text, 1, luts).tolist() == sizes
+    assert tm.token_bytes([text, text], torch.tensor([5, 9]), luts)[:, 0].tolist() == [4, 3 + space]
+    assert tm.count_bytes(text, 1, luts) == sum(sizes)
+    assert len(tm.build_sentencepiece_luts(Pieces(keeps_space), 5).base_bytes) == 9
+
+
+@pytest.mark.parametrize("keeps_space", [False, True])
+@pytest.mark.parametrize("name", ["nelbo", "sliding"])
+def test_the_bytes_of_a_window_depend_on_the_token_before_it(
+    tmp_path, monkeypatch, name, keeps_space
+):
+    """With a tokenizer that, as the challenge's, drops the space of a first piece: a window that
+    begins inside a document keeps it."""
+    tokens = [0, 2, 2, 0, 1, 2, 0, 1, 1, 2, 2, 2, 0, 2, 1, 0, 2]  # <s> is 1
+    prepare_text.write_shard(tmp_path / "fineweb_val_000000.bin", np.array(tokens))
+    size, space = torch.tensor([3, 0, 5, 0, 0]), torch.tensor([False, False, True, False, False])
+    luts = tm.ByteTables(size, space, size == 0, keeps_space)
+    hp = tiny_hp(stride=2)
+    nothing = SCORES[name]._replace(nats=lambda model, windows: torch.zeros(len(windows.places)))
+    monkeypatch.setitem(SCORES, name, nothing)
+    val = tm.Split(tm.TokenStream(tmp_path, "val"), luts)
+    score, table = tm.score_windows(name, None, hp, val, 0)
+
+    def by_hand(i):
+        """Bytes of token i, which is not the first of the split."""
+        begins = tokens[i] == 2 and (keeps_space or tokens[i - 1] != 1)
+        return {0: 3, 1: 0, 2: 5}[tokens[i]] + begins
+
+    assert score.bytes == sum(map(by_hand, range(1, 17)))
+    first = [1, 5, 9, 13] if name == "nelbo" else [1, 3, 5, 7, 9, 11, 13]
+    for window, start in enumerate(first):
+        begin = start if name == "nelbo" or start == 1 else start + 2
+        assert table[window, :, 1].sum() == sum(map(by_hand, range(begin, start + 4)))
 
 
 def test_standard_errors_cover_the_truth():
@@ -461,6 +579,45 @@ def test_prefix_lines_are_the_score_by_position(split, tmp_path):
         assert float(bpb) == pytest.approx(expected, abs=2e-3)
 
 
+def test_score_lines_have_the_figures_of_the_score(split, tmp_path, monkeypatch):
+    """Each figure has a value of its own."""
+    hp, val, model = split
+    hp = dataclasses.replace(hp, scores="l2r:3,tgrid:2", final_eval_max_seqs=4)
+    rounded = dataclasses.replace(hp, compute_dtype="bfloat16")
+    tm.save_artifact(model, rounded, tmp_path / "a.mdlm")
+    now, asked = [0.0], []
+    scores = dict(
+        nelbo=tm.Score(1.23456789, 0.02, 2.3456789, 11, 500, 1600, 4000.0, 0.0),
+        l2r=tm.Score(1.5, 0.03, 2.5, 12, 600, 1700, 8000.0, 340.0),
+        tgrid=tm.Score(1.25, math.nan, 2.25, 1, 32, 100, 1000.0, 0.0),
+    )
+
+    def score_windows(name, model, hp, split, seqs, note):
+        now[0] += 30.04
+        asked.append((name, seqs, hp.nelbo_passes))
+        assert model.compute_dtype == torch.bfloat16  # as the artifact says
+        return scores[name], torch.ones(3, 1, 2)
+
+    monkeypatch.setattr(tm, "score_windows", score_windows)
+    monkeypatch.setattr(tm.time, "perf_counter", lambda: now[0])
+    log = Lines()
+    artifact = tm.read_artifact(tmp_path / "a.mdlm")._replace(storage="int7+lzma")
+    tm.score_model(artifact, hp, val, log)
+    assert asked == [("nelbo", 4, 4), ("l2r", 3, 4), ("tgrid", 2, 4)]
+    assert log.lines == [
+        "final_int7_lzma_roundtrip val_loss:2.3457 val_bpb:1.2346 stderr:0.0200 eval_time:4000ms",
+        "final_int7_lzma_roundtrip_exact val_loss:2.34567890 val_bpb:1.23456789",
+        "score:nelbo bpb:1.2346 stderr:0.0200 seqs:11 tokens:500 bytes:1600 time:4000ms "
+        "tokens_per_s:125",
+        "score:l2r bpb:1.5000 stderr:0.0300 seqs:12 tokens:600 bytes:1700 time:8000ms "
+        "tokens_per_s:75 boundary_bits:340.0 boundary_bpb:0.2000",
+        "prefix:0 bpb:1.0000 stderr:0.0000",
+        "score:tgrid biased:1 bpb:1.2500 stderr:nan seqs:1 tokens:32 bytes:100 time:1000ms "
+        "tokens_per_s:32",
+        "Evaluation time: 90.1 s",
+    ]
+
+
 def test_every_score_is_printed_once_the_headline_first(split, tmp_path):
     hp, val, model = split
     hp = dataclasses.replace(hp, scores="tgrid:2,l2r:3,ar", final_eval_max_seqs=4)
@@ -507,6 +664,35 @@ def test_split_scores_do_not_depend_on_the_batch(split, name):
     assert len({(s.seqs, s.tokens, s.bytes) for s in scores}) == 1
 
 
+def test_plans_of_windows(split):
+    """Rows of one call: as many as fit, at most 16 where a window takes many calls, and always 16
+    where rounding could change the order. A stride is at most a window."""
+    hp, val, _ = split
+    names = ("nelbo", "tstep", "l2r", "random", "sliding", "confidence")
+    for tokens, rows in (
+        (16, [1, 1, 1, 1, 1, 16]),
+        (64, [2] * 5 + [16]),
+        (4096, [40] * 2 + [16] * 4),
+    ):
+        small = dataclasses.replace(hp, val_batch_size=tokens)
+        plans = [tm.WindowPlan(SCORES[name], small, val.stream, 40) for name in names]
+        assert [plan.rows for plan in plans] == rows
+    for stride, used in ((8, 8), (32, 32), (100, 32)):
+        plan = tm.WindowPlan(
+            SCORES["sliding"], dataclasses.replace(hp, stride=stride), val.stream, 0
+        )
+        assert plan.stride == used and plan.scored_tokens[:2] == [32, used]
+        some = tm.WindowPlan(SCORES["sliding"], plan.hp, val.stream, 3)
+        assert some.scored_tokens == [used] * 3 and some.numbers[0] == 0
+
+
+def test_buckets_are_named_by_their_positions():
+    assert [tm.bucket_name(bucket, 20) for bucket in range(6)] == (
+        ["0", "1", "2-3", "4-7", "8-15", "16-19"]
+    )
+    assert tm.bucket_name(5, 17) == "16" and tm.bucket_name(1, 2) == "1"
+
+
 def test_windows_are_evenly_spaced():
     assert tm.evenly_spaced(100, 4) == [0, 25, 50, 75] and tm.evenly_spaced(3, 0) == [0, 1, 2]
     assert tm.evenly_spaced(3, 7) == [0, 1, 2] and tm.evenly_spaced(7, 3) == [0, 2, 4]
@@ -536,6 +722,80 @@ def test_how_often_a_window_goes_through_the_model(split, name, group, calls):
     model.hidden = counted
     assert tm.score_windows(name, model, hp, val, 6)[0].tokens == 6 * 32
     assert sum(rows) == 6 * calls
+
+
+def windows_of(places, **overrides):
+    """Windows of four tokens at these places of a score; two of each are context."""
+    tokens = torch.arange(5).expand(len(places), 5) % V
+    scored = torch.tensor([False, False, True, True]).expand(len(places), 4)
+    return tm.Windows(tiny_hp(**overrides), tokens, scored, places)
+
+
+def noted(monkeypatch, name, result=0.0):
+    """The arguments of calls of a function of the script, which is not called."""
+    calls = []
+
+    def call(*arguments):
+        calls.append(arguments)
+        return result
+
+    monkeypatch.setattr(tm, name, call)
+    return calls
+
+
+def test_orders_of_the_chain_rule_scores(monkeypatch):
+    """Which step reveals a position; CHAIN_GROUP positions share one, context has none."""
+    calls = noted(monkeypatch, "ordered_nll")
+    windows = windows_of(range(3), train_seq_len=4)
+    tm.score_left_to_right("model", windows)
+    tm.score_left_to_right("model", windows._replace(scored=torch.ones(3, 4, dtype=torch.bool)))
+    assert [call[2].tolist() for call in calls] == [[[-2, -1, 0, 1]] * 3, [[0, 1, 2, 3]] * 3]
+    whole = torch.ones(24, 4, dtype=torch.bool)
+    orders = {}
+    for group, seed in ((1, 0), (1, 1), (3, 0)):
+        values = dict(seed=seed, chain_group=group, train_seq_len=4)
+        tm.score_random_order("model", windows_of(range(24), **values)._replace(scored=whole))
+        orders[group, seed] = calls[-1][2]
+    assert all(sorted(row.tolist()) == [0, 1, 2, 3] for row in orders[1, 0])
+    assert len(set(map(tuple, orders[1, 0].tolist()))) > 8  # of 24 draws of 24 orders
+    assert not torch.equal(orders[1, 0], orders[1, 1])
+    assert torch.equal(orders[3, 0], orders[1, 0] // 3)
+    later = windows_of(range(5, 7), seed=0, train_seq_len=4)
+    tm.score_random_order("model", later._replace(scored=whole[:2]))
+    assert torch.equal(calls[-1][2], orders[1, 0][5:7])  # whatever else is in the batch
+
+
+def test_scores_take_their_settings_from_their_knobs(monkeypatch):
+    windows = windows_of(range(2, 4), chain_group=3, tstep_steps=7, nelbo_passes=5)
+    confidence = noted(monkeypatch, "confidence_nll")
+    tm.score_by_confidence("model", windows)
+    assert confidence[0][2] == 3
+    grid, weighted = noted(monkeypatch, "tgrid_masks"), noted(monkeypatch, "weighted_nll")
+    tm.score_tgrid("model", windows)
+    tm.score_tgrid("model", windows_of(range(2), final_eval_t_samples=9))
+    assert [points for points, _ in grid] == [256, 9] and len(weighted) == 2
+    tstep = noted(monkeypatch, "discrete_elbo")
+    tm.score_tstep("model", windows)
+    assert tstep[0][2] == 7 and len(tstep[0][3]) == 2
+
+
+def test_mask_times_of_the_nelbo_are_a_lattice_at_a_random_place(monkeypatch):
+    """The place depends on the seed, the point on the window; keys are each window's own."""
+    calls = noted(monkeypatch, "any_order_nll")
+    for seed in range(8):
+        tm.score_nelbo("model", windows_of(range(4, 7), seed=seed, nelbo_passes=5))
+        tm.score_nelbo("model", windows_of(range(5, 6), seed=seed))
+    golden = (math.sqrt(5) - 1) / 2
+    places = []
+    for (*_, passes, times, keys), (*_, alone, key) in zip(calls[::2], calls[1::2], strict=True):
+        offset = (times[0] - 4 * golden) % 1
+        places.append(offset.item())
+        assert passes == 5 and torch.allclose(
+            times, (offset + torch.arange(4, 7).double() * golden) % 1
+        )
+        assert torch.equal(times[1:2], alone) and torch.equal(keys[1:2], key)
+        assert keys.unique().numel() == keys.numel()
+    assert max(places) - min(places) > 0.5 and min(places) > 1e-6
 
 
 def constant(nats):

@@ -1,13 +1,23 @@
 """tools/sweep.py: a grid of real runs, one of which fails; nothing finished is run again."""
 
 import json
+import os
 import re
 import shlex
+import signal
 import statistics
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import sweep
 from conftest import ROOT
+from run_log import parse_log
+
+import train_mdlm as tm
+
+LOG = ROOT / "records/track_non_record_16mb/2026-11-25_MDLM_demo_docs/train_seed42.log"
 
 
 def test_a_grid_is_every_combination(tmp_path):
@@ -71,6 +81,98 @@ def test_a_readme_of_somebody_else_stays(tmp_path, tool):
     done = tool(sweep, "NUM_HEADS=4,2", "--out", tmp_path)
     assert done.returncode == 2 and "has a README.md that no sweep wrote" in done.stderr
     assert (tmp_path / "README.md").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["README.md", "plot.png", "results.json"])
+def test_what_no_sweep_wrote_stays(tmp_path, tool, name):
+    (tmp_path / name).write_text("mine")
+    done = tool(sweep, "NUM_HEADS=4,2", "--out", tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and name in done.stderr
+    assert (tmp_path / name).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_logs_of_other_settings_are_set_aside_not_replaced(in_environment, tmp_path):
+    in_environment()
+    job = sweep.Job(dict(NUM_HEADS="4"), 1, tmp_path)
+    (tmp_path / "logs").mkdir()
+    for text in ("first", "second"):
+        (tmp_path / f"logs/{job.run_id}.txt").write_text(text)
+        job.set_aside()
+    found = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
+    name = f"{job.run_id}.txt"
+    assert found == {f"set-aside-1-{name}": "first", f"set-aside-2-{name}": "second"}
+
+
+STUBBORN = """
+import os, signal, subprocess, sys, time
+
+def stop(*signal_and_frame):
+    open("checkpoint", "w").close()
+    sys.exit(2)
+
+signal.signal(signal.SIGTERM, stop)
+ignore = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); "
+child = subprocess.Popen([sys.executable, "-c", ignore + "time.sleep(60)"], stdout=subprocess.PIPE)
+child.stdout.readline()
+with open("part", "w") as file:
+    file.write(f"{os.getpid()} {child.pid}")
+os.rename("part", "pids")
+time.sleep(60)
+"""
+
+
+def is_alive(pid):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, None])
+def test_no_run_outlives_a_sweep_that_is_stopped(
+    in_environment, tmp_path, tool, monkeypatch, number
+):
+    """Its processes get the time for a checkpoint; what does not end then is killed."""
+    in_environment()
+    results = (ROOT / "records/sweeps/presets/results.json").read_bytes()
+    (tmp_path / "results.json").write_bytes(results)
+    script = tmp_path / "script.py"
+    script.write_text(STUBBORN)
+    monkeypatch.setattr(sweep, "SCRIPT", script)
+
+    def stop_when_it_runs():
+        while not (tmp_path / "pids").exists():
+            time.sleep(0.01)
+        if number:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(sweep, "GRACE_SECONDS", 5.0)
+    if number is None:  # an error that nobody foresaw, in another run of the sweep
+        run = sweep.Job.run
+
+        def fail(job, *arguments):
+            if job.row["NUM_HEADS"] == "4":
+                return run(job, *arguments)
+            stop_when_it_runs()
+            raise RuntimeError("something is broken")
+
+        monkeypatch.setattr(sweep.Job, "run", fail)
+    else:
+        threading.Thread(target=stop_when_it_runs, daemon=True).start()
+    began = time.monotonic()
+    done = tool(sweep, "NUM_HEADS=4,2", "--seeds", "1,2", "--jobs", "2", "--out", tmp_path)
+    assert time.monotonic() - began < 45  # nobody waits for the child, which sleeps for a minute
+    pids = (tmp_path / "pids").read_text().split()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    reason = {signal.SIGINT: "Ctrl-C", None: "something is broken"}.get(number) or number.name
+    assert reason in done.stderr and "FAILED" not in done.stdout
+    assert (tmp_path / "checkpoint").exists()
+    deadline = time.monotonic() + 10  # a killed process takes a moment to end
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(is_alive, pids))
+    assert (tmp_path / "results.json").read_bytes() == results
+    assert not (tmp_path / "README.md").exists()
 
 
 def test_sweep_runs_continues_and_compares(in_environment, tmp_path, tool):
@@ -156,6 +258,109 @@ def test_rows_stand_beside_those_of_an_earlier_sweep(horizons, tmp_path, tool):
         assert refused.stderr.count("\n") == 1 and str(path) in refused.stderr
 
 
+def summary(bpb, text, label="a"):
+    """The entry of a row, with one score."""
+    return dict(label=label, planned_tokens=1, val_bpb={1: bpb}, others={}, text=text)
+
+
+def test_figures_of_a_row(tmp_path, in_environment, monkeypatch):
+    """Two seeds, paired with an earlier row of three; l2r with one of two."""
+    in_environment(ITERATIONS="10", TRAIN_BATCH_TOKENS="32")
+    runs = {
+        1: dict(val_bpb=2.0, step_stop=10, total_bytes=7, train_seconds=1.0, l2r=3.0),
+        2: dict(val_bpb=2.4, step_stop=9, total_bytes=5, train_seconds=2.0, l2r=3.5),
+    }
+
+    def finished(job):
+        facts = dict(runs[job.seed])
+        others = {"l2r": (facts.pop("l2r"), 4)}
+        return parse_log(LOG)._replace(others=others, source="x", params=11, **facts)
+
+    monkeypatch.setattr(sweep.Job, "finished", finished)
+    first = dict(label="first", planned_tokens=320, val_bpb={1: 1.5, 2: 1.7, 3: 9.0})
+    before = [dict(first, label="short", planned_tokens=32), dict(first, others={"l2r": {2: 3.0}})]
+    found = sweep.summarize({}, [1, 2], tmp_path, before)
+    assert found["first"] == "first" and found["planned_tokens"] == 320
+    assert found["mean"] == pytest.approx(2.2) and found["std"] == pytest.approx(0.08**0.5)
+    assert found["difference"] == pytest.approx(0.6)  # of 0.5 and 0.7
+    assert found["difference_stderr"] == pytest.approx(0.1)
+    l2r = found["others_against"]["l2r"]
+    assert l2r["difference"] == pytest.approx(0.5) and l2r["difference_stderr"] is None
+    assert found["cut"] and found["tokens"] == 320 and found["params"] == 11
+    assert found["total_bytes"] == 7 and found["train_seconds"] == pytest.approx(1.5)
+    assert len(found["scripts"]) == 1
+    runs[2]["step_stop"] = 10
+    assert not sweep.summarize({}, [1, 2], tmp_path, before)["cut"]
+    alone = sweep.summarize({}, [1, 2], tmp_path, [])
+    assert alone["first"] is None and alone["difference"] == 0
+    assert alone["others_against"]["l2r"]["difference"] == 0
+
+
+def test_a_log_of_other_settings_is_not_that_of_a_job(in_environment, tmp_path):
+    in_environment()
+    job = sweep.Job(dict(NUM_HEADS="4"), 1, tmp_path)
+    hp = job.hyperparameters()
+    shown = [hp.shown(name) for name in (spec.name for spec in sweep.dataclasses.fields(hp))]
+    path = tmp_path / f"logs/{job.run_id}.txt"
+    path.parent.mkdir()
+    settled = [text.replace("COMPUTE_DTYPE=auto", "COMPUTE_DTYPE=bfloat16") for text in shown]
+    for lines, begun in [
+        (shown, True),
+        (settled, True),
+        ([text.replace("NUM_HEADS=4", "NUM_HEADS=44") for text in shown], False),
+        ([], False),
+    ]:
+        path.write_text(f"run_id:x\nhyperparameters: {' '.join(lines)}\n" if lines else "x")
+        assert job.begun() == (path if begun else None)
+
+
+def test_rows_on_another_text_are_not_compared(tmp_path, in_environment, monkeypatch):
+    run = parse_log(LOG)._replace(val_bpb=2.0)
+    text = sweep.text_of({1: run})
+    assert text == dict(
+        dataset="docs_sp1024", tokenizer_sha256="", val_tokens=2194643, val_bytes=None
+    )
+    assert sweep.text_of({}) is None
+    assert sweep.text_of({1: run, 2: run._replace(val_tokens=5)}) is None
+    in_environment(ITERATIONS="1", TRAIN_BATCH_TOKENS="32")
+    monkeypatch.setattr(sweep.Job, "finished", lambda job: run)
+    for change, compared in [
+        ({}, True),
+        (dict(val_bytes=7), True),  # an older log does not say
+        (dict(val_tokens=5), False),
+        (dict(dataset="fineweb"), False),
+    ]:
+        before = summary(1.5, text | change) | dict(planned_tokens=32)
+        found = sweep.summarize({}, [1], tmp_path, [before])
+        assert (found["first"], found["difference"]) == (("a", 0.5) if compared else (None, 0.0))
+        rows = [before | sweep.against({1: 1.5}, {1: 1.5}) | dict(others_against={}), found]
+        rows[0] |= dict(first=None, params=1, total_bytes=1, train_seconds=1, cut=False, scripts=[])
+        assert ("Not all rows are scored on the same text" in sweep.table(rows, {})) != compared
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("val_bpb", {"1": "x"}),
+        ("val_bpb", {"x": 1.0}),
+        ("others_against", []),
+        ("mean", "2.5"),
+        ("first", 3),
+        ("label", None),
+        ("scripts", None),
+        ("params", "many"),
+    ],
+)
+def test_results_of_somebody_else_are_refused(tmp_path, name, value):
+    path = ROOT / "records/sweeps/presets/results.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert len(sweep.read_results(path)) == len(results["rows"])
+    for row in ({**results["rows"][0], name: value}, {}):
+        (tmp_path / "r.json").write_text(json.dumps(dict(rows=[row])))
+        with pytest.raises(tm.InputError, match="r.json: is not a results.json of this version"):
+            sweep.read_results(tmp_path / "r.json")
+
+
 def printed_commands(page):
     """(variables, arguments) of every sweep that a page prints."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ").replace("`", "\n")
@@ -187,6 +392,16 @@ def test_the_printed_commands_are_understood(tmp_path, tool, monkeypatch, variab
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
     assert len(rows) > 1 and all(row["planned_tokens"] for row in rows)
+
+
+def test_a_run_that_cannot_be_begun_is_noted(in_environment, tmp_path, tool, monkeypatch):
+    def full_disk(job):
+        raise OSError(28, "No space left on device", "x.txt")
+
+    in_environment()
+    monkeypatch.setattr(sweep.Job, "set_aside", full_disk)
+    done = tool(sweep, "NUM_HEADS=4,2", "--out", tmp_path)
+    assert done.returncode == 1 and done.stdout.count("FAILED: x.txt: cannot be read or") == 2
 
 
 def test_a_grid_of_which_nothing_can_run_is_told_of(tmp_path, tool, monkeypatch):

@@ -1,22 +1,33 @@
-"""The script as its users run it: one and two processes, two groups, scoring again, errors."""
+"""The script as its users run it, one and two processes, two groups, scoring again, errors; and a
+run looked at from inside, in simulated time."""
 
+import dataclasses
+import datetime
+import functools
+import itertools
+import math
 import os
+import pickle
 import pty
 import re
 import signal
 import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
 import prepare_text
 import pytest
-from conftest import ROOT, clean_env, run_python, torchrun
+import torch
+import torch.distributed as dist
+from conftest import ROOT, clean_env, run_python, tiny_hp, torchrun
 
 import train_mdlm as tm
 
 SCORES = list(tm.ESTIMATORS["mdlm"])
+CPU = torch.device("cpu")
 PREFIXES = ["0", "1", "2-3", "4-7", "8-15", "16-31"]
 
 
@@ -227,6 +238,523 @@ def test_two_groups_on_one_machine_train_one_model(tiny_env, tmp_path, monkeypat
     first = outputs[0] if "train_loss" in outputs[0] else outputs[1]
     assert "world_size:2" in first and sum("train_loss" in output for output in outputs) == 1
     assert losses(first) == pytest.approx(losses(alone), abs=2e-3) and "score:ar " in alone
+
+
+# ---- Inside a run
+
+
+class Lines(tm.Log):
+    """A log that keeps its lines."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def __call__(self, line, **options):
+        self.lines.append(line)
+
+    def found(self, pattern):
+        return re.findall(pattern, "\n".join(self.lines), re.MULTILINE)
+
+
+class Seconds:
+    """A clock that only passes when it is told to."""
+
+    def __init__(self):
+        self.now = 1000.0
+        self.perf_counter = self.monotonic = lambda: self.now
+
+    def longer(self, act, seconds):
+        """`act`, which then takes so many seconds."""
+
+        def call(*arguments, **options):
+            self.now += seconds
+            return act(*arguments, **options)
+
+        return call
+
+
+def weights_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def equal(some, others, **tolerance):
+    return all(torch.allclose(some[name], others[name], **tolerance) for name in others)
+
+
+class Ring(tm.TokenStream):
+    """A split whose digest is what a test says."""
+
+    data = 7
+    digest = property(lambda self: self.data, lambda self, value: None)
+
+
+SCORE, SAVE = tm.score_windows, tm.write_checkpoint  # which a `Watched` run replaces
+
+
+class Watched:
+    """A tiny run in this process: what every step and every validation got, in simulated time.
+
+    A step takes 10 s, the warm-up 70, a checkpoint 300 and a validation 1000.
+    """
+
+    def __init__(self, folder, monkeypatch, **overrides):
+        small = dict(vocab_size=7, compute_dtype="float32", run_id="w", ema_decay=0.0)
+        often = dict(train_log_every=1, val_loss_every=0, checkpoint_every=0.0, warmup_steps=0)
+        length = dict(iterations=12, warmdown_iters=6, max_wallclock_seconds=0.0)
+        self.hp = tiny_hp(**(small | often | length | overrides))
+        sizes = torch.tensor([0, 0, 1, 2, 3, 4, 5, 0, 0])
+        luts = tm.ByteTables(sizes, sizes > 3, sizes == 0, keeps_space=False)
+        self.val = tm.Split(tm.TokenStream(folder, "val"), luts)
+        self.log, self.time = Lines(), Seconds()
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(tm, "on_signals", lambda handler: None)
+        monkeypatch.setattr(tm.time, "perf_counter", self.time.perf_counter)
+        self.trainer = tm.Trainer(self.hp, Ring(folder, "train"), CPU, self.log)
+        self.first_windows, self.steps, self.live, self.validations = [], [], [], []
+        self.watch(monkeypatch)
+
+    def watch(self, monkeypatch):
+        trainer, windows = self.trainer, self.trainer.stream.windows
+        average, warm_up = trainer.average_if_due, trainer.warm_up
+        step, optimizer_step = trainer.step, trainer.optimizer.step
+
+        def windows_noted(numbers, length, stride=0):
+            self.first_windows.append(numbers[0])
+            return windows(numbers, length, stride)
+
+        def step_noted(number, scale):
+            self.steps.append((number, scale))
+            return optimizer_step(number, scale)
+
+        def average_noted():
+            average()
+            self.live.append(weights_of(trainer.model))
+
+        def score_noted(name, model, hp, split, seqs, *note):
+            found = SCORE(name, model, hp, split, seqs, *note)
+            about = dict(name=name, passes=hp.nelbo_passes, seqs=seqs, score=found[0])
+            self.validations.append(about | dict(weights=weights_of(model)))
+            return found
+
+        trainer.stream.windows = windows_noted
+        trainer.step = self.time.longer(step, 10.0)
+        trainer.optimizer.step = step_noted
+        trainer.average_if_due = average_noted
+        trainer.warm_up = self.time.longer(warm_up, 70.0)
+        monkeypatch.setattr(tm, "score_windows", self.time.longer(score_noted, 1000.0))
+        monkeypatch.setattr(tm, "write_checkpoint", self.time.longer(SAVE, 300.0))
+
+    def train(self):
+        self.model = tm.train(self.trainer, self.val)
+        return self
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    """Makes a `Watched` run on random tokens, with hyperparameters as keywords."""
+    g = np.random.default_rng(0)
+    for split, count in (("train", 500), ("val", 90)):
+        path = tmp_path / f"fineweb_{split}_000000.bin"
+        prepare_text.write_shard(path, g.integers(1, 7, count))
+    return functools.partial(Watched, tmp_path, monkeypatch)
+
+
+def test_every_step_takes_the_next_windows_at_its_own_rate(watched):
+    """In micro-batches of two rows; the first one is read once before, to find its place."""
+    run = watched(micro_batch_tokens=8).train()
+    assert run.first_windows == [0, *range(0, 12 * 4, 2)]
+    assert [number for number, _ in run.steps] == list(range(12))
+    scales = [min((12 - step) / 6, 1.0) for step in range(12)]
+    assert [scale for _, scale in run.steps] == pytest.approx(scales)
+    assert not run.log.found("^checkpoint:")  # CHECKPOINT_EVERY=0: only when stopped
+
+
+def test_rates_and_the_end_follow_the_clock(watched):
+    """35 s are four steps of 10 s; the rates of a longer run fall with the time that is left."""
+    run = watched(max_wallclock_seconds=35.0, iterations=100).train()
+    assert len(run.steps) == 4 and run.trainer.progress.train_ms == 40_000
+    early = "stopping_early: wallclock_cap train_time:40000ms step:4/100"
+    assert early in run.log.lines
+    run = watched(max_wallclock_seconds=140.0, iterations=100, warmdown_iters=4).train()
+    assert [scale for _, scale in run.steps] == pytest.approx([1.0] * 11 + [0.75, 0.5, 0.25])
+    exact = watched(max_wallclock_seconds=30.0, iterations=3).train()
+    assert not exact.log.found("^stopping_early")
+
+
+def averages(weights, decay):
+    """The average after each of the steps."""
+    found = [weights[0]]
+    for later in weights[1:]:
+        before = found[-1]
+        found.append({n: decay * before[n] + (1 - decay) * later[n] for n in later})
+    return found
+
+
+def test_the_average_is_what_is_validated_and_kept(watched):
+    """From the third of 12 steps on, which is where a quarter of the run is done."""
+    run = watched(ema_decay=0.8, ema_start_frac=0.25, val_loss_every=2).train()
+    expected = [*run.live[:2], *averages(run.live[2:], 0.8)]
+    assert len(run.live) == 12 and not equal(expected[-1], run.live[-1], atol=1e-4)
+    seen = [about["weights"] for about in run.validations]
+    for step, weights in zip(range(2, 13, 2), seen, strict=True):
+        assert equal(weights, expected[step - 1], atol=1e-6), step
+    assert equal(weights_of(run.model), expected[-1], atol=1e-6)
+    assert "ema:started step:3 decay:0.8" in run.log.lines
+
+
+def test_without_an_average_the_last_weights_are_kept(watched):
+    run = watched(ema_decay=0.0, ema_start_frac=0.0).train()
+    assert (
+        equal(weights_of(run.model), run.live[-1], atol=0) and run.trainer.optimizer.averages == 0
+    )
+
+
+def test_pauses_are_not_training_time(watched):
+    run = watched(val_loss_every=5, checkpoint_every=45.0, warmup_steps=1).train()
+    assert run.log.found(
+        r"^step:(\d+)/12 train_loss:\S+ train_time:(\d+)ms step_avg:10000.00ms$"
+    ) == [(str(step), str(10_000 * step)) for step in range(1, 13)]
+    assert run.log.found(r"^checkpoint:logs/w.000000(\d\d).ckpt") == ["05", "10", "12"]
+    left = sorted(path.name for path in Path("logs").iterdir())
+    assert left == ["w.00000010.ckpt", "w.00000012.ckpt"]
+    pauses = "warm-up 80.0 s, checkpoints 900.0 s, validation 3000.0 s"
+    assert f"Training time: 120.0 s; not counted: {pauses}" in run.log.lines
+
+
+def test_a_resumed_run_goes_on_where_it_was(watched):
+    """In time, data, rates and averages, with the same weights at the end."""
+    whole = watched(ema_decay=0.8, checkpoint_every=50.0).train()
+    Path("logs/w.00000012.ckpt").unlink()
+    again = watched(ema_decay=0.8, checkpoint_every=50.0)
+    again.trainer.resume()
+    again.train()
+    assert again.steps == whole.steps[10:] and again.first_windows[1:] == [40, 44]
+    assert again.trainer.progress.train_ms == 120_000
+    assert equal(weights_of(again.model), weights_of(whole.model), atol=0)
+    assert "Training time: 120.0 s; not counted: warm-up 70.0 s" in "\n".join(again.log.lines)
+
+
+def test_validations_are_short_and_logged_as_they_are(watched):
+    run = watched(val_loss_every=4, eval_max_seqs=9, nelbo_passes=3).train()
+    lines = run.log.found(
+        r"^step:(\d+)/12 val_loss:(\S+) val_bpb:(\S+) stderr:(\S+) seqs:9 train_time:(\d+)ms"
+    )
+    assert [int(step) for step, *_ in lines] == [4, 8, 12]
+    for (step, *figures, ms), about in zip(lines, run.validations, strict=True):
+        score = about["score"]
+        assert (about["name"], about["passes"], about["seqs"]) == ("nelbo", 1, 9)
+        wanted = [score.loss, score.bpb, score.stderr]
+        assert [float(figure) for figure in figures] == pytest.approx(wanted, abs=5.1e-5)
+        assert int(ms) == 10_000 * int(step)
+    assert run.trainer.progress.best_bpb == min(about["score"].bpb for about in run.validations)
+    assert run.trainer.progress.validated == 12
+
+
+@pytest.mark.parametrize("every, steps", [(0, []), (4, [*range(1, 11), 12]), (5, range(1, 11))])
+def test_log_lines_are_of_the_first_ten_steps_and_then_every_so_often(watched, every, steps):
+    run = watched(train_log_every=every).train()
+    found = run.log.found(r"^step:(\d+)/12 train_loss:")
+    assert [int(step) for step in found] == list(steps)
+
+
+def test_the_best_validation_is_the_lowest(watched, monkeypatch):
+    run, bpbs = watched(val_loss_every=4), [3.0, 2.0, 4.0]
+
+    def score_windows(*arguments):
+        return tm.Score(bpbs.pop(0), 0.1, 1.0, 5, 20, 30, 1.0, 0.0), None
+
+    monkeypatch.setattr(tm, "score_windows", score_windows)
+    assert run.train().trainer.progress.best_bpb == 2.0 and not bpbs
+
+
+def test_the_logged_loss_is_that_of_the_step(watched):
+    """Σ weight · nll over the tokens of the batch, by the weights before the step."""
+    run = watched(iterations=1)
+    trainer, expected = run.trainer, 0.0
+    for batch in trainer.batches(0):
+        logits = trainer.model(batch.z, batch.masked_fraction).detach().double().flatten(0, 1)
+        nll = -logits.log_softmax(-1)[batch.positions, batch.targets]
+        expected += (nll * batch.weights).sum().item() / 16
+    run.train()
+    (loss,) = run.log.found(r"^step:1/1 train_loss:(\S+) ")
+    assert float(loss) == pytest.approx(expected, abs=5.1e-5)
+
+
+def test_a_warm_up_leaves_nothing_behind(watched):
+    """Not even of a step that was not finite, or of a token that found no place."""
+    run = watched(warmup_steps=3)
+    optimizer, twin = run.trainer.optimizer, watched().trainer.optimizer
+    optimizer.first_bad[0], optimizer.dropped[...] = 5.0, 2.0
+    run.trainer.capacity = 1
+    run.trainer.warm_up()
+    assert [number for number, _ in run.steps] == [0, 1, 2]
+    assert optimizer.first_bad[0] == 5.0 and optimizer.dropped == 2.0
+    for name in ("state", "counts", "grads"):
+        assert torch.equal(getattr(optimizer, name), getattr(twin, name)), name
+    assert optimizer.averages == 0
+
+
+def test_a_validation_is_not_repeated_after_a_restart(watched):
+    """A checkpoint is made before the validation of its step, and after it if that was the last."""
+    whole = watched(val_loss_every=4, checkpoint_every=40.0, ema_decay=0.8, ema_start_frac=0.5)
+    whole.train()
+    saved = whole.trainer.progress
+    again = watched(val_loss_every=4, checkpoint_every=40.0, ema_decay=0.8, ema_start_frac=0.5)
+    Path("logs/w.00000012.ckpt").unlink()
+    again.trainer.resume()
+    assert again.trainer.progress.validated == 4 and again.trainer.optimizer.averages == 3
+    assert again.trainer.progress.best_bpb == whole.validations[0]["score"].bpb
+    resumed = (
+        r"^resumed:logs/w.00000008.ckpt step:8/12 train_time:80000ms best_val_bpb:(\S+); skips"
+    )
+    (best,) = again.log.found(rf"{resumed} 128 tokens$")
+    assert float(best) == pytest.approx(whole.validations[0]["score"].bpb, abs=5.1e-5)
+    again.train()
+    assert [about["score"].bpb for about in again.validations] == [
+        about["score"].bpb for about in whole.validations[1:]
+    ]
+    assert again.trainer.progress == saved
+    third = watched(val_loss_every=4, ema_decay=0.8, ema_start_frac=0.5)
+    third.trainer.progress.step = third.trainer.progress.validated = 8
+    third.train()
+    assert len(third.validations) == 1
+
+
+def test_what_is_packed_is_the_average_and_what_is_scored_is_the_file(watched):
+    storage = dict(quant_mode="int4,embed:fp32", quant_feedback=2)
+    run = watched(ema_decay=0.8, ema_start_frac=0.0, iterations=5, micro_batch_tokens=8, **storage)
+    artifact = tm.train_and_pack(run.trainer, run.val)
+    average = averages(run.live, 0.8)[-1]
+    assert torch.allclose(artifact.model.tok_emb.weight, average["tok_emb.weight"], atol=1e-6)
+    assert run.first_windows[-4:] == [0, 2, 4, 6]  # the batches for the error feedback
+    on_disk = weights_of(tm.load_artifact("logs/w.mdlm")[0])
+    assert equal(weights_of(artifact.model), on_disk, atol=0)
+    matrix = artifact.model.blocks[0].mlp.fc.weight
+    assert all(len(row.unique()) <= 15 for row in matrix)  # as stored, not as trained
+    parameters = sum(p.numel() for p in run.trainer.model.parameters())
+    assert f"model_params:{parameters}" in run.log.lines
+    assert "world_size:1 grad_accum_steps:2 compute_dtype:float32" in run.log.lines
+    trained = trained_model(run.hp, average)
+    moments = tm.input_moments(trained, itertools.chain(*map(run.trainer.batches, (0, 1))))
+    tm.save_artifact(trained, run.hp, "expected.mdlm", moments)
+    assert equal(on_disk, weights_of(tm.load_artifact("expected.mdlm")[0]), atol=1e-6)
+
+
+def trained_model(hp, weights):
+    """A model with these weights."""
+    model = tm.build_model(hp)
+    model.load_state_dict(weights)
+    return model
+
+
+def test_steps_that_are_not_finite_are_allowed_as_often_as_asked(watched):
+    """Each is told of once; the one too many ends the run, and so do bad weights."""
+    run = watched(skip_nonfinite=2)
+    trainer, optimizer = run.trainer, run.trainer.optimizer
+    for number in (1, 2):
+        optimizer.grads[0] = math.nan
+        trainer.progress.step = number
+        optimizer.step(number, 1.0)
+        trainer.check()
+        trainer.check()
+    bad = r"^step:(\d) not finite: loss 0.0, gradients: matrix \(\S+, …\); skipped:(\d)$"
+    assert run.log.found(bad) == [("1", "1"), ("2", "2")]
+    optimizer.grads[0] = math.inf
+    optimizer.step(3, 1.0)
+    with pytest.raises(tm.InputError, match="step:3 not finite: .*; skipped:3; lower the learning"):
+        trainer.check()
+    optimizer.first_bad.zero_()
+    trainer.check()
+    optimizer.state[3, 0] = math.inf  # in the average
+    with pytest.raises(tm.InputError, match="step:2 the weights are not finite"):
+        trainer.check()
+
+
+def test_nothing_is_validated_or_saved_that_was_not_checked(watched):
+    for act in ("validate", "save"):
+        run = watched()
+        run.trainer.optimizer.dropped += 2
+        arguments = [run.val] if act == "validate" else []
+        with pytest.raises(tm.InputError, match="2 masked tokens had no place"):
+            getattr(run.trainer, act)(*arguments)
+        assert not run.log.lines and not Path("logs").exists()
+
+
+def test_other_data_end_a_restart(watched):
+    watched(checkpoint_every=50.0, iterations=5).train()
+    again = watched(checkpoint_every=50.0, iterations=5)
+    again.trainer.stream.data = 8
+    with pytest.raises(tm.InputError, match="00000005.ckpt was made with other shards"):
+        again.trainer.resume()
+    again.trainer.stream.data = 7
+    again.trainer.resume()
+    assert again.trainer.progress.step == 5
+
+
+def test_what_changes_the_result_may_not_change_in_a_restart(watched):
+    run = watched()
+    state = dict(state=None, counts=None, averages=0, data=0)
+    checkpoint = tm.Checkpoint(run.hp, tm.Progress(), **state)
+    result = dict(num_layers=2, mask_mean=0.3, iterations=13, seed=5, beta1=0.8, ema_decay=0.7)
+    work = dict(data_path="x", micro_batch_tokens=4, quant_mode="int4", scores="", run_id="x")
+    work |= dict(val_loss_every=3, compile="off", nelbo_passes=1)
+    for changes, matters in ((result, True), (work, False)):
+        for name, value in changes.items():
+            found = checkpoint.changed_settings(dataclasses.replace(run.hp, **{name: value}))
+            assert found == ([run.hp.shown(name)] if matters else []), name
+
+
+def test_hyperparameters_of_a_run_are_resolved(monkeypatch):
+    """The dtype is what the device does, the RUN_ID tells time and preset; an artifact's predictor
+    stays as it is, whatever the preset."""
+    monkeypatch.setattr(tm.time, "strftime", lambda form: "now")
+    asked = tm.Hyperparameters(preset="golf")
+    found = tm.resolve_hyperparameters(asked, {}, CPU, None)
+    assert (found.run_id, found.compute_dtype) == (f"now-{os.getpid()}_golf", "float32")
+    assert dataclasses.replace(found, run_id="", compute_dtype="auto") == asked
+    given = dataclasses.replace(asked, run_id="x", compute_dtype="bfloat16")
+    assert tm.resolve_hyperparameters(given, {}, CPU, None) == given
+    stored = tm.Hyperparameters(preset="llada", num_layers=2, compute_dtype="bfloat16")
+    env = dict(EVAL_ONLY="a.mdlm", RUN_ID="e", SCORES="l2r")
+    asked = tm.Hyperparameters.from_env(env)
+    found = tm.resolve_hyperparameters(asked, env, CPU, tm.Artifact(None, stored, "fp8+lzma"))
+    assert found == dataclasses.replace(stored, eval_only="a.mdlm", run_id="e", scores="l2r")
+
+
+def test_log_lines_of_an_artifact_have_its_figures(watched, tmp_path, monkeypatch):
+    run = watched()
+    about = dict(storage="int7", packer="lzma", entropy_bits=3000.0)
+    kinds = dict(
+        matrix=about | dict(bytes=500, weights=800, packed_bytes=dict(zlib=510, lzma=500)),
+        gain=dict(about, storage="fp16", bytes=300, weights=150, packed_bytes=dict(lzma=300)),
+    )
+    made = dict(artifact_bytes=950, label="int7+lzma", kinds=kinds)
+    monkeypatch.setattr(tm, "save_artifact", lambda *what: made if what == given else None)
+    given = ("model", run.hp, tmp_path / "a.mdlm", "moments")
+    tm.write_artifact("model", "moments", run.hp, tmp_path / "a.mdlm", run.log)
+    code = (ROOT / "train_mdlm.py").stat().st_size
+    assert run.log.lines == [
+        "kind:matrix storage:int7 weights:800 bytes:500 bits_per_weight:5.000 entropy:3.750 "
+        "zlib:510 lzma:500",
+        "kind:gain storage:fp16 weights:150 bytes:300 bits_per_weight:16.000 entropy:20.000 "
+        "lzma:300",
+        f"Code size: {code} bytes",
+        "Serialized model int7+lzma: 950 bytes (8.000 bits per weight)",
+        f"Total submission size int7+lzma: {code + 950} bytes",
+    ]
+
+
+def test_a_budget_is_over_if_it_is_more_than_its_limit(watched):
+    log = watched().log
+    log.budget("Training time", 601.0, 601.0, "s", "; not counted: nothing")
+    log.budget("Evaluation time", 601.25, 600.0, "s")
+    assert log.lines == [
+        "Training time: 601.0 s; not counted: nothing",
+        "Evaluation time: 601.2 s",
+        "OVER BUDGET: Evaluation time is 601.2 s, 1.2 more than allowed",
+    ]
+
+
+# ---- Two processes, looked at from inside
+
+
+def in_two_processes(work, folder):
+    """[work(0), work(1)], in two forked processes that are a group."""
+    children = []
+    for rank in (0, 1):
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                meeting = dict(init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+                dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60), **meeting)
+                (folder / f"{rank}.pickle").write_bytes(pickle.dumps(work(rank)))
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        children.append(child)
+    ends = [os.waitpid(child, 0)[1] for child in children]
+    assert ends == [0, 0]
+    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in (0, 1)]
+
+
+def test_two_processes_share_a_batch_and_take_one_step(watched, tmp_path):
+    """Of micro-batches of one row: which rows; and loss, weights and moments are those of one
+    process."""
+    small = dict(micro_batch_tokens=4, tie_embeddings=False, num_layers=4)
+
+    def step_twice(rank):
+        run = watched(**small)
+        trainer = run.trainer
+        losses = [trainer.step(number, 1.0).item() for number in (0, 1)]
+        moments = tm.input_moments(trainer.model, trainer.batches(2))
+        return run.first_windows, losses, trainer.optimizer.state, moments
+
+    alone = step_twice(None)
+    pair = in_two_processes(step_twice, tmp_path)
+    assert [rows for rows, *_ in pair] == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
+    assert alone[0] == list(range(12))
+    for _, losses, state, moments in pair:
+        assert losses == pytest.approx(alone[1], abs=1e-5)
+        assert torch.allclose(state, alone[2], atol=1e-4)
+        assert moments.keys() == alone[3].keys() and equal(moments, alone[3], rtol=1e-3)
+
+
+def test_two_processes_agree_on_time_signals_and_files(watched, tmp_path):
+    def agree(rank):
+        run = watched()
+        clock = tm.Clock(CPU)
+        run.time.now += 2.0 + 4.0 * rank
+        before = clock.read()
+        if rank == 1:
+            clock.stop()
+        found = [before, clock.read(), tm.on_first_process(lambda: f"of {rank}")]
+        with pytest.raises(tm.InputError, match="gone: cannot be read or written"):
+            tm.on_first_process((tmp_path / "gone").read_bytes if rank == 0 else None)
+        return found
+
+    for found in in_two_processes(agree, tmp_path):
+        assert found == [(4000.0, False), (4000.0, True), "of 0"]
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_two_processes_share_the_matrices_of_muon(tmp_path, count):
+    """Also if there are fewer matrices than processes."""
+    stack = torch.randn(count, 6, 4, generator=torch.Generator().manual_seed(0))
+    for found in in_two_processes(lambda rank: tm.orthogonalize_shared(stack, 5), tmp_path):
+        assert torch.allclose(found, tm.orthogonalize(stack, 5), atol=1e-6)
+
+
+def test_two_processes_score_every_window_once(watched, tmp_path):
+    """Each its own share of them, and both get the same score."""
+    hp = dict(anchor_bos=True, val_batch_size=24)
+
+    def score(rank):
+        run = watched(**hp)
+        seen, read = [], tm.WindowPlan.read
+
+        def noted(plan, batch, split):
+            windows = read(plan, batch, split)
+            assert plan.rows == (6 if rank is None else 3)  # VAL_BATCH_SIZE is that of all
+            seen.extend(windows.places)
+            return windows
+
+        tm.WindowPlan.read = noted
+        try:
+            found, table = tm.score_windows("l2r", run.trainer.model, run.hp, run.val, 0)
+        finally:
+            tm.WindowPlan.read = read
+        return seen, found._replace(ms=0), table
+
+    seen, alone, table = score(None)
+    pair = in_two_processes(score, tmp_path)
+    assert seen == list(range(22)) and alone.boundary_bits > 0
+    assert sorted(pair[0][0] + pair[1][0]) == seen and abs(len(pair[0][0]) - 11) <= 3
+    for _, together, own in pair:
+        assert together == pytest.approx(alone, rel=1e-6) and torch.allclose(own, table, rtol=1e-5)
 
 
 # ---- What ends a run

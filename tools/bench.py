@@ -127,14 +127,13 @@ def main() -> None:
     parser = common.argument_parser(__doc__)
     parser.add_argument("what", choices=("scores",))
     parser.add_argument("artifact", type=Path)
-    seqs_help = "windows, evenly spaced; 0: the whole split"
-    parser.add_argument("--seqs", type=int, default=32, help=seqs_help)
+    common.add_seqs_option(parser, default=32)
     budget_help = "model calls that a window has for one estimator"
     parser.add_argument("--budget", type=int, default=512, help=budget_help)
     common.add_data_options(parser)
     arguments = parser.parse_args()
-    if arguments.seqs < 0 or arguments.budget < 1:
-        raise InputError("--seqs takes 0 or more, --budget 1 or more")
+    if arguments.budget < 1:
+        raise InputError(f"--budget {arguments.budget}: give 1 or more")
     artifact = arguments.artifact
     model, hp = common.load_model(artifact, arguments.data, arguments.tokenizer)
     if hp.causal:

@@ -17,12 +17,14 @@ says so, and nothing is written.
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
 import hashlib
+import itertools
 import math
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +42,8 @@ ORDERS = ("l2r", "random", "confidence")
 BATCH = 16  # windows of one model call; part of the format, because the arithmetic depends on it
 BLOCK_FLOATS = 1 << 25  # probabilities in memory: as many batches advance together as have fewer
 PRECISION = 24  # bits of the probabilities of `constriction`: a token has at least 2^-24
+CALLS_AHEAD = 16  # model calls that are begun before they are needed
+SPARE_BITS = 64  # the range coder may leave out so many at the end
 
 Note = Callable[[float], None]  # is told which share of the work is done
 
@@ -136,15 +140,13 @@ class Predictor:
         self.seed = seed
         self.length = model.hp.train_seq_len
 
-    def batches(self, count: int) -> list[Batch]:
+    def batches(self, count: int) -> Iterator[Batch]:
         """The batches of a text of `count` tokens; a rest is a batch of its own."""
         whole, rest = divmod(count, self.length)
-        found = []
         for window in range(0, whole, BATCH):
-            found.append(Batch(window * self.length, min(BATCH, whole - window), self.length))
+            yield Batch(window * self.length, min(BATCH, whole - window), self.length)
         if rest:
-            found.append(Batch(whole * self.length, 1, rest))
-        return found
+            yield Batch(whole * self.length, 1, rest)
 
     def random_order(self, batch: Batch) -> Tensor:
         """(windows, length): a permutation of its own for every window of the text."""
@@ -172,7 +174,7 @@ class Predictor:
         after group.
 
         `index` says which tokens of the text they are. Model calls run side by side, transfers one
-        after the other.
+        after the other, each as soon as it can be: one that raises an error ends it all.
         """
         threads = torch.get_num_threads()
         workers = threads if self.device.type == "cpu" else 1
@@ -183,10 +185,10 @@ class Predictor:
         try:
             with ThreadPoolExecutor(workers, initializer=one_thread) as pool:
                 batches = self.batches(count)
-                for first in range(0, len(batches), at_once):
-                    block = batches[first : first + at_once]
+                while block := list(itertools.islice(batches, at_once)):
+                    size = block[-1].first - block[0].first + block[-1].windows * block[-1].length
                     for done in self.reveal(block, transfer, pool):
-                        note((first + done * len(block)) / len(batches))
+                        note((block[0].first + done * size) / count)
         finally:
             torch.set_num_threads(threads)
 
@@ -194,12 +196,11 @@ class Predictor:
         self, block: list[Batch], transfer: Callable, pool: ThreadPoolExecutor
     ) -> Iterator[float]:
         """Reveals some batches together, step by step; yields the share that is done."""
-        running = [self.begin(batch) for batch in block]
+        running: Iterable[Revelation] = map(self.begin, block)  # as late as possible
         revealed = 0
         while running:
-            predictions = list(pool.map(predict, [each.steps for each in running]))
             unfinished = []
-            for revelation, prediction in zip(running, predictions, strict=True):
+            for revelation, prediction in self.predictions(running, pool):
                 if prediction is None:
                     continue
                 unfinished.append(revelation)
@@ -213,6 +214,19 @@ class Predictor:
             running = unfinished
             revealed += self.group
             yield min(revealed / block[0].length, 1.0)
+
+    def predictions(
+        self, running: Iterable[Revelation], pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[Revelation, tuple | None]]:
+        """What `predict` gives for each, in turn, with few calls that nobody has asked for yet."""
+        waiting = collections.deque()
+        for revelation in running:
+            waiting.append((revelation, pool.submit(predict, revelation.steps)))
+            if len(waiting) > CALLS_AHEAD:
+                revelation, call = waiting.popleft()
+                yield revelation, call.result()
+        for revelation, call in waiting:
+            yield revelation, call.result()
 
 
 @torch.no_grad()
@@ -352,7 +366,7 @@ def read_numbers(data: bytes, vocab_size: int) -> tuple[int, int, int, int]:
     """Group, seed, number of tokens, and where the code begins.
 
     ValueError or IndexError if no such file can have been written: in particular, a few bytes
-    cannot be the code of so many tokens that memory would run out.
+    cannot be the code of so many tokens, however sure the model is of them.
     """
     group, position = read_varint(data, BODY + FIELDS.size)
     seed, position = read_varint(data, position)
@@ -360,14 +374,40 @@ def read_numbers(data: bytes, vocab_size: int) -> tuple[int, int, int, int]:
     code_bytes = len(data) - position
     largest_probability = 1 - (vocab_size - 1) / 2**PRECISION
     least_bits = count * -math.log2(largest_probability)
-    if group < 1 or code_bytes % 4 or least_bits > 8 * code_bytes + 64:
+    if group < 1 or code_bytes % 4 or least_bits > 8 * code_bytes + SPARE_BITS:
         raise ValueError("numbers that do not fit together")
     return group, seed, count, position
 
 
+class Decoder:
+    """Tokens from a code; stops where the code cannot be that of so many tokens."""
+
+    def __init__(self, code: bytes, count: int):
+        coding = common.require("constriction").stream
+        self.coder = coding.queue.RangeDecoder(np.frombuffer(code, "<u4").astype(np.uint32))
+        self.family = coding.model.Categorical(perfect=False)
+        self.count = count  # what the header says; memory is taken for what the code has
+        self.tokens = np.zeros(0, np.int32)
+        self.bits = 8 * len(code) + SPARE_BITS  # that are left, or more
+
+    def transfer(self, index: np.ndarray, logp: np.ndarray) -> np.ndarray:
+        """The tokens at `index`, for `Predictor.run`; EOFError after the end of the code."""
+        probability = np.exp(logp)
+        found = self.coder.decode(self.family, probability)
+        rounded_up = probability[np.arange(len(index)), found].astype(np.float64)
+        rounded_up += 4 / 2**PRECISION
+        self.bits += np.log2(rounded_up.clip(max=1)).sum()
+        if self.bits < 0:
+            raise EOFError
+        missing = int(index.max()) + 1 - len(self.tokens)
+        if missing > 0:
+            self.tokens = np.pad(self.tokens, (0, max(missing, len(self.tokens))))
+        self.tokens[index] = found
+        return found
+
+
 def decompress(data: bytes, loaded: Loaded, path: Path, note: Note = no_note) -> str:
     """The text; InputError if the file is not sound, or if the arithmetic here is different."""
-    coding = common.require("constriction").stream
     header = read_header(data, loaded, path)
     device = "cuda" if header.on_gpu else "cpu"
     if header.surroundings != surroundings(device):
@@ -376,25 +416,24 @@ def decompress(data: bytes, loaded: Loaded, path: Path, note: Note = no_note) ->
     try:
         order = ORDERS[header.order]
         group, seed, count, begin = read_numbers(data, loaded.model.hp.vocab_size)
+        predictor = Predictor(loaded.model, order, group, seed, device)
     except (IndexError, ValueError):
         reason = "the header makes no sense, the file was not written by this codec.py"
         raise InputError(f"{path}: {reason}") from None
-    predictor = Predictor(loaded.model, order, group, seed, device)
-    coder = coding.queue.RangeDecoder(np.frombuffer(data[begin:], "<u4").astype(np.uint32))
-    family = coding.model.Categorical(perfect=False)
-    tokens = np.zeros(count, np.int32)
-
-    def transfer(index: np.ndarray, logp: np.ndarray) -> np.ndarray:
-        tokens[index] = coder.decode(family, np.exp(logp))
-        return tokens[index]
-
+    decoder = Decoder(data[begin:], count)
+    otherwise = (
+        "the arithmetic of this machine or version of torch differs from that of the one that "
+        "compressed it"
+    )
+    ended = f"the code ends before the {count:,} tokens of the header: they were made up, or"
     disagree = InputError(
-        f"{path}: the decoded text does not have the checksum of the original: the arithmetic of "
-        "this machine or version of torch differs from that of the one that compressed it"
+        f"{path}: the decoded text does not have the checksum of the original: {otherwise}"
     )
     try:
-        predictor.run(count, transfer, note)
-        text = loaded.tokenizer.decode(tokens.tolist())
+        predictor.run(count, decoder.transfer, note)
+        text = loaded.tokenizer.decode(decoder.tokens[:count].tolist())
+    except EOFError:
+        raise InputError(f"{path}: {ended} {otherwise}") from None
     except InputError:
         raise
     except (AssertionError, RuntimeError, ValueError):
@@ -407,15 +446,22 @@ def decompress(data: bytes, loaded: Loaded, path: Path, note: Note = no_note) ->
 # ---- Command line
 
 
-def check_output(arguments: argparse.Namespace) -> None:
+def compressed(path: Path) -> bool:
+    """Whether codec.py made this file."""
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def check_output(arguments: argparse.Namespace, made: Callable[[Path], bool]) -> None:
     """Before hours of work: InputError if the output could not be written, or would replace what
-    the codec needs."""
+    the codec needs or did not make."""
     path = arguments.output
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"{path}: cannot be written: not a file name in a folder that exists")
     for needed in (arguments.input, arguments.artifact, arguments.tokenizer):
         if needed and path.exists() and path.samefile(needed):
             raise InputError(f"{path}: is read by this command; choose another name for the output")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: cannot be written: its folder does not exist")
+    common.check_output(path, made)
 
 
 def run_compress(arguments: argparse.Namespace) -> None:
@@ -423,7 +469,7 @@ def run_compress(arguments: argparse.Namespace) -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: there is no GPU here")
     source = arguments.input.read_bytes()
-    check_output(arguments)
+    check_output(arguments, compressed)
     try:
         text = source.decode()
     except UnicodeDecodeError as error:
@@ -457,7 +503,7 @@ def run_compress(arguments: argparse.Namespace) -> None:
 def run_decompress(arguments: argparse.Namespace) -> None:
     log = tm.Log()
     data = arguments.input.read_bytes()
-    check_output(arguments)
+    check_output(arguments, lambda path: False)  # a text may be anybody's
     check_magic(data, arguments.input)  # before the artifact is asked for
     loaded = load(arguments.artifact, arguments.tokenizer)
     note = functools.partial(log.progress, "decompress")

@@ -1,59 +1,168 @@
-"""What the tools have in common: where the script is, one-line errors, artifacts, data, pictures.
+"""What the tools have in common: where the script is, one-line errors, artifacts, data, files.
 
-A tool imports this file before `train_mdlm`, which is then found wherever the tool is started.
+A tool imports this file before everything that takes long to import, so that Ctrl-C is one line
+from then on, and before `train_mdlm`, which is then found wherever the tool is started.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib
 import io
+import json
 import os
+import re
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
-ROOT = Path(__file__).resolve().parents[1]
+TOOLS = Path(__file__).resolve().parent
+ROOT = TOOLS.parent
 sys.path.insert(0, str(ROOT))
+
+DPI = 110  # of pictures
+MARK = "tools of train_mdlm.py"  # in every picture: only what has it is replaced
+MARKED = {"png": "Software", "svg": "Creator", "pdf": "Creator", "ps": "Creator", "eps": "Creator"}
+LARGEST_OUTPUT = 1 << 26  # bytes; none of the tools makes a picture or a JSON file of more
+
+
+# ---- Signals and standard streams
+
+
+def on_signals(handler) -> dict[int, object]:
+    """Sets the handler of what stops a tool, unless that is ignored (nohup); the handlers before.
+
+    A tool is its own process: no other thread may set handlers.
+    """
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, handler)
+    return before
+
+
+def stopped_by(number: int) -> str:
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    return f"stopped by {name}"
+
+
+def one_line(text: str) -> str:
+    """Without line breaks, and with escapes for what cannot be printed."""
+    printable = (
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in " ".join(text.split())
+    )
+    return "".join(printable)
+
+
+def stop_at_once(number: int, frame: object) -> None:
+    """A handler for the time in which packages are imported, and nothing has been done yet."""
+    name = Path(sys.argv[0]).name
+    os.write(2, f"{name}: error: {one_line(stopped_by(number))}\n".encode(errors="replace"))
+    os._exit(2)
+
+
+def interrupt(number: int, frame: object) -> None:
+    """A handler for the time in which a tool works: what it has begun is tidied up."""
+    raise KeyboardInterrupt(stopped_by(number))
+
+
+def open_closed_streams() -> None:
+    """Standard streams that are closed (python tool.py >&-) lead nowhere from now on; otherwise the
+    next file that is opened would get what is printed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+
+
+open_closed_streams()
+started = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
+if started.parent in (TOOLS, ROOT / "data"):
+    on_signals(stop_at_once)
+
+import torch  # noqa: E402
 
 import train_mdlm as tm  # noqa: E402
 from train_mdlm import InputError  # noqa: E402
 
-DPI = 110  # of pictures
-
-
 # ---- Command lines
 
 
+def explain(error: Exception) -> str:
+    """One line on an error that a user, a file or a machine may cause; raises any other."""
+    if isinstance(error, BrokenPipeError):
+        return "the output was closed before all of it was written"
+    if isinstance(error, OSError) and error.strerror is None:
+        return str(error)
+    if isinstance(error, (InputError, OSError, ImportError)):
+        return tm.explain(error)
+    if isinstance(error, MemoryError) or re.search(r"(out of|allocate) memory", str(error)):
+        return "out of memory: give less text or fewer windows, or use a larger machine"
+    if isinstance(error, (RuntimeError, UnicodeError)):  # of torch, or of a text that is too deep
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        return f"{type(error).__name__} at {where}: {error}"
+    raise error
+
+
+def outcome(work: Callable[[], None]) -> tuple[int, str]:
+    """The exit status of work(), and a line on what went wrong."""
+    try:
+        work()
+    except SystemExit as stop:
+        return stop.code or 0, ""
+    except KeyboardInterrupt as error:
+        return 2, str(error) or stopped_by(signal.SIGINT)
+    except Exception as error:
+        return 2, explain(error)
+    return 0, ""
+
+
 def run_tool(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorates main(): what the user got wrong, or Ctrl-C, is one line on stderr and status 2."""
+    """Decorates main(): what the user got wrong, or a signal, is one line on stderr, status 2."""
     name = Path(main.__code__.co_filename).name
 
     @functools.wraps(main)
     def run() -> None:
+        for stream in (sys.stdout, sys.stderr):  # for screens without Unicode
+            stream.reconfigure(errors="backslashreplace")
+        before = on_signals(interrupt)
         try:
-            main()
-        except (InputError, OSError) as error:
-            message = tm.explain(error)
-        except KeyboardInterrupt:
-            message = "stopped by Ctrl-C"
-        else:
-            return
-        print(f"{name}: error: {message}", file=sys.stderr)
-        sys.exit(2)
+            status, message = outcome(main)
+            _, unwritten = outcome(sys.stdout.flush)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if unwritten:  # Python would try again when it ends, and complain
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if message or unwritten:
+            with contextlib.suppress(OSError):
+                print(f"{name}: error: {one_line(message or unwritten)}", file=sys.stderr)
+            status = 2
+        if status:
+            sys.exit(status)
 
     return run
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line."""
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message}; see --help")
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
     """A parser whose --help begins with `description`, the docstring of a tool, as it stands."""
     formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=description, formatter_class=formatter)
+    return Parser(description=description, formatter_class=formatter)
 
 
 def add_tokenizer_option(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +175,20 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     text = "folder with the shards; default: DATA_PATH, or that of the artifact's preset"
     parser.add_argument("--data", help=text)
     add_tokenizer_option(parser)
+
+
+def add_seqs_option(parser: argparse.ArgumentParser, default: int) -> None:
+    """The option --seqs: how many windows are scored."""
+    text = "windows, evenly spaced; 0: the whole split"
+    parser.add_argument("--seqs", type=windows, default=default, help=text)
+
+
+def windows(text: str) -> int:
+    """An argument that is a number of windows which have a standard error."""
+    if not re.fullmatch(r"\d{1,12}", text, re.ASCII) or int(text) == 1:
+        reason = "give 2 windows or more, for a standard error, or 0 for all of them"
+        raise argparse.ArgumentTypeError(f"{text}: {reason}")
+    return int(text)
 
 
 def require(package: str) -> ModuleType:
@@ -116,6 +239,44 @@ def open_validation(hp: tm.Hyperparameters) -> tm.Split:
     return tm.open_validation(hp, *load_tokenizer(hp))
 
 
+# ---- Files
+
+
+def check_output(path: Path, made: Callable[[Path], bool]) -> None:
+    """Before hours of work: InputError if no file can be written at `path`, or if there is one
+    already and made(path) says that it is of somebody else."""
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: cannot be written: not a file name in a folder to write into")
+    if path.exists() and not (path.is_file() and made(path)):
+        remedy = "move it away or choose another name"
+        raise InputError(f"{path}: is there already, and this tool did not make it: {remedy}")
+
+
+def read_small(path: Path) -> bytes:
+    """What is in a file that a tool may have made; nothing if it is too large for that."""
+    return path.read_bytes() if path.stat().st_size <= LARGEST_OUTPUT else b""
+
+
+def read_json(path: Path) -> object:
+    """InputError if there is no JSON, or if it is nested so deeply that nobody wrote it."""
+    try:
+        return json.loads(read_small(path).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = "" if isinstance(error, RecursionError) else f": {error}"
+        raise InputError(f"{path}: is not JSON that a tool wrote{reason}") from None
+
+
+def to_json(value: object, indent: int) -> str:
+    """InputError if a number is not finite: JSON has no NaN."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise InputError("a figure is not a finite number, which JSON cannot hold") from None
+
+
 # ---- Pictures
 
 
@@ -125,11 +286,39 @@ def new_figure(width: float, height: float):
     return figure_class(figsize=(width, height), layout="constrained")
 
 
+def plain_label(name: str) -> str:
+    """A name as matplotlib shows it as it is: no formula, no line break, not hidden."""
+    label = one_line(name).replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label
+
+
+def made_picture(path: Path) -> bool:
+    """Whether a tool made this picture."""
+    return MARK.encode() in read_small(path)
+
+
+def check_picture(path: Path) -> None:
+    """Before hours of work: InputError if a picture cannot be written at `path`."""
+    check_output(path, made_picture)
+    known = require("matplotlib.backend_bases").FigureCanvasBase.get_supported_filetypes()
+    if (path.suffix[1:].lower() or "png") not in known:
+        remedy = f"its name has to end in {', '.join(MARKED)} or another format of matplotlib"
+        raise InputError(f"{path}: the picture cannot be written: {remedy}")
+
+
+def picture_bytes(figure, suffix: str = "png", **options) -> bytes:
+    """A picture in the format of that name, with MARK in it if the format has room for it."""
+    picture = io.BytesIO()
+    metadata = {MARKED[suffix]: MARK} if suffix in MARKED else None
+    figure.savefig(picture, format=suffix, metadata=metadata, **options)
+    return picture.getvalue()
+
+
 def save_figure(figure, path: Path) -> None:
     """Writes a picture in the format that its name ends in; InputError if that fails."""
-    picture = io.BytesIO()
+    check_picture(path)
     try:
-        figure.savefig(picture, format=path.suffix[1:] or "png", dpi=DPI)
+        picture = picture_bytes(figure, path.suffix[1:].lower() or "png", dpi=DPI)
     except ValueError as error:
         raise InputError(f"{path}: the picture cannot be written: {error}") from None
-    tm.write_file(path, picture.getvalue())
+    tm.write_file(path, picture)

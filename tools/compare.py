@@ -2,12 +2,12 @@
 
     python tools/compare.py logs/mdlm.mdlm logs/ar.mdlm --seqs 512 --out compare.png
 
-Both are scored from left to right: a causal model in one pass, a masked diffusion model by its
-chain rule, one position after the other. Position 0 is the first token of a window: the causal
-model sees the token before it, the diffusion model sees nothing. Standard errors have windows as
-clusters. That of the difference is paired, so what is hard for both cancels. What an ANCHOR_BOS
-artifact pays for the places of its anchors is in its own line, not in the table by position. The
-picture shows the table.
+Both are scored on the same windows of the same text, or not at all, and from left to right: a
+causal model in one pass, a masked diffusion model by its chain rule, one position after the other.
+Position 0 is the first token of a window: the causal model sees the token before it, the diffusion
+model sees nothing. Standard errors have windows as clusters. That of the difference is paired, so
+what is hard for both cancels. What an ANCHOR_BOS artifact pays for the places of its anchors is in
+its own line, not in the table by position. The picture shows the table.
 """
 
 from __future__ import annotations
@@ -23,8 +23,27 @@ import train_mdlm as tm
 from train_mdlm import InputError
 
 
-def window_shape(hp: tm.Hyperparameters) -> str:
-    return f"{hp.shown('vocab_size')} {hp.shown('train_seq_len')}"
+def check_same_text(artifacts: list[Path], settings: list[tm.Hyperparameters]) -> None:
+    """InputError unless both artifacts predict the same tokens, in the same windows."""
+    first, second = settings
+    for name, remedy in (
+        ("vocab_size", "artifacts of two tokenizers have no tokens in common"),
+        ("train_seq_len", "windows must be the same"),
+        ("tokenizer_path", "if both were trained with the same one, give it with --tokenizer"),
+        ("data_path", "if both were trained on the same text, give it with --data"),
+    ):
+        if getattr(first, name) != getattr(second, name):
+            difference = f"{second.shown(name)}, but {artifacts[0]} has {first.shown(name)}"
+            raise InputError(f"{artifacts[1]}: {difference}: {remedy}")
+
+
+def check_same_windows(scores: list[tuple[tm.Score, torch.Tensor]]) -> None:
+    """InputError unless both scores are of the same bytes, window for window."""
+    (first, first_table), (second, second_table) = scores
+    same_bytes = torch.equal(first_table[..., 1], second_table[..., 1])
+    if (first.seqs, first.tokens) != (second.seqs, second.tokens) or not same_bytes:
+        found = [f"{score.seqs} windows, {score.bytes} bytes" for score in (first, second)]
+        raise InputError(f"the artifacts were scored on different text: {' and '.join(found)}")
 
 
 def measure(
@@ -33,17 +52,15 @@ def measure(
     """Score and table (windows, buckets, 2) of each artifact, and the length of the windows."""
     log = tm.Log()
     loaded = [common.load_model(path, data, tokenizer) for path in artifacts]
+    check_same_text(artifacts, [hp for _, hp in loaded])
     _, first = loaded[0]
-    for path, (_, hp) in zip(artifacts, loaded, strict=True):
-        if window_shape(hp) != window_shape(first):
-            difference = f"{window_shape(hp)}, but {artifacts[0]} has {window_shape(first)}"
-            raise InputError(f"{path}: {difference}; windows and tokens must be the same")
     val = common.open_validation(first)
     scores = []
     for path, (model, hp) in zip(artifacts, loaded, strict=True):
         name = "ar" if hp.causal else "l2r"
         note = functools.partial(log.progress, path.stem)
         scores.append(tm.score_windows(name, model, hp, val, seqs, note))
+    check_same_windows(scores)
     return scores, first.train_seq_len
 
 
@@ -125,13 +142,11 @@ def draw(names: list[str], found: list[Figures], out: Path) -> None:
 def main() -> None:
     parser = common.argument_parser(__doc__)
     parser.add_argument("artifacts", nargs=2, type=Path, metavar="ARTIFACT")
-    seqs_help = "windows, evenly spaced; 0: the whole split"
-    parser.add_argument("--seqs", type=int, default=256, help=seqs_help)
+    common.add_seqs_option(parser, default=256)
     common.add_data_options(parser)
     parser.add_argument("--out", type=Path, default=Path("compare.png"))
     arguments = parser.parse_args()
-    if arguments.seqs < 0:
-        raise InputError(f"--seqs {arguments.seqs}: give 0 or more")
+    common.check_picture(arguments.out)
     artifacts = arguments.artifacts
     scores, length = measure(artifacts, arguments.data, arguments.tokenizer, arguments.seqs)
     names = [path.stem for path in artifacts]

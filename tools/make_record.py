@@ -11,187 +11,39 @@ number is read from the logs.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
+import math
 import re
 import shlex
 import statistics
 from pathlib import Path
-from typing import NamedTuple
 
 import common
+from run_log import (
+    OWN_SETTINGS,
+    SEPARATOR,  # noqa: F401 (for those who read logs through this file)
+    Run,
+    lives,  # noqa: F401
+    parse_log,
+)
 
 import train_mdlm as tm
 from train_mdlm import BUDGET_SECONDS, SIZE_LIMIT_BYTES, InputError
 
-SEPARATOR = "\n" + "=" * 100 + "\n"  # between the source of the script and the log
-HEADLINES = {  # what the score behind val_bpb is
-    "nelbo": "any-order NELBO, exact bytes, weights read back from disk",
-    "ar": "autoregressive code length, exact bytes, weights read back from disk",
-}
-# All else in submission.json comes from the logs.
+# All else in submission.json comes from the logs and from requirements.txt.
 TYPED = ("author", "github_id", "name", "blurb", "track")
 # What has to be the same for all seeds
-ONE_SYSTEM = "source dataset hardware torch preset world_size params estimator".split()
+ONE_SYSTEM = """
+    source dataset tokenizer_sha256 val_tokens val_bytes hardware torch preset world_size params
+    estimator seqs tokens bytes
+""".split()
+# Of the requirements.txt that the records have whose submission.json does not name it
+EARLIER_REQUIREMENTS = "2e7b9d82a76672ac9745545231846afa0f5ef9553fc5e6a4cba43b1067ca15e7"
 
 
-# ---- Logs
-
-
-class Run(NamedTuple):
-    """What the log of one finished run says."""
-
-    source: str  # of the script
-    seed: int
-    preset: str
-    overridden: dict[str, str]  # what was set by hand: value by NAME
-    date: str
-    hardware: str
-    torch: str
-    world_size: int
-    dataset: str
-    params: int
-    lives: int  # more than one if it was interrupted
-    skipped_steps: int
-    step_stop: int
-    train_seconds: float
-    eval_seconds: float
-    storage: str
-    artifact_bytes: int
-    code_bytes: int
-    total_bytes: int
-    val_loss: float
-    val_bpb: float
-    stderr: float
-    estimator: str
-    seqs: int
-    tokens: int
-    bytes: int
-    others: dict[str, tuple[float, int]]  # bits per byte and windows of the other scores
-
-
-def lives(path: Path) -> tuple[str, list[str]]:
-    """The script's source, and the lines of each life of a run: several if it was interrupted and
-    resumed, without those before it began again from nothing."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    source, separator, body = text.partition(SEPARATOR)
-    if not separator:
-        reason = "it does not begin with the script's source"
-        raise InputError(f"{path}: not a log of train_mdlm.py ({reason})")
-    if SEPARATOR in body:
-        raise InputError(f"{path}: the script was changed between two lives of this run")
-    if len(set(re.findall(r"^run_id:(\S+)", body, re.MULTILINE))) != 1:
-        raise InputError(f"{path}: holds more than one run")
-    bodies = re.split(r"^(?=run_id:)", body, flags=re.MULTILINE)[1:]
-    begin = 0
-    for number, life in enumerate(bodies):
-        if not re.search(r"^resumed:", life, re.MULTILINE):
-            begin = number
-    return source, bodies[begin:]
-
-
-class LogLines:
-    """The lines of one life of a run, to be searched."""
-
-    def __init__(self, body: str, path: Path):
-        self.body = body
-        self.path = path
-
-    def find(self, pattern: str, what: str) -> tuple[str, ...]:
-        """The groups of the last line that fits; InputError says `what` the log lacks."""
-        matches = list(re.finditer(pattern, self.body, re.MULTILINE))
-        if not matches:
-            unfinished = "the run did not finish, or it is not a log of train_mdlm.py"
-            raise InputError(f"{self.path}: no {what} in this log; {unfinished}")
-        return matches[-1].groups()
-
-    def find_one(self, pattern: str, what: str) -> str:
-        (group,) = self.find(pattern, what)
-        return group
-
-
-def parse_settings(text: str) -> dict[str, str]:
-    """Value by NAME of settings as the log has them; values may have spaces in them."""
-    settings = re.split(r" (?=[A-Z][A-Z0-9_]*=)", text)
-    return dict(setting.split("=", 1) for setting in settings)
-
-
-def hardware_of(bodies: list[str], path: Path) -> str:
-    """What all lives of a run were on."""
-    machines = []
-    for life in bodies:
-        machine = LogLines(life, path).find_one(r"^hardware:(\S+)", "hardware line")
-        if machine not in machines:
-            machines.append(machine)
-    return " and ".join(machines).replace("_", " ")
-
-
-def skipped_steps(bodies: list[str]) -> int:
-    """How many steps were skipped because their gradients were not finite."""
-    pattern = r"^step:\d+ not finite: .*skipped:(\d+)$"
-    totals = re.findall(pattern, "".join(bodies), re.MULTILINE)
-    return max(map(int, totals), default=0)
-
-
-def parse_log(path: Path) -> Run:
-    """What the log of a finished run says; InputError if something is missing."""
-    source, bodies = lives(path)
-    # The last life has the last validation, the sizes and the scores.
-    last_life = LogLines(bodies[-1], path)
-    find = last_life.find
-    find_one = last_life.find_one
-    given = find_one(r"^overridden: (.+)$", "overrides")
-    step_stop, train_ms = find(
-        r"^step:(\d+)/\d+ val_loss:\S+ .*train_time:(\d+)ms", "last validation"
-    )
-    storage, artifact_bytes = find(r"^Serialized model (\S+): (\d+) bytes", "artifact size")
-    stderr = find_one(
-        r"^final_\S+_roundtrip val_loss:\S+ val_bpb:\S+ stderr:(\S+) eval_time:", "score"
-    )
-    val_loss, val_bpb = find(
-        r"^final_\S+_roundtrip_exact val_loss:(\S+) val_bpb:(\S+)", "exact score"
-    )
-    headline, seqs, tokens, nbytes = find(
-        r"^score:(nelbo|ar) .*seqs:(\d+) tokens:(\d+) bytes:(\d+)", "score line"
-    )
-    scored = r"^score:(\w+) (?:biased:1 )?bpb:(\S+) .*seqs:(\d+) .*time:(\d+)ms"
-    scores = re.findall(scored, last_life.body, re.MULTILINE)
-    return Run(
-        source=source,
-        seed=int(find_one(r"^hyperparameters: .*? SEED=(\d+)", "seed")),
-        preset=find_one(r"^hyperparameters: PRESET=(\S+)", "preset"),
-        overridden={} if given == "nothing" else parse_settings(given),
-        date=find_one(r"^run_id:\S+ started:(\d{4}-\d\d-\d\d)", "start line"),
-        hardware=hardware_of(bodies, path),
-        torch=find_one(r"^hardware:\S+ torch:(\S+)", "hardware line"),
-        world_size=int(find_one(r"^world_size:(\d+)", "world size")),
-        dataset=find_one(r"^dataset:(\S+)", "dataset line"),
-        params=int(find_one(r"^model_params:(\d+)", "parameter count")),
-        lives=len(bodies),
-        skipped_steps=skipped_steps(bodies),
-        step_stop=int(step_stop),
-        train_seconds=int(train_ms) / 1000,
-        eval_seconds=sum(int(ms) for _, _, _, ms in scores) / 1000,
-        storage=storage,
-        artifact_bytes=int(artifact_bytes),
-        code_bytes=int(find_one(r"^Code size: (\d+) bytes", "code size")),
-        total_bytes=int(find_one(r"^Total submission size \S+: (\d+) bytes", "total size")),
-        val_loss=float(val_loss),
-        val_bpb=float(val_bpb),
-        stderr=float(stderr),
-        estimator=HEADLINES[headline],
-        seqs=int(seqs),
-        tokens=int(tokens),
-        bytes=int(nbytes),
-        others={
-            name: (float(bpb), int(windows))
-            for name, bpb, windows, _ in scores
-            if name not in HEADLINES
-        },
-    )
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def parse_logs(paths: list[Path]) -> list[Run]:
@@ -200,12 +52,20 @@ def parse_logs(paths: list[Path]) -> list[Run]:
     for name in ONE_SYSTEM:
         if len({getattr(run, name) for run in runs}) > 1:
             raise InputError(f"the logs differ in {name}: one record is one system")
+    settings = [run.settings for run in runs]
+    for name in sorted(set().union(*settings) - OWN_SETTINGS):
+        values = list(dict.fromkeys(each.get(name) for each in settings))
+        if len(values) > 1:
+            raise InputError(f"the logs differ in {name} ({values}): one record is one system")
     if len({run.seed for run in runs}) < len(runs):
         raise InputError("two of the logs have the same seed")
     for run in runs:
-        adds_up = run.total_bytes == run.code_bytes + run.artifact_bytes
-        if run.code_bytes != len(run.source.encode()) or not adds_up:
-            raise InputError(f"the sizes in the log of seed {run.seed} do not add up")
+        if not math.isfinite(run.stderr):
+            remedy = "score more windows (FINAL_EVAL_MAX_SEQS)"
+            raise InputError(
+                f"run_id:{run.run_id} was scored on {run.seqs} window, so its score has no "
+                f"standard error: {remedy}"
+            )
     return runs
 
 
@@ -247,13 +107,20 @@ def seed_result(run: Run) -> dict:
     return result
 
 
-def submission(runs: list[Run], typed: dict[str, str]) -> dict:
-    """submission.json: the challenge's fields.
+def submission(runs: list[Run], typed: dict[str, str], requirements: str) -> dict:
+    """submission.json: the challenge's fields, and digests; `requirements` is that of the file, or
+    empty in an earlier record.
 
     Sizes and times are the largest of the seeds, scores their mean.
     """
     first = runs[0]
     bpbs = [run.val_bpb for run in runs]
+    digests = dict(script_sha256=sha256(first.source.encode()))
+    if first.tokenizer_sha256:
+        digests["tokenizer_sha256"] = first.tokenizer_sha256
+        digests |= dict(val_tokens=first.val_tokens, val_bytes=first.val_bytes)
+    if requirements:
+        digests["requirements_sha256"] = requirements
     return typed | dict(
         date=max(run.date for run in runs),
         dataset=first.dataset,
@@ -271,7 +138,7 @@ def submission(runs: list[Run], typed: dict[str, str]) -> dict:
         model_params=first.params,
         hardware=first.hardware,
         pytorch_version=first.torch,
-        script_sha256=hashlib.sha256(first.source.encode()).hexdigest(),
+        **digests,
         over_budget=over_budget(runs),
     )
 
@@ -326,6 +193,11 @@ def readme(runs: list[Run], facts: dict) -> str:
         f"tokens, {first.bytes:,} bytes",
         f"- what the number is: {first.estimator}",
     ]
+    if first.tokenizer_sha256:
+        lines.append(
+            f"- the whole split: {first.val_tokens:,} tokens, {first.val_bytes:,} bytes; tokenizer "
+            f"SHA-256 `{first.tokenizer_sha256}`"
+        )
     others = other_scores(runs)
     if others:
         lines.append(f"- other scores, mean over seeds, bits per byte: {', '.join(others)}")
@@ -348,11 +220,11 @@ def readme(runs: list[Run], facts: dict) -> str:
     return "\n".join(lines)
 
 
-def contents(runs: list[Run], typed: dict[str, str]) -> dict[str, str]:
+def contents(runs: list[Run], typed: dict[str, str], requirements: str) -> dict[str, str]:
     """File name → text of everything in the folder that follows from the logs."""
-    facts = submission(runs, typed)
+    facts = submission(runs, typed, requirements)
     return {
-        "submission.json": json.dumps(facts, indent=2, ensure_ascii=False) + "\n",
+        "submission.json": common.to_json(facts, indent=2) + "\n",
         "README.md": readme(runs, facts),
         "train_mdlm.py": runs[0].source,
     }
@@ -361,26 +233,76 @@ def contents(runs: list[Run], typed: dict[str, str]) -> dict[str, str]:
 # ---- Record folders
 
 
+def is_submission(value: object) -> bool:
+    """Whether this is what make_record.py writes into submission.json."""
+    if not isinstance(value, dict):
+        return False
+    return all(isinstance(value.get(name), str) for name in (*TYPED, "script_sha256"))
+
+
+def made_submission(path: Path) -> bool:
+    """Whether make_record.py made this file."""
+    with contextlib.suppress(InputError):
+        return is_submission(common.read_json(path))
+    return False
+
+
+def check_typed(typed: dict[str, str]) -> None:
+    """InputError for what cannot be in a record."""
+    for name in ("name", "track"):
+        if not re.fullmatch(r"[\w+-][\w.+-]*", typed[name]):
+            allowed = "letters, digits and . _ + - only, and no dot at the beginning"
+            raise InputError(f"--{name} {typed[name]!r} becomes a folder: {allowed}")
+    for name, text in typed.items():
+        if text != text.encode(errors="replace").decode() or "\r" in text:
+            raise InputError(f"--{name.replace('_', '-')} {text!r}: is not plain text in UTF-8")
+
+
+def write_folder(folder: Path, files: dict[str, str]) -> None:
+    """All of the files or nothing."""
+    written = []
+    try:
+        for name, text in files.items():
+            tm.write_file(folder / name, text.encode())
+            written.append(folder / name)
+    except BaseException:
+        for path in written:
+            path.unlink()
+        with contextlib.suppress(OSError):  # it is not there, or not empty
+            folder.rmdir()
+        raise
+
+
 def make(logs: list[Path], typed: dict[str, str], out: Path) -> Path:
     """Writes the folder of a record; its place."""
+    check_typed(typed)
     runs = parse_logs(logs)
-    for name in ("name", "track"):
-        if not re.fullmatch(r"[\w.+-]+", typed[name]):
-            allowed = "letters, digits and . _ + - only"
-            raise InputError(f"--{name} {typed[name]!r} becomes a folder: {allowed}")
-    files = contents(runs, typed)
+    requirements = (common.ROOT / "requirements.txt").read_text(encoding="utf-8")
+    files = contents(runs, typed, sha256(requirements.encode()))
     date = max(run.date for run in runs)
     folder = out / typed["track"] / f"{date}_{typed['name']}"
     if folder.exists():
         raise InputError(f"{folder} is there already; move it away or choose another --name")
+    common.check_output(folder / "submission.json", lambda path: False)
+    beside = out.parent / "submission.json"
+    common.check_output(beside, made_submission)
     for path in logs:
-        files[f"train_seed{parse_log(path).seed}.log"] = path.read_text(encoding="utf-8")
-    requirements = common.ROOT / "requirements.txt"
-    files["requirements.txt"] = requirements.read_text(encoding="utf-8")
-    for name, text in files.items():
-        tm.write_file(folder / name, text.encode())
-    tm.write_file(out.parent / "submission.json", files["submission.json"].encode())
+        files[log_name(parse_log(path))] = path.read_text(encoding="utf-8")
+    files["requirements.txt"] = requirements
+    write_folder(folder, files)
+    tm.write_file(beside, files["submission.json"].encode())
     return folder
+
+
+def log_name(run: Run) -> str:
+    """Of the log in the folder of a record."""
+    return f"train_seed{run.seed}.log"
+
+
+def shown(value: object) -> str:
+    """For a message, not longer than a line."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def check(folder: Path) -> None:
@@ -389,18 +311,27 @@ def check(folder: Path) -> None:
     if not logs:
         raise InputError(f"{folder}: no train_seed*.log")
     path = folder / "submission.json"
-    try:
-        stated = json.loads(path.read_text(encoding="utf-8"))
-        typed = {name: stated[name] for name in TYPED}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: {error!r}") from None
+    stated = common.read_json(path)
+    if not is_submission(stated):
+        wanted = ", ".join((*TYPED, "script_sha256"))
+        raise InputError(f"{path}: is not that of a record: no object with texts for {wanted}")
     runs = parse_logs(logs)
-    derived = submission(runs, typed)
+    names = sorted(map(log_name, runs))
+    if names != [log.name for log in logs]:
+        raise InputError(f"{folder}: its logs are those of {', '.join(names)}")
+    requirements = folder / "requirements.txt"
+    named = stated.get("requirements_sha256", EARLIER_REQUIREMENTS)
+    if sha256(requirements.read_bytes()) != named:
+        raise InputError(f"{requirements}: is not the file that the record was made with")
+    typed = {name: stated[name] for name in TYPED}
+    check_typed(typed)
+    digest = named if "requirements_sha256" in stated else ""
+    derived = submission(runs, typed, digest)
     for name in derived.keys() | stated.keys():
         if stated.get(name) != derived.get(name):
-            difference = f"{name} is {stated.get(name)!r}, the logs say {derived.get(name)!r}"
-            raise InputError(f"{path}: {difference}")
-    for name, text in contents(runs, typed).items():
+            said = f"the logs say {shown(derived.get(name))}"
+            raise InputError(f"{path}: {name} is {shown(stated.get(name))}, {said}")
+    for name, text in contents(runs, typed, digest).items():
         path = folder / name
         if not path.is_file() or path.read_bytes() != text.encode():
             raise InputError(f"{path}: is not what the logs say it was")
@@ -419,6 +350,8 @@ def main() -> None:
     parser.add_argument("--track", default="track_non_record_16mb")
     parser.add_argument("--out", type=Path, default=common.ROOT / "records")
     arguments = parser.parse_args()
+    if arguments.check and arguments.logs:
+        raise InputError(f"{arguments.logs[0]}: --check FOLDER takes no logs beside the folder")
     if arguments.check:
         check(arguments.check)
         print(f"{arguments.check}: everything follows from the logs")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import io
 import itertools
 import json
 import math
@@ -573,13 +572,13 @@ LOOK = {
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG that depends on the picture only, and says where it is."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", metadata={"Software": None})
-    tm.write_file(path, picture.getvalue())
+    tm.write_file(path, common.picture_bytes(figure))
     print(path)
 
 
 def draw_all(out: Path, artifact: Path | None) -> None:
+    for name in ("flow.png", "artifact.png", "masks.png"):
+        common.check_picture(out / name)
     with matplotlib.style.context(["default", LOOK]):
         flow = draw_flow()
         bars = [of_artifact(artifact)] if artifact else [predicted(preset) for preset in PRESETS]

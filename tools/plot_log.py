@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import common
-from make_record import lives
+from run_log import REAL, WHOLE, lives
 
 from train_mdlm import InputError
 
@@ -29,16 +29,17 @@ class Curve(NamedTuple):
 
 def read_curve(path: Path) -> Curve:
     points: dict[int, tuple[float, float]] = {}  # seconds and bpb by step
+    body = ""
     for body in lives(path)[1]:
-        resumed = re.search(r"^resumed:\S+ step:(\d+)/", body, re.MULTILINE)
+        resumed = re.search(rf"^resumed:.+ step:({WHOLE})/", body, re.MULTILINE)
         last_kept = int(resumed[1]) if resumed else -1
         points = {step: point for step, point in points.items() if step <= last_kept}
-        pattern = r"^step:(\d+)/\d+ val_loss:\S+ val_bpb:(\S+) .*train_time:(\d+)ms"
+        pattern = rf"^step:({WHOLE})/\d+ val_loss:\S+ val_bpb:({REAL}) .*train_time:({WHOLE})ms"
         for step, bpb, ms in re.findall(pattern, body, re.MULTILINE):
             points[int(step)] = (int(ms) / 1000, float(bpb))
     if not points:
         raise InputError(f"{path}: no validation in this log")
-    pattern = r"^final_(\S+)_roundtrip_exact val_loss:\S+ val_bpb:(\S+)"
+    pattern = rf"^final_(\S+)_roundtrip_exact val_loss:\S+ val_bpb:({REAL})$"
     final = re.search(pattern, body, re.MULTILINE)
     return Curve(
         name=path.stem,
@@ -53,8 +54,9 @@ def draw(curves: list[Curve], out: Path) -> None:
     figure = common.new_figure(7, 4)
     axes = figure.subplots()
     for curve in curves:
-        (line,) = axes.plot(curve.seconds, curve.bpb, marker="o", markersize=3, label=curve.name)
-        if curve.final:
+        name = common.plain_label(curve.name)
+        (line,) = axes.plot(curve.seconds, curve.bpb, marker="o", markersize=3, label=name)
+        if curve.final is not None:
             label = f"{curve.storage} read back from disk: {curve.final:.3f}"
             star = dict(marker="*", markersize=12, color=line.get_color(), label=label)
             axes.plot(curve.seconds[-1], curve.final, **star)
@@ -70,6 +72,7 @@ def main() -> None:
     parser.add_argument("logs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("curves.png"))
     arguments = parser.parse_args()
+    common.check_picture(arguments.out)
     draw([read_curve(path) for path in arguments.logs], arguments.out)
     print(arguments.out)
 

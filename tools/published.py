@@ -193,6 +193,8 @@ def measure(model: tm.Model, val: tm.Split, seqs: int, steps: int) -> Measured:
     nbytes = []
     for rows in first_windows(val, model.hp.train_seq_len, seqs):
         bits.append(published_bound(model, rows, steps))
+        if not bits[-1].isfinite().all():
+            raise InputError("the T-step bound is not a finite number: the weights have diverged")
         anchors.append((~tm.maskable(model.hp, rows.x0)).sum(1).cpu().double())
         nbytes.append(tm.count_bytes(rows.x0, rows.before, val.luts).cpu().double())
         log.progress("T-step bound", rows.numbers.stop / seqs)
@@ -204,6 +206,8 @@ def score_model(name: str, model: tm.Model, val: tm.Split, seqs: int, steps: int
     hp = model.hp
     length = hp.train_seq_len
     seqs = min(seqs, val.stream.total // length)
+    if seqs < 2:
+        raise InputError(f"{name}: {seqs} window has no standard error; give --seqs of 2 or more")
     found = measure(model, val, seqs, steps)
     tokens = seqs * length
     total = found.nbytes.sum()

@@ -13,8 +13,8 @@ The artifact should be stored as fp32, or the first damage is done already.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import re
 import tempfile
 import time
@@ -150,22 +150,31 @@ def line(figures: dict) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def made_table(path: Path) -> bool:
+    """Whether quant_table.py made this file."""
+    with contextlib.suppress(InputError):
+        rows = common.read_json(path)
+        first = rows[0] if isinstance(rows, list) and rows else None
+        return isinstance(first, dict) and first.get("row") == "as given"
+    return False
+
+
 @common.run_tool
 def main() -> None:
     parser = common.argument_parser(__doc__)
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
     rows_help = f"default: {' '.join(DEFAULT_ROWS)}"
     parser.add_argument("--rows", nargs="+", default=DEFAULT_ROWS, metavar="ROW", help=rows_help)
-    seqs_help = "windows, evenly spaced; 0: the whole split"
-    parser.add_argument("--seqs", type=int, default=2048, help=seqs_help)
+    common.add_seqs_option(parser, default=2048)
     batch_help = "sequences of a batch of error feedback"
     parser.add_argument("--batch", type=int, default=16, help=batch_help)
     common.add_data_options(parser)
     parser.add_argument("--out", type=Path, help="the same figures as JSON")
     arguments = parser.parse_args()
-    for name, least in (("seqs", 0), ("batch", 1)):
-        if getattr(arguments, name) < least:
-            raise InputError(f"--{name} {getattr(arguments, name)}: too small")
+    if arguments.batch < 1:
+        raise InputError(f"--batch {arguments.batch}: too small, give 1 or more")
+    if arguments.out:
+        common.check_output(arguments.out, made_table)
     artifact = arguments.artifact
     model, hp = common.load_model(artifact, arguments.data, arguments.tokenizer)
     batch_tokens = arguments.batch * hp.train_seq_len
@@ -184,7 +193,7 @@ def main() -> None:
         results.append(figures)
     print(f"as given: {score.bpb:.4f} ± {score.stderr:.4f} bits per byte, {score.seqs} windows")
     if arguments.out:
-        tm.write_file(arguments.out, json.dumps(results, indent=1).encode())
+        tm.write_file(arguments.out, common.to_json(results, indent=1).encode())
 
 
 if __name__ == "__main__":

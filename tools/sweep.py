@@ -11,7 +11,8 @@ given there only.
 Runs go one after the other, or --jobs of them side by side, or one on each of the GPUs that --gpus
 names. Logs and artifacts are kept under OUT/logs. A run that is finished there is not run again,
 and one that was interrupted goes on from its last checkpoint. A run that failed is noted, the
-others go on, and a second call tries it again.
+others go on, and a second call tries it again. When the sweep is stopped (Ctrl-C, SIGTERM, SIGHUP)
+its runs write their checkpoints and end with it; the same command goes on from there.
 
 Afterwards, or at once with --report, there are three files:
 
@@ -21,7 +22,7 @@ Afterwards, or at once with --report, there are three files:
     OUT/plot.png      a picture: of scores over training tokens if ITERATIONS is in the grid
 
 With --beside, the rows of an earlier results.json come first in the table, the picture and the
-comparisons; they have to be scored on the same text.
+comparisons. Rows that were scored on another text are not compared with each other.
 """
 
 from __future__ import annotations
@@ -31,20 +32,21 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import Queue
 
 import common
-from make_record import Run, parse_log
+from run_log import Run, parse_log
 
 import train_mdlm as tm
 from train_mdlm import Hyperparameters, InputError
@@ -52,6 +54,7 @@ from train_mdlm import Hyperparameters, InputError
 SCRIPT = common.ROOT / "train_mdlm.py"
 KNOBS = {spec.name.upper() for spec in dataclasses.fields(Hyperparameters)}
 NOT_IN_A_GRID = {"SEED", "RUN_ID", "EVAL_ONLY"}
+GRACE_SECONDS = 60.0  # that a run has to finish its step and write a checkpoint when it is stopped
 
 Row = dict[str, str]  # value by NAME, as it will be in the environment
 Scores = dict[int, float]  # bits per byte by seed
@@ -112,6 +115,52 @@ def label(row: Row) -> str:
 # ---- Runs
 
 
+class Processes:
+    """The runs that are going on, each in a process group of its own, which none outlives."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.running: list[subprocess.Popen] = []
+        self.ended = False
+
+    def run(self, command: list[str], **options) -> subprocess.CompletedProcess:
+        """Runs a command; InputError if `end` was called."""
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+        with self.lock:
+            if self.ended:
+                raise InputError("the sweep was stopped")
+            process = subprocess.Popen(command, start_new_session=True, **pipes, **options)
+            self.running.append(process)
+        printed = process.communicate()
+        with self.lock:
+            self.running.remove(process)
+        return subprocess.CompletedProcess(command, process.returncode, *printed)
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to every process of every run."""
+        for process in self.running:
+            with contextlib.suppress(OSError):  # it has ended
+                os.killpg(process.pid, number)
+
+    def end(self) -> None:
+        """Stops all runs and starts no other; a second Ctrl-C does not wait for checkpoints."""
+        with self.lock:
+            self.ended = True
+            if not self.running:
+                return
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print("stopping the runs; they write their checkpoints", flush=True)
+            try:
+                self.signal(signal.SIGTERM)
+                deadline = time.monotonic() + GRACE_SECONDS
+                for process in self.running:
+                    process.wait(max(deadline - time.monotonic(), 0.0))
+            except subprocess.TimeoutExpired:
+                pass
+            finally:
+                self.signal(signal.SIGKILL)
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """One run of the script: a row of the grid and a seed, with its log in out/logs."""
@@ -164,27 +213,31 @@ class Job:
         except InputError:
             return None
 
-    def run(self, processes: int, gpu: str | None) -> str:
+    def set_aside(self) -> None:
+        """Renames what a run of other settings left under this name; nothing is replaced."""
+        for old in (self.out / "logs").glob(f"{self.run_id}.*"):
+            names = (f"set-aside-{number}-{old.name}" for number in itertools.count(1))
+            old.rename(next(new for name in names if not (new := old.with_name(name)).exists()))
+
+    def run(self, processes: int, gpu: str | None, group: Processes) -> str:
         """Runs the script; returns the reason if it failed, else an empty string."""
         try:
             env = self.environment()
         except InputError as error:
             return str(error)
-        logs = self.out / "logs"
         if not self.begun():
-            for old in logs.glob(f"{self.run_id}.*"):  # of other settings
-                old.replace(old.with_name(f"set-aside-{old.name}"))
+            self.set_aside()
         if gpu is not None:
             env["CUDA_VISIBLE_DEVICES"] = gpu
         command = [sys.executable, str(SCRIPT)]
         if processes > 1:
             torchrun = ["-m", "torch.distributed.run", "--standalone"]
             command[1:1] = [*torchrun, f"--nproc_per_node={processes}"]
-        done = subprocess.run(command, cwd=self.out, env=env, capture_output=True, text=True)
+        done = group.run(command, cwd=self.out, env=env)
         if done.returncode == 0:
             if not self.finished():
                 return self.fault_of_log()
-            for checkpoint in logs.glob(f"{self.run_id}.*.ckpt"):
+            for checkpoint in (self.out / "logs").glob(f"{self.run_id}.*.ckpt"):
                 checkpoint.unlink()
             return ""
         lines = done.stderr.splitlines()
@@ -211,6 +264,7 @@ def run_all(jobs: list[Job], processes: int, lanes: list[str | None]) -> dict[st
     for lane in lanes:
         free_lanes.put(lane)
     failed: dict[str, str] = {}
+    group = Processes()
     lock = threading.Lock()
 
     def run_one(job: Job) -> None:
@@ -219,11 +273,15 @@ def run_all(jobs: list[Job], processes: int, lanes: list[str | None]) -> dict[st
             return
         gpu = free_lanes.get()
         try:
-            reason = job.run(processes, gpu)
+            reason = job.run(processes, gpu, group)
+        except (InputError, OSError) as error:
+            reason = tm.explain(error)
         finally:
             free_lanes.put(gpu)
         facts = job.finished()
         with lock:
+            if group.ended:
+                return
             if reason:
                 failed[job.run_id] = reason
                 print(f"{job.run_id}: FAILED: {reason}", flush=True)
@@ -231,7 +289,16 @@ def run_all(jobs: list[Job], processes: int, lanes: list[str | None]) -> dict[st
                 print(f"{job.run_id}: val_bpb {facts.val_bpb:.4f}", flush=True)
 
     with ThreadPoolExecutor(len(lanes)) as pool:
-        list(pool.map(run_one, jobs))
+        try:
+            for future in as_completed([pool.submit(run_one, job) for job in jobs]):
+                future.result()
+        except BaseException as error:
+            group.end()
+            pool.shutdown(cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):
+                remedy = "the same command goes on from here, --report tells what is finished"
+                raise InputError(f"{error}; {remedy}") from None
+            raise
     return failed
 
 
@@ -256,20 +323,25 @@ def against(values: Scores, first: Scores) -> dict[str, float | None]:
 
 def read_results(path: Path) -> list[dict]:
     """The rows of an earlier results.json; InputError if that is something else."""
-    needed = set("label row planned_tokens others_against mean tokens cut scripts".split())
+    numbers = "mean std params total_bytes train_seconds tokens planned_tokens".split()
+    kinds = dict.fromkeys(numbers, (int, float, type(None)))
+    kinds |= dict(label=str, row=dict, others_against=dict, scripts=list, cut=bool)
+    kinds |= dict(first=(str, type(None)))
 
     def by_seed(values: dict[str, float]) -> Scores:
-        return {int(seed): bpb for seed, bpb in values.items()}
+        return {int(seed): float(bpb) for seed, bpb in values.items()}
 
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        rows = common.read_json(path)["rows"]
         for row in rows:
             row["val_bpb"] = by_seed(row["val_bpb"])
             row["others"] = {name: by_seed(values) for name, values in row["others"].items()}
-            if needed - row.keys():
-                raise ValueError
+            if not all(isinstance(row[name], kind) for name, kind in kinds.items()):
+                raise TypeError
+            table([row], {})  # which reads all that a table needs
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path}: is not a results.json of tools/sweep.py") from None
+        wanted = "a results.json of this version of tools/sweep.py"
+        raise InputError(f"{path}: is not {wanted}") from None
     return rows
 
 
@@ -282,7 +354,13 @@ def summarize(row: Row, seeds: list[int], out: Path, before: list[dict]) -> dict
     with contextlib.suppress(InputError):  # then the row is empty
         hp = jobs[0].hyperparameters()
         planned_tokens = hp.iterations * hp.train_batch_tokens
-        first = next((old for old in before if old["planned_tokens"] == planned_tokens), None)
+        text = text_of(runs)
+        alike = (
+            old
+            for old in before
+            if old["planned_tokens"] == planned_tokens and same_text(old.get("text"), text)
+        )
+        first = next(alike, None)
     bpb = {seed: run.val_bpb for seed, run in runs.items()}
     compared_bpb = first["val_bpb"] if first else bpb
     others = scores_of_all(runs)
@@ -305,6 +383,7 @@ def summarize(row: Row, seeds: list[int], out: Path, before: list[dict]) -> dict
         cut=False,
         tokens=None,
         scripts=[],
+        text=text_of(runs),
     )
     if runs:
         logs = list(runs.values())
@@ -320,6 +399,20 @@ def summarize(row: Row, seeds: list[int], out: Path, before: list[dict]) -> dict
     return found
 
 
+def text_of(runs: dict[int, Run]) -> dict | None:
+    """What the runs of a row were scored on; None if that is nothing, or not one text."""
+    names = ("dataset", "tokenizer_sha256", "val_tokens", "val_bytes")
+    texts = [{name: getattr(run, name) for name in names} for run in runs.values()]
+    return texts[0] if texts and all(text == texts[0] for text in texts) else None
+
+
+def same_text(first: dict | None, second: dict | None) -> bool:
+    """Whether two rows may be compared: as far as is known, on the same text."""
+    if not first or not second:
+        return True
+    return all(not first[name] or not second[name] or first[name] == second[name] for name in first)
+
+
 def scores_of_all(runs: dict[int, Run]) -> dict[str, Scores]:
     """By name the scores beside the headline that all runs have, each by seed."""
     if not runs:
@@ -332,6 +425,8 @@ def scores_of_all(runs: dict[int, Run]) -> dict[str, Scores]:
 
 
 # ---- Table and picture
+
+TABLE_BEGINS = "|  | val_bpb | std. dev. |"
 
 
 def number(value: float | None, form: str = ".4f") -> str:
@@ -373,6 +468,9 @@ def table(found: list[dict], failed: dict[str, str]) -> str:
         lines += ["", "Not all runs made all of their steps: some met the wall clock first."]
     if len({script for row in found for script in row["scripts"]}) > 1:
         lines += ["", "Not all runs are of the same script: it was changed between them."]
+    texts = [row["text"] for row in found if row.get("text")]
+    if any(not same_text(first, second) for first, second in itertools.combinations(texts, 2)):
+        lines += ["", "Not all rows are scored on the same text: those are not compared."]
     for name, reason in failed.items():
         lines += ["", f"Failed: {name}: {reason}"]
     return "\n".join(lines) + "\n"
@@ -483,6 +581,16 @@ def choose_lanes(arguments: argparse.Namespace) -> list[str | None]:
     return [str(gpu) for gpu in gpus]
 
 
+def check_folder(out: Path) -> None:
+    """InputError if --out has something that a sweep would replace, and none wrote."""
+    if (out / "results.json").exists():
+        read_results(out / "results.json")
+    readme = out / "README.md"
+    if readme.exists() and not common.read_small(readme).startswith(TABLE_BEGINS.encode()):
+        raise InputError(f"--out {out}: has a README.md that no sweep wrote; give another folder")
+    common.check_picture(out / "plot.png")
+
+
 @common.run_tool
 def main() -> None:
     arguments = parse_arguments()
@@ -491,9 +599,8 @@ def main() -> None:
     lanes = choose_lanes(arguments)
     rows = parse_grid(arguments.grid)
     found = read_results(arguments.beside) if arguments.beside else []
+    check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "README.md").exists() and not (out / "results.json").exists():
-        raise InputError(f"--out {out}: has a README.md that no sweep wrote; give another folder")
     failed = {}
     if not arguments.report:
         jobs = [Job(row, seed, out) for seed in seeds for row in rows]
@@ -501,7 +608,7 @@ def main() -> None:
     for row in rows:
         found.append(summarize(row, seeds, out, found))
     text = table(found, failed)
-    results = json.dumps(dict(rows=found, failed=failed), indent=2) + "\n"
+    results = common.to_json(dict(rows=found, failed=failed), indent=2) + "\n"
     tm.write_file(out / "README.md", text.encode())
     tm.write_file(out / "results.json", results.encode())
     draw(found, out / "plot.png")

@@ -1,0 +1,856 @@
+"""Faults that somebody could make, and the tests that have to fail for each of them.
+
+A fault is an edit: `old`, which is in the file once, becomes `new`. `test_faults.py` makes them,
+one at a time, in a copy of the project. Whoever changes the old text of a fault in the script
+changes it here too; whoever finds a fault that no test notices adds a test, and the fault.
+"""
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """An edit of one file of the project."""
+
+    name: str
+    old: str
+    new: str
+    tests: str  # in tests/, separated by spaces
+    file: str = "train_mdlm.py"
+    quick: bool = False  # whether its tests take so little time that it is always tried
+
+
+FAULTS = []
+
+
+def fault(name: str, old: str, new: str, tests: str, **more) -> None:
+    FAULTS.append(Fault(name, old, new, tests, **more))
+
+
+# ---- Once unnoticed
+
+
+fault(
+    "every step reads the same data",
+    "    first = step * hp.batch_rows\n",
+    "    first = 0\n",
+    "test_noise.py::test_step_after_step_reads_the_split_from_front_to_back",
+    quick=True,
+)
+fault(
+    "the last weights are packed, not the average",
+    "    trainer.optimizer.swap_average()\n    return trainer.model\n",
+    "    return trainer.model\n",
+    "test_train.py::test_the_average_is_what_is_validated_and_kept",
+    quick=True,
+)
+fault(
+    "the last weights are validated, not the average",
+    "        self.optimizer.swap_average()\n        try:\n",
+    "        try:\n",
+    "test_train.py::test_the_average_is_what_is_validated_and_kept",
+    quick=True,
+)
+fault(
+    "the clock counts pauses",
+    "        self.started += seconds\n",
+    "",
+    "test_train.py::test_pauses_are_not_training_time",
+    quick=True,
+)
+fault(
+    "a window begins as if <s> were before it",
+    "token_bytes(windows.x0, windows.tokens[:, 0], split.luts)",
+    "token_bytes(windows.x0, BOS_ID, split.luts)",
+    "test_scores.py::test_the_bytes_of_a_window_depend_on_the_token_before_it",
+    quick=True,
+)
+fault(
+    "the T-step bound lacks its terminal term",
+    "return terminal + weighted_nll(",
+    "return weighted_nll(",
+    "test_scores.py::test_the_t_step_bound_pays_for_what_its_last_step_leaves_visible",
+    quick=True,
+)
+fault(
+    "second moments are those of one process",
+    "{name: all_reduce(moment) for",
+    "{name: moment for",
+    "test_train.py::test_two_processes_share_a_batch_and_take_one_step",
+    quick=True,
+)
+fault(
+    "an artifact may claim any size",
+    "len(data) >= least_bytes(weights)",
+    "len(data) >= 0",
+    "test_model.py::test_a_file_that_claims_a_huge_model_is_refused_before_anything_is_unpacked",
+    quick=True,
+)
+
+
+# ---- What is refused, and what is never lost
+
+
+fault(
+    "any tokenizer goes with verified data",
+    'pairs = {f"{hp.tokenizer_path} (SHA-256)": (verified["tokenizer_sha256"], digest)}',
+    "pairs = {}",
+    "test_denominators.py::test_any_other_tokenizer_file_is_known_by_its_digest",
+)
+fault(
+    "verified shards are not compared",
+    'pairs[f"{name} (CRC-32)"] = (verified[split]["shards"].get(name), checksum)',
+    "pass",
+    "test_denominators.py::test_a_run_reads_and_compares_only_the_shards_it_can_reach",
+)
+fault(
+    "a piece may have any character",
+    "    if strange:",
+    "    if False:",
+    "test_denominators.py::test_a_flipped_bit_in_a_sign_for_a_space",
+)
+fault(
+    "only the first shard is split again",
+    "for number in numbers[rank() :: world_size()]:",
+    "for number in numbers[:1]:",
+    "test_denominators.py::test_a_shard_of_another_tokenizer_is_refused",
+)
+fault(
+    "decoded bytes are not counted",
+    "if abs(counted - decoded) > 8 + 1e-4 * decoded:",
+    "if False:",
+    "test_denominators.py::test_bytes_are_compared_with_the_decoded_text",
+)
+fault(
+    "what is packed to nothing is not filled up",
+    ".ljust(least_bytes(weights) - len(packed))",
+    "",
+    "test_artifact.py::test_what_is_saved_is_read_whatever_the_knobs",
+)
+fault(
+    "a text that is no log is replaced",
+    "if not begun and (not source.startswith(text) or ",
+    "if not begun and (False or ",
+    "test_restart.py::test_what_another_program_made_is_left_alone",
+)
+fault(
+    "an artifact without a log is replaced",
+    "(artifact.exists() and not hp.eval_only)",
+    "False",
+    "test_restart.py::test_what_another_program_made_is_left_alone",
+)
+fault(
+    "a validation is never cut short",
+    "lambda fraction: clock.stopped",
+    "lambda fraction: False",
+    "test_restart.py::test_a_long_validation_is_cut_short",
+)
+fault(
+    "a closed terminal kills a run",
+    "(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)",
+    "(signal.SIGTERM, signal.SIGINT)",
+    "test_restart.py::test_a_closed_terminal",
+)
+fault(
+    "nohup does not help",
+    "if signal.getsignal(number) != signal.SIG_IGN:",
+    "if True:",
+    "test_restart.py::test_a_closed_terminal",
+)
+fault(
+    "no memory is too little",
+    "if sum(needed.values()) > there_are:",
+    "if False:",
+    "test_hyperparameters.py::test_what_cannot_fit_is_refused_with_figures_before_it_is_built",
+)
+fault(
+    "steps of a checkpoint need not add up",
+    "and sum(checkpoint.counts) == progress.step",
+    "",
+    "test_restart.py::test_a_damaged_checkpoint_is_skipped",
+)
+
+
+# ---- Data and bytes
+
+
+fault(
+    "a sliding window reads as if it did not slide",
+    "rows = [self.read(number * (stride or length), 1 + length) for number in numbers]",
+    "rows = [self.read(number * length, 1 + length) for number in numbers]",
+    "test_scores.py::test_split_scores_are_their_definitions",
+)
+
+fault(
+    "the shards are read in another order",
+    'self.files = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))',
+    'self.files = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"), reverse=True)',
+    "test_data.py::test_stream_is_a_ring_over_shards",
+)
+
+fault(
+    "the chunks of a shard come in one order for ever",
+    'generator = seeded("cpu", self.seed, "chunks", visit)',
+    'generator = seeded("cpu", self.seed, "chunks", place)',
+    "test_documents.py::test_a_single_shard_has_another_order_in_every_epoch",
+)
+
+fault(
+    "what comes before the first <s> of a shard is lost",
+    "documents = np.union1d([0], np.flatnonzero(shard == BOS_ID))",
+    "documents = np.flatnonzero(shard == BOS_ID)",
+    "test_documents.py::test_every_chunk_once_an_epoch_in_shard_after_shard",
+)
+
+fault(
+    "tokens without text are no boundary",
+    "boundary = np.ones(size, bool)",
+    "boundary = np.zeros(size, bool)",
+    "test_scores.py::test_byte_tables_of_every_kind_of_piece",
+)
+
+fault(
+    "characters are counted, not bytes",
+    'text_bytes = len(piece.replace("\\u2581", " ").encode())',
+    'text_bytes = len(piece.replace("\\u2581", " "))',
+    "test_scores.py::test_byte_tables_of_every_kind_of_piece",
+)
+
+fault(
+    "a byte has as many bytes as its name",
+    "base[token] = 1 if sp.is_byte(token) else text_bytes - space[token]",
+    "base[token] = text_bytes - space[token]",
+    "test_scores.py::test_byte_tables_of_every_kind_of_piece",
+)
+
+fault(
+    "the first space of a text is never counted",
+    "space_stays = luts.keeps_space | ~luts.is_boundary[before]",
+    "space_stays = ~luts.is_boundary[before]",
+    "test_data.py::test_published_tokenizer_rule_for_a_space_after_a_boundary",
+)
+
+
+# ---- Noise
+
+
+fault(
+    "every step has the same masks",
+    'seeded(device, hp.seed, "train", step)',
+    'seeded(device, hp.seed, "train")',
+    "test_noise.py::test_every_step_and_every_row_has_a_mask_of_its_own",
+)
+
+fault(
+    "every micro-batch has the masks of the first",
+    "masked_batch(hp, window[:, 1:], probability[own], keys[own], capacity)",
+    "masked_batch(hp, window[:, 1:], probability[: len(rows)], keys[: len(rows)], capacity)",
+    "test_noise.py::test_every_step_and_every_row_has_a_mask_of_its_own",
+)
+
+fault(
+    "strata have times at places of their own",
+    "return (strata + u[0]) / len(u)",
+    "return (strata + u) / len(u)",
+    "test_noise.py::test_stratified_times_are_all_at_the_same_place_in_their_strata",
+)
+
+fault(
+    "<s> is masked with ANCHOR_BOS too",
+    "return not_pad & (x != BOS_ID) if hp.anchor_bos else not_pad",
+    "return not_pad",
+    "test_documents.py::test_pad_and_anchors_are_neither_masked_nor_scored",
+)
+
+fault(
+    "the weight is of the probability, not of the share",
+    "    return 1 / share\n",
+    "    return 1 / probability\n",
+    "test_noise.py::test_masks_have_the_promised_probability_and_weight",
+)
+
+fault(
+    "the published weight is of the share that was masked",
+    "return (hp.mask_max - hp.mask_eps) / (1 - probability)",
+    "return (hp.mask_max - hp.mask_eps) / (1 - share)",
+    "test_noise.py::test_the_published_weight_does_not_explode_for_short_documents",
+)
+
+fault(
+    "weights are not clamped",
+    "return mask, weight.clamp(max=hp.weight_clamp), share",
+    "return mask, weight, share",
+    "test_noise.py::test_weights_are_clamped",
+)
+
+fault(
+    "a batch has no room for chance",
+    "return min(tokens, math.ceil(most * hp.train_seq_len + slack))",
+    "return min(tokens, math.ceil(most * hp.train_seq_len))",
+    "test_noise.py::test_capacity_is_never_exceeded",
+)
+
+
+# ---- Model
+
+
+fault(
+    "queries and keys turn the other way",
+    "return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)",
+    "return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)",
+    "test_model.py::test_forward_equals_the_equations_in_float64",
+)
+
+fault(
+    "a causal model sees what comes next",
+    "is_causal=self.causal, enable_gqa=grouped",
+    "is_causal=False, enable_gqa=grouped",
+    "test_model.py::test_causal_model_does_not_look_ahead_and_mdlm_does",
+)
+
+fault(
+    "neighbours are those on the other side",
+    "x = x + F.pad(table(z), (0, 0, -offset, offset))",
+    "x = x + F.pad(table(z), (0, 0, offset, -offset))",
+    "test_model.py::test_forward_equals_the_equations_in_float64",
+)
+
+fault(
+    "blocks mix the embedding in from the start",
+    "for starts_at_zero in (self.resid_mix[1], self.attn.proj.weight, self.mlp.proj.weight):",
+    "for starts_at_zero in (self.attn.proj.weight, self.mlp.proj.weight):",
+    "test_model.py::test_initial_weights_of_the_unet",
+)
+
+fault(
+    "the noise level counts what cannot be masked",
+    "masked_fraction = masked / maskable(self.hp, z).sum(1).clamp(min=1)",
+    "masked_fraction = masked / z.shape[1]",
+    "test_model.py::test_the_dit_finds_the_noise_level_itself",
+)
+
+fault(
+    "a scored position is told the noise of another row",
+    "mlp_mod = mlp_mod[positions // x.shape[1], 0]",
+    "mlp_mod = mlp_mod[positions % len(mlp_mod), 0]",
+    "test_model.py::test_the_dit_is_the_published_stack",
+)
+
+
+# ---- Batch and loss
+
+
+fault(
+    "a masked token has the weight of another row",
+    "weights=torch.where(used, weight[positions // hp.train_seq_len], 0)",
+    "weights=torch.where(used, weight[positions % len(weight)], 0)",
+    "test_noise.py::test_the_loss_is_the_weighted_nll_of_a_model_that_is_told_the_noise",
+)
+
+fault(
+    "PAD counts as a token of the batch",
+    "tokens=(x0 != hp.pad_id).sum(),",
+    "tokens=torch.tensor(x0.numel(), device=x0.device),",
+    "test_documents.py::test_pad_and_anchors_are_neither_masked_nor_scored",
+)
+
+fault(
+    "the loss ignores the weights",
+    "return (nll * batch.weights).sum()",
+    "return (nll * (batch.weights > 0)).sum()",
+    "test_noise.py::test_the_loss_is_the_weighted_nll_of_a_model_that_is_told_the_noise",
+)
+
+fault(
+    "the loss is not told the noise",
+    "h = model.hidden(batch.z, batch.masked_fraction, batch.positions)\n    nll",
+    "h = model.hidden(batch.z, None, batch.positions)\n    nll",
+    "test_noise.py::test_the_loss_is_the_weighted_nll_of_a_model_that_is_told_the_noise",
+)
+
+
+# ---- Optimizer and average
+
+
+fault(
+    "Muon has plain momentum",
+    "nesterov = self.grads.addcmul(self.first, now.momentum)",
+    "nesterov = self.first.clone()",
+    "test_optim.py::test_three_steps_equal_separate_optimizers",
+)
+
+fault(
+    "AdamW does not correct its second moment",
+    "square = self.second / (1 - hp.beta2**now.steps_taken)",
+    "square = self.second / (1 - hp.beta2)",
+    "test_optim.py::test_three_steps_equal_separate_optimizers",
+)
+
+fault(
+    "AdamW counts steps that were skipped",
+    "steps_taken=self.counts[0].clamp(min=1),",
+    "steps_taken=self.counts.sum().clamp(min=1),",
+    "test_optim.py::test_a_skipped_step_is_no_step",
+)
+
+fault(
+    "gradients are clipped to 1 whatever GRAD_CLIP_NORM is",
+    "factor *= (hp.grad_clip_norm / (norms[:-1].norm() + 1e-6)).clamp(max=1.0)",
+    "factor *= (1.0 / (norms[:-1].norm() + 1e-6)).clamp(max=1.0)",
+    "test_optim.py::test_gradients_are_a_token_and_no_longer_than_the_limit",
+)
+
+fault(
+    "the loss counts as a part of the gradient",
+    "factor *= (hp.grad_clip_norm / (norms[:-1].norm() + 1e-6)).clamp(max=1.0)",
+    "factor *= (hp.grad_clip_norm / (norms.norm() + 1e-6)).clamp(max=1.0)",
+    "test_optim.py::test_gradients_are_a_token_and_no_longer_than_the_limit",
+)
+
+fault(
+    "gradients are those of one process",
+    "        all_reduce(self.grads)\n",
+    "",
+    "test_train.py::test_two_processes_share_a_batch_and_take_one_step",
+)
+
+fault(
+    "a process keeps its own share of Muon's matrices",
+    "    return all_reduce(whole)\n",
+    "    return whole\n",
+    "test_train.py::test_two_processes_share_the_matrices_of_muon",
+)
+
+fault(
+    "the average decays by 1 − EMA_DECAY",
+    "self.average.lerp_(self.weights, 1 - self.hp.ema_decay if self.averages else 1.0)",
+    "self.average.lerp_(self.weights, self.hp.ema_decay if self.averages else 1.0)",
+    "test_optim.py::test_average_in_closed_form",
+)
+
+
+# ---- Schedules and the training loop
+
+
+fault(
+    "the first steps say how long a step takes",
+    "if hp.max_wallclock_seconds and step >= 10 and elapsed_ms > 0:",
+    "if hp.max_wallclock_seconds and step >= 1 and elapsed_ms > 0:",
+    "test_optim.py::test_learning_rate_schedules",
+)
+
+fault(
+    "all processes take the same rows",
+    "    first = rank() * rows\n",
+    "    first = 0\n",
+    "test_train.py::test_two_processes_share_a_batch_and_take_one_step",
+)
+
+fault(
+    "only the first micro-batch is used",
+    "return [range(start, start + size) for start in range(first, first + rows, size)]",
+    "return [range(first, first + size)]",
+    "test_train.py::test_every_step_takes_the_next_windows_at_its_own_rate",
+)
+
+fault(
+    "the learning rates never change",
+    "mean_loss = self.optimizer.step(step, scale)",
+    "mean_loss = self.optimizer.step(step, 1.0)",
+    "test_train.py::test_every_step_takes_the_next_windows_at_its_own_rate",
+)
+
+fault(
+    "Muon's momentum stays at its start",
+    "mean_loss = self.optimizer.step(step, scale)",
+    "mean_loss = self.optimizer.step(0, scale)",
+    "test_train.py::test_every_step_takes_the_next_windows_at_its_own_rate",
+)
+
+fault(
+    "the learning rates do not follow the clock",
+    "lr_scale(hp, progress.step, progress.train_ms))",
+    "lr_scale(hp, progress.step, 0.0))",
+    "test_train.py::test_rates_and_the_end_follow_the_clock",
+)
+
+fault(
+    "the log has half of the loss",
+    "            loss.backward()\n            self.optimizer.add_sums(batch, loss)",
+    "            loss.backward()\n            self.optimizer.add_sums(batch, loss / 2)",
+    "test_train.py::test_the_logged_loss_is_that_of_the_step",
+)
+
+fault(
+    "averaging starts at once",
+    "if not self.hp.ema_decay or fraction < self.hp.ema_start_frac:",
+    "if not self.hp.ema_decay:",
+    "test_train.py::test_the_average_is_what_is_validated_and_kept",
+)
+
+fault(
+    "writing checkpoints is training time",
+    '            with clock.paused("checkpoints"):\n                trainer.save()',
+    "            trainer.save()",
+    "test_train.py::test_pauses_are_not_training_time",
+)
+
+fault(
+    "what the warm-up has learnt is kept",
+    "kept = [(x, x.clone()) for x in (opt.state, opt.counts, opt.dropped, opt.first_bad)]",
+    "kept = [(x, x.clone()) for x in (opt.counts, opt.dropped, opt.first_bad)]",
+    "test_train.py::test_a_warm_up_leaves_nothing_behind",
+)
+
+fault(
+    "a validation takes as many masks as the final score",
+    "once = dataclasses.replace(self.hp, nelbo_passes=1)",
+    "once = self.hp",
+    "test_train.py::test_validations_are_short_and_logged_as_they_are",
+)
+
+fault(
+    "training goes on from the average",
+    "        self.optimizer.swap_average()\n        self.progress.validated = self.progress.step\n",
+    "        self.progress.validated = self.progress.step\n",
+    "test_train.py::test_the_average_is_what_is_validated_and_kept",
+)
+
+fault(
+    "the best score is the last one",
+    "self.progress.best_bpb = min(self.progress.best_bpb, score.bpb)",
+    "self.progress.best_bpb = score.bpb",
+    "test_train.py::test_the_best_validation_is_the_lowest",
+)
+
+fault(
+    "the time is the sum over processes",
+    "return ms / world_size(), stopped > 0",
+    "return ms, stopped > 0",
+    "test_train.py::test_two_processes_agree_on_time_signals_and_files",
+)
+
+
+# ---- Checkpoints and restarts
+
+
+fault(
+    "a resumed run reads the data again",
+    "loss = trainer.step(progress.step, lr_scale(",
+    "loss = trainer.step(progress.step - first_step, lr_scale(",
+    "test_train.py::test_a_resumed_run_goes_on_where_it_was",
+)
+
+fault(
+    "a resumed run has all of its time again",
+    "    clock.started -= progress.train_ms / 1000\n",
+    "",
+    "test_train.py::test_a_resumed_run_goes_on_where_it_was",
+)
+
+fault(
+    "a resumed run starts its average again",
+    "        self.optimizer.averages = checkpoint.averages\n",
+    "",
+    "test_train.py::test_a_resumed_run_goes_on_where_it_was",
+)
+
+fault(
+    "a resumed run has no moments",
+    "self.optimizer.state.copy_(checkpoint.state)",
+    "self.optimizer.state[0].copy_(checkpoint.state[0])",
+    "test_train.py::test_a_resumed_run_goes_on_where_it_was",
+)
+
+fault(
+    "a resumed run validates a step again",
+    "validate = due(hp.val_loss_every, progress.step) and progress.step != progress.validated",
+    "validate = due(hp.val_loss_every, progress.step)",
+    "test_train.py::test_a_validation_is_not_repeated_after_a_restart",
+)
+
+fault(
+    "CHECKPOINT_EVERY=0 saves after every step",
+    "checkpoint_due = hp.checkpoint_every and (finished or waited)",
+    "checkpoint_due = finished or waited",
+    "test_train.py::test_every_step_takes_the_next_windows_at_its_own_rate",
+)
+
+fault(
+    "a run goes on with other settings",
+    "if changed or checkpoint.data != self.stream.digest:",
+    "if checkpoint.data != self.stream.digest:",
+    "test_restart.py::test_what_a_restart_says_and_refuses",
+)
+
+
+# ---- Quantizing, packing, artifact
+
+
+fault(
+    "a clip is that of all rows",
+    "reach = clip * rows.square().mean(1, keepdim=True).sqrt()",
+    "reach = clip * rows.square().mean().sqrt().expand(len(rows), 1)",
+    "test_quantize.py::test_a_clip_is_in_root_mean_squares_of_its_row",
+)
+
+fault(
+    "QUANT_CLIP is ignored",
+    "quantize(weight, quantizer, hp.quant_clip, moments.get(name))",
+    "quantize(weight, quantizer, 0.0, moments.get(name))",
+    "test_quantize.py::test_clip_and_moments_are_those_of_the_parameter",
+)
+
+fault(
+    "the smallest inputs are rounded first",
+    "order = moments.diagonal().argsort(descending=True)",
+    "order = moments.diagonal().argsort()",
+    "test_quantize.py::test_error_feedback_is_the_regression_on_what_is_not_rounded_yet",
+)
+
+fault(
+    "errors are doubled instead of cancelled",
+    "rest[:, i:].addr_(lost, upper[i, i:], alpha=-1)",
+    "rest[:, i:].addr_(lost, upper[i, i:], alpha=1)",
+    "test_quantize.py::test_error_feedback_is_the_regression_on_what_is_not_rounded_yet",
+)
+
+fault(
+    "second moments are those of the last batch",
+    "moments[name] = moments.get(name, 0) + x.T @ x",
+    "moments[name] = x.T @ x",
+    "test_quantize.py::test_moments_are_of_all_batches_as_the_model_is_told_of_their_noise",
+)
+
+fault(
+    "the artifact is written without second moments",
+    "info = on_first_process(lambda: save_artifact(model, hp, path, moments))",
+    "info = on_first_process(lambda: save_artifact(model, hp, path))",
+    "test_train.py::test_what_is_packed_is_the_average_and_what_is_scored_is_the_file",
+)
+
+fault(
+    "the model in memory is scored, not the file",
+    "    return read_artifact(path)\n\n\ndef run(",
+    "    return Artifact(model, hp, read_artifact(path).storage)\n\n\ndef run(",
+    "test_train.py::test_what_is_packed_is_the_average_and_what_is_scored_is_the_file",
+)
+
+fault(
+    "the code is not part of the size",
+    "    total = code_bytes + artifact_bytes\n",
+    "    total = artifact_bytes\n",
+    "test_train.py::test_log_lines_of_an_artifact_have_its_figures",
+)
+
+fault(
+    "bytes are logged as bits",
+    "bits_per_weight:{8 * kind['bytes'] / weights:.3f}",
+    "bits_per_weight:{kind['bytes'] / weights:.3f}",
+    "test_train.py::test_log_lines_of_an_artifact_have_its_figures",
+)
+
+
+# ---- Scores
+
+
+fault(
+    "bounds mask anchors",
+    "nll = masked_nll(model, x0, mask.to(x0.device) & allowed).double().sum(1)",
+    "nll = masked_nll(model, x0, mask.to(x0.device)).double().sum(1)",
+    "test_anchors.py::test_the_t_step_bound_masks_free_tokens_only",
+)
+
+fault(
+    "the NELBO forgets how likely a mask size was",
+    "p_k = (k.double() / n) ** (1 / power) - ((k - 1).double() / n) ** (1 / power)",
+    "p_k = 1 / n.double()",
+    "test_scores.py::test_weights_of_the_nelbo_are_exact",
+)
+
+fault(
+    "all passes of the NELBO mask the same tokens",
+    "        masked_before = masked_before + k[:, None]\n",
+    "",
+    "test_scores.py::test_mask_sizes_are_evenly_spread_and_arcs_do_not_overlap",
+)
+
+fault(
+    "the last step of the T-step bound masks everything",
+    "yield next(keys) < (1 - TSTEP_EPS) * i / steps, 1 / i",
+    "yield next(keys) < i / steps, 1 / i",
+    "test_scores.py::test_masks_of_the_t_step_bound_and_of_the_grid_are_the_published_ones",
+)
+
+fault(
+    "the published grid masks no first token",
+    "        if t < 0.01:\n            mask[:, 0] = True\n",
+    "",
+    "test_scores.py::test_masks_of_the_t_step_bound_and_of_the_grid_are_the_published_ones",
+)
+
+fault(
+    "a token of the chain rule is seen while it is predicted",
+    "nll = masked_nll(model, x0[rows], steps[rows] >= now, steps[rows] == now)",
+    "nll = masked_nll(model, x0[rows], steps[rows] > now, steps[rows] == now)",
+    "test_scores.py::test_chain_rule_is_its_definition",
+)
+
+fault(
+    "the least sure position is revealed first",
+    "surest = logp.amax(-1).where",
+    "surest = (-logp.amax(-1)).where",
+    "test_scores.py::test_confidence_reveals_the_surest_position_first",
+)
+
+fault(
+    "the random order is from left to right",
+    'return score_in_order(model, windows, ranks(next(windows.keys("random"))))',
+    "return score_left_to_right(model, windows)",
+    "test_scores.py::test_orders_of_the_chain_rule_scores",
+)
+
+fault(
+    "a sliding causal window scores its context",
+    "return causal_nll(model, windows.tokens, windows.scored)",
+    "return causal_nll(model, windows.tokens)",
+    "test_scores.py::test_sliding_windows_of_a_causal_model",
+)
+
+fault(
+    "the chain rule of a sliding window hides its context",
+    "steps = (place.to(windows.x0.device) - context) // windows.hp.chain_group",
+    "steps = place.to(windows.x0.device) // windows.hp.chain_group",
+    "test_scores.py::test_split_scores_are_their_definitions",
+)
+
+fault(
+    "the standard error is that of the bits alone",
+    "stderr = (bits - bpb * nbytes).square().sum().sqrt() / nbytes.sum()",
+    "stderr = (bits - bits.mean()).square().sum().sqrt() / nbytes.sum()",
+    "test_scores.py::test_split_score_is_the_ratio_with_its_standard_error",
+)
+
+fault(
+    "the first sliding window scores its last tokens only",
+    "self.length if number == 0 and whole_split else self.stride for number in self.numbers",
+    "self.stride for number in self.numbers",
+    "test_scores.py::test_sliding_windows_of_a_causal_model",
+)
+
+fault(
+    "all processes score all windows",
+    "for start in range(rank() * self.rows, len(self.numbers), world_size() * self.rows):",
+    "for start in range(0, len(self.numbers), self.rows):",
+    "test_train.py::test_two_processes_score_every_window_once",
+)
+
+fault(
+    "scores are those of one process",
+    "    all_reduce(table)\n",
+    "",
+    "test_train.py::test_two_processes_score_every_window_once",
+)
+
+fault(
+    "anchors of the context are paid for",
+    "anchors = (windows.scored & ~maskable(hp, windows.x0)).sum(1).tolist()",
+    "anchors = (~maskable(hp, windows.x0)).sum(1).tolist()",
+    "test_anchors.py::test_split_scores_pay_for_the_places_once",
+)
+
+fault(
+    "the biased estimator is not marked",
+    '"tgrid": Estimator(score_tgrid, windows=256, biased=True),',
+    '"tgrid": Estimator(score_tgrid, windows=256),',
+    "test_scores.py::test_score_lines_have_the_figures_of_the_score",
+)
+
+fault(
+    "the exact line has the loss twice",
+    'exact = f"val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}"',
+    'exact = f"val_loss:{score.loss:.8f} val_bpb:{score.loss:.8f}"',
+    "test_scores.py::test_score_lines_have_the_figures_of_the_score",
+)
+
+fault(
+    "tokens per second are tokens per millisecond",
+    "speed = 1000 * self.tokens / self.ms",
+    "speed = self.tokens / self.ms",
+    "test_scores.py::test_score_lines_have_the_figures_of_the_score",
+)
+
+
+# ---- Tools
+
+
+fault(
+    "a text that does not come back is compressed",
+    "    if loaded.tokenizer.decode(tokens.tolist()) != text:\n",
+    "    if False:\n",
+    "test_codec.py::test_a_lossy_tokenizer_is_noticed",
+    file="tools/codec.py",
+)
+
+fault(
+    "another artifact decodes",
+    "    if header.artifact_id != loaded.artifact_id:\n",
+    "    if False:\n",
+    "test_codec.py::test_what_cannot_be_decoded_is_said_in_one_line",
+    file="tools/codec.py",
+)
+
+fault(
+    "the difference has the other sign",
+    "difference=tm.bits_per_byte(first_bits - second_bits, nbytes),",
+    "difference=tm.bits_per_byte(second_bits - first_bits, nbytes),",
+    "test_compare.py::test_paired_difference_by_position",
+    file="tools/compare.py",
+)
+
+fault(
+    "the deviation of a record is too small",
+    "val_bpb_std=round(statistics.stdev(bpbs), 8)",
+    "val_bpb_std=round(statistics.pstdev(bpbs), 8)",
+    "test_record.py::test_record_is_made_from_the_logs_and_checks",
+    file="tools/make_record.py",
+)
+
+fault(
+    "an edited record passes",
+    "        if stated.get(name) != derived.get(name):\n",
+    "        if False:\n",
+    "test_record.py::test_an_edited_record_is_found_out",
+    file="tools/make_record.py",
+)
+
+fault(
+    "a sweep compares runs of other lengths",
+    'if old["planned_tokens"] == planned_tokens and same_text(',
+    "if same_text(",
+    "test_sweep.py::test_runs_are_compared_at_equal_length",
+    file="tools/sweep.py",
+)
+
+fault(
+    "data with wrong byte counts are written",
+    "            if counted != true_bytes:\n",
+    "            if False:\n",
+    "test_data.py::test_a_tokenizer_with_a_wrong_byte_table_is_refused",
+    file="data/prepare_text.py",
+)
+
+fault(
+    "a token is lost between two shards",
+    "        self.parts = [rest]\n",
+    "        self.parts = [rest[1:]]\n",
+    "test_data.py::test_prepared_data_is_deterministic_and_split_by_document",
+    file="data/prepare_text.py",
+)
+
+fault(
+    "a damaged download is kept",
+    "        if digest != etag:\n",
+    "        if False:\n",
+    "test_fetch.py::test_what_is_damaged_on_its_way_is_refused_and_fetched_again",
+    file="data/fetch_fineweb.py",
+)
