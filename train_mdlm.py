@@ -569,12 +569,12 @@ def explain(error: BaseException) -> str:
     return foreseen(error) or " ".join(str(error).split())
 
 
-def on_first_process(work: Callable):
-    """What work() returns or raises on the first process, on all of them."""
+def on_first_process(work: Callable, *arguments):
+    """What work(*arguments) returns or raises on the first process, on all of them."""
     result_and_error = [None, None]
     try:
         if rank() == 0:
-            result_and_error[0] = work()
+            result_and_error[0] = work(*arguments)
     except (InputError, OSError) as error:
         result_and_error[1] = InputError(explain(error))
     run_collective(dist.broadcast_object_list, result_and_error, 0, device=torch.device("cpu"))
@@ -653,33 +653,19 @@ class Clock:
 
 
 class Log:
-    """The first process's lines, on the screen and in a file, and a progress bar on terminals."""
+    """The first process's lines, on the screen and in a file."""
 
     def __init__(self, path: Path | None = None):
         self.path = path
-        self.on_terminal = rank() == 0 and sys.stdout.isatty()
-        self.bar_drawn = 0.0
         self.lock = None  # the open file of `path`, locked while this process lives
 
     def __call__(self, line: str, screen: bool = True, every_rank: bool = False) -> None:
         if screen and rank() == 0:
-            self.show("\r\x1b[K" * self.on_terminal + line)
+            with contextlib.suppress(OSError):  # a run outlives the screen that it was started from
+                print(line, flush=True)
         if self.path and (every_rank or rank() == 0):
             with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
-
-    def progress(self, name: str, fraction: float, note: str = "") -> None:
-        """On terminals a bar, at most five times a second; `fraction` in [0, 1] is done."""
-        now = time.monotonic()
-        if self.on_terminal and (now - self.bar_drawn > 0.2 or fraction >= 1.0):
-            self.bar_drawn = now
-            line = f"{name} {'█' * int(30 * fraction):░<30} {100 * fraction:3.0f} % {note}"
-            self.show("\r\x1b[K" + (line if fraction < 1.0 else ""), end="")
-
-    def show(self, text: str, end: str = "\n") -> None:
-        """A run outlives the screen that it was started from."""
-        with contextlib.suppress(OSError):
-            print(text, end=end, flush=True)
 
     def budget(self, name: str, value: float, limit: float, unit: str, note: str = "") -> None:
         """A line on something that the challenge limits, and one more if it is over."""
@@ -1246,9 +1232,17 @@ class View(NamedTuple):
     rotary: tuple[Tensor, ...] = ()  # cos and sin, (L, head_dim/2) each, of these places
     causal: bool = False  # only what is to the left
     mask: Tensor | None = None  # (L, keys) bool, or these
-    index: Tensor | None = None  # (1 + neighbours, L): columns of z with their tokens; −1: none
+    index: Tensor | None = None  # (1 + neighbours, L): columns of their tokens in z; −1: none
     cache: dict | None = None  # keys and values of earlier calls, by module
     keep: bool = False  # those of this call too
+
+
+def plain_view(hp, length: int, causal: bool, device: torch.device) -> View:
+    """Of a row of tokens that see one another or, if causal, those to their left."""
+    place = torch.arange(length, device=device)
+    wanted = place + torch.tensor([0, *hp.neighbor_offsets], device=device)[:, None]
+    seen = (wanted >= 0) & (wanted <= (place if causal else length - 1))
+    return View(place, causal=causal, index=torch.where(seen, wanted, -1))
 
 
 def block_view(hp, block: int, length: int, device: torch.device) -> View:
@@ -1268,13 +1262,6 @@ def block_view(hp, block: int, length: int, device: torch.device) -> View:
     in_block = noisy & (wanted >= first) & (wanted < first + block)
     clean = torch.where((wanted >= 0) & (wanted <= last_clean), length + wanted, -1)
     return View(place, mask=mask, index=torch.where(in_block, wanted - 1, clean))
-
-
-def clean_view(hp, length: int, device: torch.device) -> View:
-    """Of clean x_0 … x_{L−1}, as `block_view` has them."""
-    place = torch.arange(length, device=device)
-    wanted = place + torch.tensor([0, *hp.neighbor_offsets], device=device)[:, None]
-    return View(place, causal=True, index=wanted.where(wanted <= place, -1))
 
 
 def rotary_table(place: Tensor, head_dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -1434,21 +1421,16 @@ class Model(nn.Module):
         """Of an input of so many columns."""
         if self.block_size:
             return block_view(self.hp, self.block_size, length // 2, device)
-        return View(torch.arange(length, device=device), causal=self.hp.causal)
+        return plain_view(self.hp, length, self.hp.causal, device)
 
-    def embed(self, z: Tensor, index: Tensor | None = None) -> Tensor:
-        """(B, L, D): embeddings of tokens z (B, L) and of their NEIGHBORS in the row, or where the
-        `index` of a View says."""
-        x = self.tok_emb(z if index is None else z[:, index[0]])
+    def embed(self, z: Tensor, view: View) -> Tensor:
+        """(B, L, D): embeddings of tokens z and of their NEIGHBORS."""
+        own, *neighbors = view.index
+        x = self.tok_emb(z[:, own])
         if self.normalize_embedding:
             x = norm(x)
-        length = z.shape[1]
-        for i, (name, table) in enumerate(self.near.items(), 1):
-            if index is None:
-                offset = max(-length, min(int(name), length))  # a row may be shorter
-                x = x + F.pad(table(z), (0, 0, -offset, offset))
-            else:
-                x = x + table(z[:, index[i]]) * (index[i] >= 0)[:, None]
+        for table, columns in zip(self.near.values(), neighbors, strict=True):
+            x = x + table(z[:, columns]) * (columns >= 0)[:, None]
         return x.to(self.compute_dtype)
 
     def hidden(
@@ -1463,7 +1445,7 @@ class Model(nn.Module):
         `masked_fraction` (B,) is what a DiT is told of the noise; by default the truth.
         """
         view = view or self.view(z.shape[1], z.device)
-        x = self.embed(z, view.index)
+        x = self.embed(z, view)
         rotary = rotary_table(view.place, self.hp.head_dim, self.hp.rope_base, x)
         view = view._replace(rotary=rotary)
         return norm(self.trunk(x, z, masked_fraction, view, positions))
@@ -2264,7 +2246,7 @@ def _unpack_sound(data: bytes) -> Artifact:
 
 def read_artifact(path: str | Path) -> Artifact:
     """All processes get what the first one reads; InputError if it is not sound."""
-    return unpack_artifact(on_first_process(functools.partial(read_file, path)), path)
+    return unpack_artifact(on_first_process(read_file, path), path)
 
 
 def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
@@ -2297,24 +2279,23 @@ def predicted_bytes(hp) -> int:
 def token_nll(
     model: Model,
     z: Tensor,
-    x0: Tensor,
+    window: Tensor,
     scored: Tensor,
     masked_fraction: Tensor | None = None,
-    before: Tensor | int = BOS_ID,
     view: View | None = None,
 ) -> Tensor:
-    """(B, L) nats: −ln p(x0_i | z) at the positions `scored` (B, L), 0 elsewhere. A block model is
-    also given the clean tokens, the one `before` (B,) the window first."""
-    positions = scored.flatten().nonzero()[:, 0]
-    at = positions
+    """(B, L) nats of the tokens of window (B, 1 + L) given z (B, L), at the positions `scored`
+    (B, L), 0 elsewhere. A block model also sees clean tokens."""
+    x0 = window[:, 1:]
+    positions = at = scored.flatten().nonzero()[:, 0]
     if model.block_size and not view:
-        z, at = beside_clean(z, positions, with_before(x0, before))
+        z, at = beside_clean(z, positions, window)
     h = model.hidden(z, masked_fraction, at, view)
     nll = F.cross_entropy(model.head(h), x0.flatten()[positions], reduction="none")
     return nll.new_zeros(x0.numel()).index_copy_(0, positions, nll).view(x0.shape)
 
 
-def with_before(x0: Tensor, before: Tensor | int) -> Tensor:
+def with_before(x0: Tensor, before: Tensor | int = BOS_ID) -> Tensor:
     """(B, 1 + L): the token before the window, then x0 (B, L)."""
     before = torch.as_tensor(before, device=x0.device).expand(len(x0))
     return torch.cat([before[:, None], x0], dim=1)
@@ -2322,41 +2303,39 @@ def with_before(x0: Tensor, before: Tensor | int) -> Tensor:
 
 def masked_nll(
     model: Model,
-    x0: Tensor,
+    window: Tensor,
     mask: Tensor,
     scored: Tensor | None = None,
     masked_fraction: Tensor | None = None,
-    before: Tensor | int = BOS_ID,
 ) -> Tensor:
-    """(B, L) nats of the `scored`, by default of all masked tokens of x0 (B, L)."""
-    z = torch.where(mask, model.hp.mask_id, x0)
-    return token_nll(model, z, x0, mask if scored is None else scored, masked_fraction, before)
+    """(B, L) nats of the `scored`, by default of all masked tokens of window (B, 1 + L)."""
+    z = torch.where(mask, model.hp.mask_id, window[:, 1:])
+    return token_nll(model, z, window, mask if scored is None else scored, masked_fraction)
 
 
 def causal_nll(model: Model, window: Tensor, scored: Tensor | None = None) -> Tensor:
     """(B, L) nats: −ln p(x_i | x_<i) for window (B, 1 + L), the token before it first."""
-    x0 = window[:, 1:]
+    z = window[:, :-1]
     if scored is None:
-        scored = torch.ones_like(x0, dtype=torch.bool)
-    view = clean_view(model.hp, x0.shape[1], x0.device) if model.hp.block_size else None
-    return token_nll(model, window[:, :-1], x0, scored, view=view)
+        scored = torch.ones_like(z, dtype=torch.bool)
+    return token_nll(
+        model, z, window, scored, view=plain_view(model.hp, z.shape[1], True, z.device)
+    )
 
 
-# Masks of the rows, or of the blocks, of x0: (n, length) bool, and weights, (n,) or one for all
+# Masks of windows, or of their blocks: (n, length) bool, and weights, (n,) or one for all
 WeightedMasks = Iterator[tuple[Tensor, Tensor | float]]
 
 
-def weighted_nll(
-    model: Model, x0: Tensor, masks: WeightedMasks, before: Tensor | int = BOS_ID
-) -> Tensor:
+def weighted_nll(model: Model, window: Tensor, masks: WeightedMasks) -> Tensor:
     """(B,) float64 nats: Σ weight · nll of masked tokens; anchors and PAD stay visible."""
-    allowed = maskable(model.hp, x0)
-    nats = torch.zeros((), dtype=torch.float64, device=x0.device)
+    allowed = maskable(model.hp, window[:, 1:])
+    nats = torch.zeros((), dtype=torch.float64, device=window.device)
     for mask, weight in masks:
-        hidden = mask.to(x0.device).view(x0.shape) & allowed
-        nll = masked_nll(model, x0, hidden, before=before).double().view(mask.shape).sum(1)
-        nats = nats + torch.as_tensor(weight, device=x0.device) * nll
-    return nats.view(len(x0), -1).sum(1)
+        hidden = mask.to(window.device).view(allowed.shape) & allowed
+        nll = masked_nll(model, window, hidden).double().view(mask.shape).sum(1)
+        nats = nats + torch.as_tensor(weight, device=window.device) * nll
+    return nats.view(len(window), -1).sum(1)
 
 
 def random_keys(
@@ -2399,23 +2378,15 @@ def nelbo_masks(passes: int, times: Tensor, keys: Tensor, allowed: Tensor) -> We
 
 
 def any_order_nll(
-    model: Model,
-    x0: Tensor,
-    passes: int,
-    numbers: Tensor,
-    offset: Tensor,
-    keys: Tensor,
-    before: Tensor | int = BOS_ID,
+    model: Model, window: Tensor, passes: int, numbers: Tensor, offset: Tensor, keys: Tensor
 ) -> Tensor:
-    """(B,) float64 nats: the NELBO of x0 (B, L), with the masks of `nelbo_masks` for the windows
-    `numbers` (B,) of a golden sequence."""
-    length = model.block_size or x0.shape[1]
-    blocks = x0.shape[1] // length
-    numbers = numbers[:, None] * blocks + torch.arange(blocks, device=numbers.device)
-    times = golden_sequence(numbers.flatten(), offset)
-    allowed = maskable(model.hp, x0).to(keys.device).view(-1, length)
-    masks = nelbo_masks(passes, times, keys.view(-1, length), allowed)
-    return weighted_nll(model, x0, masks, before)
+    """(B,) float64 nats: the NELBO of window (B, 1 + L), block by block, with the masks of
+    `nelbo_masks` for the numbers (B,) of a golden sequence."""
+    length = model.block_size or keys.shape[1]
+    blocks = torch.arange(keys.shape[1] // length, device=keys.device)
+    times = golden_sequence((numbers[:, None] * len(blocks) + blocks).flatten(), offset)
+    allowed = maskable(model.hp, window[:, 1:]).to(keys.device).view(-1, length)
+    return weighted_nll(model, window, nelbo_masks(passes, times, keys.view(-1, length), allowed))
 
 
 def nelbo(
@@ -2425,7 +2396,8 @@ def nelbo(
     device = generator.device if generator else "cpu"
     offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
     keys = next(random_keys(x0.shape, generator))
-    return any_order_nll(model, x0, passes, torch.arange(len(x0), device=device), offset, keys)
+    numbers = torch.arange(len(x0), device=device)
+    return any_order_nll(model, with_before(x0), passes, numbers, offset, keys)
 
 
 TSTEP_EPS = 1e-3  # ε of the T-step bound and of the t-grid, as published
@@ -2450,7 +2422,7 @@ def discrete_elbo(
     """
     terminal = TSTEP_EPS * math.log(model.hp.vocab_size) * maskable(model.hp, x0).sum(1)
     masks = tstep_masks(steps, random_keys(x0.shape, generator))
-    return terminal + weighted_nll(model, x0, masks)
+    return terminal + weighted_nll(model, with_before(x0), masks)
 
 
 TGRID_POINTS = 256  # unless FINAL_EVAL_T_SAMPLES says otherwise
@@ -2465,24 +2437,27 @@ def tgrid_masks(points: int, keys: Iterator[Tensor]) -> WeightedMasks:
         yield mask, (1 - TSTEP_EPS) / points / t
 
 
-def ordered_nll(model: Model, x0: Tensor, steps: Tensor, before: Tensor | int = BOS_ID) -> Tensor:
-    """(B, L) nats of every token of x0 (B, L) given those of earlier `steps` (B, L); in a block
-    model, of its block and of all blocks before.
+def ordered_nll(
+    model: Model, window: Tensor, place: Tensor, group: int = 1, context: Tensor | int = 0
+) -> Tensor:
+    """(B, L) nats of the tokens of window (B, 1 + L), revealed in each block by `place` (L,) or
+    (B, L), the smallest first, `group` by one call; the first `context` (B, 1) and anchors, which
+    are visible from the start, are free.
 
-    Tokens with negative steps, and anchors, are visible and free. Each (row, step) is one masked
-    input; they are independent, so many share a forward pass.
+    Each (row, step) is one masked input; they are independent, so many share a forward pass.
     """
-    steps = steps.masked_fill(~maskable(model.hp, x0), -1)
+    x0 = window[:, 1:]
+    place = place.unflatten(-1, (-1, model.block_size or x0.shape[1]))
+    steps = (ranks(place).flatten(-2).to(x0.device) - context) // group
+    steps = steps.expand(x0.shape).masked_fill(~maskable(model.hp, x0), -1)
     calls = steps.amax(1) + 1  # of each row
     row = torch.repeat_interleave(calls)  # (total calls,)
     step = torch.arange(len(row), device=x0.device) - (calls.cumsum(0) - calls)[row]
     pass_tokens = 65_536 if x0.is_cuda else 2_048
     at_once = max(pass_tokens // x0.shape[1], 1)
     nats = torch.zeros(x0.shape, device=x0.device)
-    before = torch.as_tensor(before, device=x0.device).expand(len(x0))
     for rows, now in zip(row.split(at_once), step[:, None].split(at_once), strict=True):
-        later, this = steps[rows] >= now, steps[rows] == now
-        nll = masked_nll(model, x0[rows], later, this, before=before[rows])
+        nll = masked_nll(model, window[rows], steps[rows] >= now, steps[rows] == now)
         nats.index_add_(0, rows, nll)
     return nats
 
@@ -2504,7 +2479,7 @@ def reveal_surest(
         masked = z == model.hp.mask_id
         candidates = (~masked).byte().argsort(dim=1, stable=True)[:, : length - done]  # MASK first
         seen, at = z, (candidates + row_starts).flatten()
-        if window is not None:
+        if model.block_size:
             seen, at = beside_clean(z.view(len(window), -1), at, window)
         logp = model.head(model.hidden(seen, positions=at)).log_softmax(-1)
         logp = logp.unflatten(0, candidates.shape)
@@ -2514,14 +2489,9 @@ def reveal_surest(
         yield candidates.gather(1, chosen), logp.take_along_dim(chosen[..., None], 1)
 
 
-def confidence_nll(
-    model: Model, x0: Tensor, group: int = 1, before: Tensor | int = BOS_ID
-) -> Tensor:
-    """(B, L) nats of the tokens of x0 (B, L) in the order of `reveal_surest`."""
-    shape, window = x0.shape, None
-    if model.block_size:
-        window = with_before(x0, before)
-        x0 = x0.reshape(-1, model.block_size)
+def confidence_nll(model: Model, window: Tensor, group: int = 1) -> Tensor:
+    """(B, L) nats of the tokens of window (B, 1 + L) in the order of `reveal_surest`."""
+    x0 = window[:, 1:].reshape(-1, model.block_size or window.shape[1] - 1)
     nats = torch.zeros(x0.shape, device=x0.device)
     z = x0.masked_fill(maskable(model.hp, x0), model.hp.mask_id)
     for positions, logp in reveal_surest(model, z, group, window):
@@ -2531,7 +2501,7 @@ def confidence_nll(
         nll = -logp.gather(2, column)[..., 0]
         nats.scatter_add_(1, positions, torch.where(masked, nll, 0))
         z.scatter_(1, positions, tokens)
-    return nats.view(shape)
+    return nats.view(len(window), -1)
 
 
 def chain_rule(
@@ -2547,14 +2517,13 @@ def chain_rule(
     `order` is l2r, confidence, random (drawn from `seed`), or positions (L,) or (B, L) as revealed,
     `group` of them by one call. A causal model goes l2r, after the token `before` (B,).
     """
-    rows, length = x0.shape
+    window, length = with_before(x0, before), x0.shape[1]
     if model.hp.causal:
         if isinstance(order, Tensor) or order != "l2r" or group != 1:
             raise InputError(
                 "a causal model predicts one token after the other: order l2r, group 1"
             )
-        return causal_nll(model, with_before(x0, before))
-    block = model.block_size or length
+        return causal_nll(model, window)
     if isinstance(order, Tensor):
         place = order.argsort(-1)
     elif order == "l2r":
@@ -2562,11 +2531,10 @@ def chain_rule(
     elif order == "random":
         place = torch.rand(length, generator=seeded("cpu", seed, "order"))
     elif order == "confidence":
-        return confidence_nll(model, x0, group, before)
+        return confidence_nll(model, window, group)
     else:
         raise InputError(f"{order} is not an order: l2r, confidence, random or positions")
-    place = ranks(place.unflatten(-1, (-1, block))).flatten(-2).to(x0.device)  # in its block
-    return ordered_nll(model, x0, (place // group).expand(rows, length), before)
+    return ordered_nll(model, window, place, group)
 
 
 class Windows(NamedTuple):
@@ -2593,19 +2561,12 @@ def score_nelbo(model: Model, windows: Windows) -> Tensor:
     generator = seeded("cpu", hp.seed, "nelbo offset")
     offset = torch.rand((), generator=generator, dtype=torch.float64)
     numbers, keys = torch.tensor(windows.places), next(windows.keys("nelbo"))
-    return any_order_nll(
-        model, windows.x0, hp.nelbo_passes, numbers, offset, keys, windows.tokens[:, 0]
-    )
+    return any_order_nll(model, windows.tokens, hp.nelbo_passes, numbers, offset, keys)
 
 
 def score_in_order(model: Model, windows: Windows, place: Tensor) -> Tensor:
-    """Chain rule; positions of place (L,) or (B, L) are revealed, in each block, the small ones
-    first."""
-    context = (~windows.scored).sum(1, keepdim=True)  # (B, 1) tokens visible from the start
-    block = model.block_size or windows.hp.train_seq_len
-    place = ranks(place.unflatten(-1, (-1, block))).flatten(-2)
-    steps = (place.to(windows.x0.device) - context) // windows.hp.chain_group
-    return ordered_nll(model, windows.x0, steps, windows.tokens[:, 0])
+    context = (~windows.scored).sum(1, keepdim=True)
+    return ordered_nll(model, windows.tokens, place, windows.hp.chain_group, context)
 
 
 def score_left_to_right(model: Model, windows: Windows) -> Tensor:
@@ -2617,7 +2578,7 @@ def score_random_order(model: Model, windows: Windows) -> Tensor:
 
 
 def score_by_confidence(model: Model, windows: Windows) -> Tensor:
-    return confidence_nll(model, windows.x0, windows.hp.chain_group, windows.tokens[:, 0])
+    return confidence_nll(model, windows.tokens, windows.hp.chain_group)
 
 
 def score_tstep(model: Model, windows: Windows) -> Tensor:
@@ -2626,7 +2587,7 @@ def score_tstep(model: Model, windows: Windows) -> Tensor:
 
 def score_tgrid(model: Model, windows: Windows) -> Tensor:
     points = windows.hp.final_eval_t_samples or TGRID_POINTS
-    return weighted_nll(model, windows.x0, tgrid_masks(points, windows.keys("tgrid")))
+    return weighted_nll(model, windows.tokens, tgrid_masks(points, windows.keys("tgrid")))
 
 
 def score_causally(model: Model, windows: Windows) -> Tensor:
@@ -2756,13 +2717,13 @@ def score_windows(
     hp,
     split: Split,
     seqs: int,
-    note: Callable[[float], object] = lambda fraction: None,
+    told_to_stop: Callable[[], object] = bool,
 ) -> tuple[Score, Tensor]:
     """The score `name` of `seqs` evenly spaced windows (0: all), shared among the processes.
 
     Also its table (windows, buckets, 2) of bits, without `boundary_bits`, and bytes. Bucket b has
     the positions 2^(b−1) … 2^b − 1; scores without positions have all nats in bucket 0.
-    KeyboardInterrupt if `note`, which is told the fraction that is done, returns True.
+    KeyboardInterrupt if a process is `told_to_stop`.
     """
     started = time.perf_counter()
     estimator = ESTIMATORS[hp.system][name]
@@ -2770,7 +2731,6 @@ def score_windows(
     bucket = torch.tensor([position.bit_length() for position in range(plan.length)])
     table = torch.zeros(len(plan.numbers), int(bucket[-1]) + 1, 2, dtype=torch.float64)
     boundaries = torch.zeros(len(plan.numbers), dtype=torch.float64)
-    stopped = False
     for batch in plan.batches():
         windows = plan.read(batch, split)
         nats = estimator.nats(model, windows).double()
@@ -2783,10 +2743,9 @@ def score_windows(
             anchors = (windows.scored & ~maskable(hp, windows.x0)).sum(1).tolist()
             paid = map(boundary_bits, anchors, plan.scored_tokens[batch])
             boundaries[batch] = torch.tensor([*paid], dtype=torch.float64)
-        stopped = bool(note(min(batch.stop / len(plan.numbers), 1.0)))
-        if stopped:
+        if told_to_stop():
             break
-    if all_reduce(torch.tensor(float(stopped))) > 0:
+    if all_reduce(torch.tensor(float(bool(told_to_stop())))) > 0:
         raise KeyboardInterrupt
     all_reduce(table)
     all_reduce(boundaries)
@@ -2842,8 +2801,7 @@ def score_model(artifact: Artifact, hp, val: Split, log: Log) -> None:
     started = time.perf_counter()
     for name, seqs in scores.items():
         estimator = ESTIMATORS[hp.system][name]
-        note = functools.partial(log.progress, name)
-        score, table = score_windows(name, model, hp, val, seqs, note)
+        score, table = score_windows(name, model, hp, val, seqs)
         if name == hp.headline:
             log(
                 f"final_{label}_roundtrip val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
@@ -2923,7 +2881,7 @@ def write_checkpoint(checkpoint: Checkpoint) -> Path:
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
     """None if it is damaged or foreign; InputError if not readable."""
-    data = on_first_process(functools.partial(read_file, path))
+    data = on_first_process(read_file, path)
     try:
         body = unsealed(data)
         begin = 4 + int.from_bytes(body[:4], "little")
@@ -3089,18 +3047,17 @@ class Trainer:
         kept = [(x, x.clone()) for x in (opt.state, opt.counts, opt.dropped, opt.first_bad)]
         for step in range(self.hp.warmup_steps):
             self.step(step, 1.0)
-            self.log.progress("warm-up", (step + 1) / self.hp.warmup_steps)
         for x, before in kept:
             x.copy_(before)
 
-    def validate(self, val: Split, note: Callable[[float], object] = bool) -> Score | None:
+    def validate(self, val: Split, told_to_stop: Callable[[], object] = bool) -> Score | None:
         """The headline of the averaged weights, with one mask per window; None if interrupted."""
         self.check()
         once = dataclasses.replace(self.hp, nelbo_passes=1)
         seqs = self.hp.eval_max_seqs
         self.optimizer.swap_average()
         try:
-            score, _ = score_windows(self.hp.headline, self.model, once, val, seqs, note)
+            score, _ = score_windows(self.hp.headline, self.model, once, val, seqs, told_to_stop)
         except KeyboardInterrupt:
             return None
         finally:
@@ -3129,7 +3086,7 @@ class Trainer:
             averages=self.optimizer.averages,
             data=self.stream.digest,
         )
-        path = on_first_process(functools.partial(write_checkpoint, checkpoint))
+        path = on_first_process(write_checkpoint, checkpoint)
         self.log(f"checkpoint:{path} time:{1000 * (time.perf_counter() - started):.0f}ms")
 
     def resume(self) -> None:
@@ -3138,7 +3095,7 @@ class Trainer:
         InputError if its settings or data were others.
         """
         hp = self.hp
-        own = on_first_process(lambda: checkpoint_paths(hp.run_id))
+        own = on_first_process(checkpoint_paths, hp.run_id)
         given = [] if hp.resume in ("auto", "never") else [Path(hp.resume)]
         if set(given) & set(own[1:]):
             remedy = "remove that, or give another RUN_ID"
@@ -3153,7 +3110,7 @@ class Trainer:
             if not sound:
                 self.log(f"skipped:{path}: damaged, or not of this version of train_mdlm.py")
                 if path not in given:
-                    on_first_process(functools.partial(path.replace, f"{path}.damaged"))
+                    on_first_process(path.replace, f"{path}.damaged")
                 continue
             if changed or checkpoint.data != self.stream.digest:
                 made_with = " ".join(changed) or "other shards"
@@ -3193,7 +3150,7 @@ def train(trainer: Trainer, val: Split) -> Model:
         next(trainer.batches(progress.step))  # a stream of documents has to find its place
     clock.started -= progress.train_ms / 1000
     first_step, saved_ms = progress.step, progress.train_ms
-    stopped, note = False, ""
+    stopped = False
     on_signals(clock.stop)
     while True:
         fraction = run_fraction(hp, progress.step, progress.train_ms)
@@ -3211,11 +3168,10 @@ def train(trainer: Trainer, val: Split) -> Model:
         validate = due(hp.val_loss_every, progress.step) and progress.step != progress.validated
         if finished or validate:
             with clock.paused("validation"):
-                score = trainer.validate(val, lambda fraction: clock.stopped)
+                score = trainer.validate(val, lambda: clock.stopped)
             if not score:
                 stopped = True
                 continue
-            note = f"val_bpb {score.bpb:.3f}"
         if finished:
             _, stopped = clock.read()
             if stopped:
@@ -3230,7 +3186,6 @@ def train(trainer: Trainer, val: Split) -> Model:
             trainer.check()
             if loss.isfinite():
                 trainer.log_step(f"train_loss:{loss:.4f}")
-        log.progress("train", fraction, note)
     on_signals(signal.default_int_handler)
     if progress.step < hp.iterations:
         log(f"stopping_early: wallclock_cap train_time:{progress.train_ms:.0f}ms {where}")
@@ -3337,7 +3292,7 @@ def claim_run(hp, log: Log) -> None:
 def open_log(hp, env: Mapping[str, str], device: torch.device) -> Log:
     """The log of a run, with its first lines."""
     log = Log(Path(f"logs/{hp.run_id}.txt"))
-    on_first_process(functools.partial(claim_run, hp, log))
+    on_first_process(claim_run, hp, log)
     log(f"run_id:{hp.run_id} started:{time.strftime('%Y-%m-%dT%H:%M:%S')} log:{log.path}")
     python = sys.version.split()[0]
     log(f"hardware:{hardware(device)} torch:{torch.__version__} python:{python}")
@@ -3352,7 +3307,7 @@ def open_log(hp, env: Mapping[str, str], device: torch.device) -> Log:
 
 def write_artifact(model: Model, moments: Mapping[str, Tensor], hp, path: Path, log: Log) -> None:
     """Packs the model, and logs code + artifact against the limit."""
-    info = on_first_process(lambda: save_artifact(model, hp, path, moments))
+    info = on_first_process(save_artifact, model, hp, path, moments)
     label, kinds, artifact_bytes = info["label"], info["kinds"], info["artifact_bytes"]
     for name, kind in kinds.items():
         weights = max(kind["weights"], 1)
@@ -3374,7 +3329,7 @@ def train_and_pack(trainer: Trainer, val: Split) -> Artifact:
     """Trains, writes the artifact, and returns it as it is on disk."""
     hp, log = trainer.hp, trainer.log
     log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())}")
-    predicted = on_first_process(lambda: predicted_bytes(hp))
+    predicted = on_first_process(predicted_bytes, hp)
     note = " for normal weights"
     log.budget("Predicted submission size", predicted, SIZE_LIMIT_BYTES, "bytes", note)
     accumulated = f"grad_accum_steps:{len(trainer.micros)}"
