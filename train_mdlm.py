@@ -21,10 +21,10 @@ The life of a token, from its shard to the score:
     window   `TokenStream.windows` cuts the ring into rows of L tokens, each with the token before
              it; `training_batch` takes the rows of one step.
     mask     `draw_noise` draws how much of each row is masked, and `apply_noise` chooses the tokens
-             that the model will see as MASK. LOSS_WEIGHTS says how much each of them counts.
-    model    `Model.hidden` embeds the row and sends it through one of BACKBONES; `Model.head` gives
-             logits over V tokens at the masked positions.
-    loss     `batch_loss` sums weight · −ln p(token) over the masked tokens.
+             that the model will see as MASK.
+    model    `Model.hidden` sends the row through one of BACKBONES; `Model.head` gives logits over V
+             tokens at the masked positions.
+    loss     `batch_loss` sums weight · −ln p(token) over the masked tokens; LOSS_WEIGHTS.
     step     `Optimizer.step` adds up the gradients of all processes and moves the weights: matrices
              by Muon, the rest by AdamW, as the table KINDS says.
     average  `Optimizer.update_average` keeps an exponential average of the weights.
@@ -690,7 +690,7 @@ def sealed(data: bytes) -> bytes:
 def unsealed(data: bytes) -> bytes | None:
     """What was sealed, or None if it is damaged."""
     body = data[:-DIGEST_BYTES]
-    return body if hashlib.sha256(body).digest() == data[-DIGEST_BYTES:] else None
+    return body if sealed(body) == data else None
 
 
 def read_file(path: str | Path) -> bytes:
@@ -1624,9 +1624,8 @@ def training_batch(
     probability, keys = draw_noise(hp, seeded(device, hp.seed, "train", step))
     probability = probability.view(hp.batch_rows, -1)[rows.start : rows.stop].flatten()
     keys = keys[rows.start : rows.stop]
-    if hp.block_size:
-        return block_batch(hp, window, probability, keys, capacity)
-    return masked_batch(hp, window[:, 1:], probability, keys, capacity)
+    batch = masked_batch(hp, window[:, 1:], probability, keys, capacity)
+    return with_clean_half(hp, batch, window) if hp.block_size else batch
 
 
 def causal_batch(window: Tensor) -> Batch:
@@ -1645,36 +1644,33 @@ def causal_batch(window: Tensor) -> Batch:
 
 def masked_batch(hp, x0: Tensor, probability: Tensor, keys: Tensor, capacity: int) -> Batch:
     """The tokens of x0 (B, L) that the noise hides, given the others."""
-    mask, weight, share = apply_noise(hp, x0, probability, keys)
+    blocks, keys = x0.reshape(-1, hp.noise_length), keys.view(-1, hp.noise_length)
+    mask, weight, share = apply_noise(hp, blocks, probability, keys)
+    mask = mask.view(x0.shape)
     positions, used = compact(mask, capacity)
     return Batch(
         z=torch.where(mask, hp.mask_id, x0),
         positions=positions,
         targets=torch.where(used, x0.flatten()[positions], 0),
-        weights=torch.where(used, weight[positions // x0.shape[1]], 0),
+        weights=torch.where(used, weight[positions // hp.noise_length], 0),
         tokens=(x0 != hp.pad_id).sum(),
         dropped=mask.sum() - used.sum(),
         masked_fraction=share,
     )
 
 
-def block_batch(hp, window: Tensor, probability: Tensor, keys: Tensor, capacity: int) -> Batch:
-    """The tokens of window (B, 1 + L) that the noise hides, block by block, and all but the first,
-    given those before them."""
-    x0 = window[:, 1:]
-    noisy = masked_batch(
-        hp, x0.reshape(-1, hp.block_size), probability, keys.view(-1, hp.block_size), capacity
-    )
-    clean = causal_batch(window)
-    z, positions = beside_clean(noisy.z.view(x0.shape), noisy.positions, window)
-    length = x0.shape[1]
-    after = clean.positions + (clean.positions // length + 1) * length
-    return noisy._replace(
+def with_clean_half(hp, batch: Batch, window: Tensor) -> Batch:
+    """As `block_view` has it: also every token of window (B, 1 + L) but the first, given those
+    before it."""
+    z, positions = beside_clean(batch.z, batch.positions, window)
+    targets = window[:, 1:].flatten()
+    columns = torch.arange(z.numel(), device=z.device).view(z.shape)
+    weights = batch.weights.new_full(targets.shape, hp.causal_weight)
+    return batch._replace(
         z=z,
-        positions=torch.cat([positions, after]),
-        targets=torch.cat([noisy.targets, clean.targets]),
-        weights=torch.cat([noisy.weights, hp.causal_weight * clean.weights]),
-        masked_fraction=None,
+        positions=torch.cat([positions, columns[:, batch.z.shape[1] :].flatten()]),
+        targets=torch.cat([batch.targets, targets]),
+        weights=torch.cat([batch.weights, weights]),
     )
 
 
