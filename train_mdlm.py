@@ -2918,7 +2918,7 @@ class Trainer:
         for x, before in kept:
             x.copy_(before)
 
-    def validate(self, val: Split, note: Callable[[float], object] = bool) -> Score | None:
+    def validate(self, val: Split, note: Callable[[float], object]) -> Score | None:
         """The headline of the averaged weights, with one mask per window; None if interrupted."""
         self.check()
         once = dataclasses.replace(self.hp, nelbo_passes=1)
