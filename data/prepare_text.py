@@ -454,21 +454,21 @@ class Source:
 
     def __init__(self, arguments: argparse.Namespace, log: Log):
         self.log = log
+        self.encoding = common.Progress("encoding")
         self.val_docs = arguments.val_docs
         self.val_fraction = arguments.val_fraction
         self.paths: list[Path] = []
         self.in_memory: list[str] = []
         if arguments.source == ["docs"]:
-            self.in_memory = docs_of_packages(DOC_PACKAGES, self.note_reading)
+            self.in_memory = docs_of_packages(
+                DOC_PACKAGES, common.Progress("reading documentation")
+            )
         else:
             self.paths = [Path(source) for source in arguments.source]
 
-    def note_reading(self, fraction: float) -> None:
-        self.log.progress("reading documentation", fraction)
-
     def note_encoded(self, number: int) -> None:
         if self.in_memory:
-            self.log.progress("encoding", number / len(self.in_memory))
+            self.encoding(number / len(self.in_memory))
         elif number % (40 * BATCH_DOCS) == 0:
             self.log(f"encoded {number} documents")
 

@@ -4,8 +4,10 @@ Nothing here calls the code that it is compared with. A model is used as a funct
 logits, and the forward passes read nothing but its weights.
 """
 
+import functools
 import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +23,43 @@ def rms(x):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + NORM_EPS)
 
 
-def rotate(x, base):
-    """x (L, head_dim): pairs (i, i + half) turned by position · base^(−2i/head_dim)."""
-    length, dim = x.shape
-    angle = np.arange(length)[:, None] * base ** (-np.arange(0, dim, 2) / dim)
+class Row(NamedTuple):
+    """Where the tokens of an input are in the text, and which of them each one sees."""
+
+    places: np.ndarray  # (L,)
+    sees: np.ndarray  # (L, L) bool
+
+
+def row_of(hp, length):
+    """Tokens that follow one another and see all, or, of a causal model, those to the left."""
+    sees = np.tri(length) if hp.objective == "ar" else np.ones((length, length))
+    return Row(np.arange(length), sees.astype(bool))
+
+
+def halves(length, block):
+    """Noisy x_1 … x_L, then clean x_0 … x_{L−1}: what a step of a block model sees.
+
+    A noisy token sees the noisy ones of its block and the clean ones before that block; a clean
+    one sees itself and the clean ones before it.
+    """
+    columns = [("noisy", place) for place in range(1, length + 1)]
+    columns += [("clean", place) for place in range(length)]
+    sees = np.zeros((len(columns), len(columns)), bool)
+    for i, (half, place) in enumerate(columns):
+        for j, (other_half, other) in enumerate(columns):
+            if half == "clean":
+                sees[i, j] = other_half == "clean" and other <= place
+            elif other_half == "noisy":
+                sees[i, j] = (other - 1) // block == (place - 1) // block
+            else:
+                sees[i, j] = other == 0 or (other - 1) // block < (place - 1) // block
+    return Row(np.array([place for _, place in columns]), sees)
+
+
+def rotate(x, places, base):
+    """x (L, head_dim): pairs (i, i + half) turned by place · base^(−2i/head_dim)."""
+    dim = x.shape[1]
+    angle = places[:, None] * base ** (-np.arange(0, dim, 2) / dim)
     turned = (x[:, : dim // 2] + 1j * x[:, dim // 2 :]) * np.exp(-1j * angle)
     return np.concatenate([turned.real, turned.imag], axis=1)
 
@@ -37,18 +72,16 @@ def weights_of(model):
     return {name: value.double().numpy() for name, value in model.state_dict().items()}
 
 
-def attention(hp, h, block, gains):
+def attention(hp, h, row, block, gains):
     """(L, D), before the output matrix: one head after the other; `block` maps names to weights."""
     d, heads = hp.head_dim, []
     for head in range(hp.num_heads):
         group = head * hp.num_kv_heads // hp.num_heads
         own, shared = slice(head * d, (head + 1) * d), slice(group * d, (group + 1) * d)
-        q = rotate(rms(h @ block("attn.c_q.weight")[own].T), hp.rope_base) * gains[head]
-        k = rotate(rms(h @ block("attn.c_k.weight")[shared].T), hp.rope_base)
+        q = rotate(rms(h @ block("attn.c_q.weight")[own].T), row.places, hp.rope_base)
+        k = rotate(rms(h @ block("attn.c_k.weight")[shared].T), row.places, hp.rope_base)
         v = h @ block("attn.c_v.weight")[shared].T
-        scores = q @ k.T / np.sqrt(d)
-        if hp.objective == "ar":
-            scores = np.where(np.tri(len(h), dtype=bool), scores, -np.inf)
+        scores = np.where(row.sees, gains[head] * q @ k.T / np.sqrt(d), -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         heads.append(weights / weights.sum(-1, keepdims=True) @ v)
     return np.concatenate(heads, 1)
@@ -58,15 +91,15 @@ def mlp(h, block):
     return np.maximum(h @ block("mlp.fc.weight").T, 0) ** 2 @ block("mlp.proj.weight").T
 
 
-def unet_logits(model, z):
-    """Logits (L, V) of one sequence z (L,)."""
+def unet_logits(model, z, row=None):
+    """Logits (L, V) of one sequence z (L,). Neighbours are those that a token sees."""
     hp, w = model.hp, weights_of(model)
+    row = row or row_of(hp, len(z))
     x = rms(w["tok_emb.weight"][z])
-    furthest_right = 0 if hp.objective == "ar" else hp.neighbors
-    for i in range(len(z)):
-        for offset in range(-hp.neighbors, furthest_right + 1):
-            if offset and 0 <= i + offset < len(z):
-                x[i] += w[f"near.{offset}.weight"][z[i + offset]]
+    for i, j in zip(*np.nonzero(row.sees), strict=True):
+        offset = row.places[j] - row.places[i]
+        if 0 < abs(offset) <= hp.neighbors:
+            x[i] += w[f"near.{offset}.weight"][z[j]]
     x_emb = x
     encoder, skips = hp.num_layers // 2, []
     for i in range(hp.num_layers):
@@ -77,7 +110,8 @@ def unet_logits(model, z):
         if i >= encoder and skips:
             x = x + w["skip_weights"][i - encoder] * skips.pop()
         x = block("resid_mix")[0] * x + block("resid_mix")[1] * x_emb
-        mixed = attention(hp, rms(x), block, block("attn.q_gain")) @ block("attn.proj.weight").T
+        mixed = attention(hp, rms(x), row, block, block("attn.q_gain"))
+        mixed = mixed @ block("attn.proj.weight").T
         x = x + block("attn_scale") * mixed
         x = x + block("mlp_scale") * mlp(rms(x), block)
         if i < encoder:
@@ -97,6 +131,7 @@ def dit_logits(model, z, masked_fraction):
     c = silu(w["time_embed.0.weight"] @ c + w["time_embed.0.bias"])
     c = silu(w["time_embed.2.weight"] @ c + w["time_embed.2.bias"])
     x = w["tok_emb.weight"][z]
+    row = row_of(hp, len(z))
     for i in range(hp.num_layers):
 
         def block(name, i=i):
@@ -107,9 +142,18 @@ def dit_logits(model, z, masked_fraction):
             return rms(x) * (1 + scale) + shift
 
         h = modulated(x, "attn_mod")
-        x = x + attention(hp, h, block, np.ones(hp.num_heads)) @ block("attn.proj.weight").T
+        x = x + attention(hp, h, row, block, np.ones(hp.num_heads)) @ block("attn.proj.weight").T
         x = x + mlp(modulated(x, "mlp_mod"), block)
     return rms(x) @ w["lm_head.weight"].T
+
+
+def block_logits(model, past, block):
+    """Logits (b, V) of a noisy block (b,) after clean tokens past (n,), which see only their past:
+    block diffusion as it is defined."""
+    n, length = len(past), len(past) + len(block)
+    sees = np.tri(length, dtype=bool)
+    sees[n:] = True
+    return unet_logits(model, np.array([*past, *block]), Row(np.arange(length), sees))[n:]
 
 
 # ---- Code lengths of small models, enumerated
@@ -180,6 +224,43 @@ def one_by_one(model, x0, order):
         nats[:, i] = token_nll(model, x0, mask)[:, i] * mask[:, i]
         mask[:, i] = False
     return nats
+
+
+class BlockCode:
+    """The code of one window, the token before it first, block after block; float64."""
+
+    def __init__(self, model, window, size):
+        self.model, self.window, self.size = model, [int(token) for token in window], size
+        self.starts = range(1, len(window), size)
+        self.nats = functools.cache(self._nats)
+
+    def _nats(self, start, mask):
+        """Of every token of the block that begins at `start`, with these of them masked."""
+        block = self.window[start : start + self.size]
+        mask_id = self.model.hp.mask_id
+        z = [mask_id if hidden else x for hidden, x in zip(mask, block, strict=True)]
+        logits = block_logits(self.model, self.window[:start], z)
+        total = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1)
+        return total - logits[np.arange(self.size), block]
+
+    def in_order(self, place, group=1):
+        """(L,): in each block the tokens with the smallest `place` first, `group` by one call."""
+        found = []
+        for start in self.starts:
+            order = sorted(range(self.size), key=lambda i: place[start - 1 + i])
+            nats = [0.0] * self.size
+            for done in range(0, self.size, group):
+                mask = tuple(i in order[done:] for i in range(self.size))
+                for i in order[done : done + group]:
+                    nats[i] = float(self.nats(start, mask)[i])
+            found += nats
+        return found
+
+    def mean_of_all_orders(self):
+        """Mean code length over all orders of the tokens of every block."""
+        orders = list(itertools.permutations(range(self.size)))
+        blocks = len(self.starts)
+        return sum(sum(self.in_order(order * blocks)) for order in orders) / len(orders)
 
 
 def surest_first(model, x):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import sys
 from types import SimpleNamespace
 
 import bench
@@ -116,8 +117,8 @@ def test_scores_of_different_bytes_cannot_be_compared(artifacts, tiny_env):
 def test_both_are_measured_on_the_same_windows_or_not_at_all(artifacts, tiny_env, monkeypatch):
     score_windows, asked = tm.score_windows, iter([2, 3])
 
-    def another_number(name, model, hp, val, seqs, note):
-        return score_windows(name, model, hp, val, next(asked), note)
+    def another_number(name, model, hp, val, seqs):
+        return score_windows(name, model, hp, val, next(asked))
 
     monkeypatch.setattr(tm, "score_windows", another_number)
     pair = [artifacts / "mdlm.mdlm", artifacts / "ar.mdlm"]
@@ -195,6 +196,16 @@ def test_paths_are_those_of_the_option_or_the_environment_or_the_preset(monkeypa
     assert common.with_paths(hp).tokenizer_path == "environment's.model"
     found = common.with_paths(hp, tokenizer="option's.model")
     assert found.tokenizer_path == "option's.model"
+
+
+def test_progress_is_shown_on_terminals_only(monkeypatch, capsys):
+    """In one line, which is empty in the end; each per cent once."""
+    for terminal, expected in ((False, ""), (True, "\r\x1b[Kw 0 %\r\x1b[Kw 50 %\r\x1b[K")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        progress = common.Progress("w")
+        for done in (0.0, 0.5, 0.501, 1.0):
+            progress(done)
+        assert capsys.readouterr().out == expected
 
 
 def test_errors_of_a_tool_are_one_line(tmp_path, capsys):

@@ -68,7 +68,10 @@ def test_what_follows_from_the_objective():
         ("EMA_DECAY=nan", "EMA_DECAY=nan is not a number"),
         ("EMA_DECAY=1.5", "EMA_DECAY=1.5 is not between 0 and 1"),
         ("TIE_EMBEDDINGS=yes", "TIE_EMBEDDINGS=yes is not 0 or 1"),
-        ("PRESET=mdml", "PRESET=mdml is not one of mdlm, mdlm16, golf, llada, eos, ar, demo"),
+        (
+            "PRESET=mdml",
+            "PRESET=mdml is not one of mdlm, mdlm16, golf, block, llada, eos, ar, demo",
+        ),
         ("PACK=gzip", "PACK=gzip is not one of auto, zlib, huffman, lzma, zstd"),
         ("MASK_EPS=0.5 MASK_MAX=0.5", "MASK_EPS=0.5 must be smaller than MASK_MAX=0.5"),
         (

@@ -76,7 +76,7 @@ def test_the_model_is_told_the_noise_of_each_step(tiny_env, monkeypatch):
     hp = tm.Hyperparameters.from_env(tiny_env)
     told = []
 
-    def one_nat(model, x0, hidden, masked_fraction):
+    def one_nat(model, window, hidden, masked_fraction):
         told.append(masked_fraction.tolist())
         return hidden.float()
 

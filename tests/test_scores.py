@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 import time
+from types import SimpleNamespace
 
 import codec
 import numpy as np
@@ -105,7 +106,8 @@ def test_confidence_reveals_the_surest_position_first(model):
     x0 = EVERY[::7]
     expected = torch.stack([reference.surest_first(model, row) for row in x0])
     assert torch.allclose(tm.chain_rule(model, x0, "confidence"), expected, atol=1e-5)
-    assert torch.equal(tm.confidence_nll(model, x0), tm.chain_rule(model, x0, "confidence"))
+    found = tm.confidence_nll(model, tm.with_before(x0))
+    assert torch.equal(found, tm.chain_rule(model, x0, "confidence"))
 
 
 def test_confidence_does_not_depend_on_hidden_tokens_ties_or_company():
@@ -164,18 +166,16 @@ def test_causal_model_is_a_code_however_it_is_computed():
     assert torch.allclose(stepwise, tm.chain_rule(model, EVERY), atol=1e-5)
 
 
-def test_boundaries_that_are_always_visible_are_paid_for(model):
+def test_boundaries_that_are_always_visible_are_paid_for():
     """With 0 for a boundary that is never masked: the rest alone overflows 1, with the positions
     paid it is a code."""
     free, paid = 0.0, 0.0
-    for x in EVERY:
-        anchors = x == 0
-        steps = torch.where(anchors, -1, anchors.logical_not().cumsum(0) - 1)
-        nats = tm.ordered_nll(model, x[None], steps[None])
-        assert (nats[0][anchors] == 0).all()
-        bits = nats.double().sum().item() / math.log(2)
-        free += 2**-bits
-        paid += 2 ** -(bits + tm.boundary_bits(int(anchors.sum()), L))
+    anchors = EVERY == tm.BOS_ID
+    nats = tm.chain_rule(random_model(tiny_hp(anchor_bos=True)), EVERY)
+    assert (nats[anchors] == 0).all()
+    for bits, count in zip(nats.double().sum(1) / math.log(2), anchors.sum(1), strict=True):
+        free += 2 ** -bits.item()
+        paid += 2 ** -(bits.item() + tm.boundary_bits(int(count), L))
     assert free > 1 and paid < 1
     everywhere = [2 ** -tm.boundary_bits(n, L) * math.comb(L, n) for n in range(L + 1)]
     assert sum(everywhere) == pytest.approx(1) and tm.boundary_bits(0, 1023) == 10
@@ -232,7 +232,9 @@ def test_chain_rule_is_faster_than_the_naive_loop():
 def test_masked_nll_is_that_of_the_masked_positions(model):
     mask = torch.rand(81, L, generator=torch.Generator().manual_seed(0)) < 0.5
     expected = token_nll(model, EVERY, mask) * mask
-    assert torch.allclose(tm.masked_nll(model, EVERY, mask).double(), expected, atol=1e-5)
+    assert torch.allclose(
+        tm.masked_nll(model, tm.with_before(EVERY), mask).double(), expected, atol=1e-5
+    )
 
 
 def test_keys_go_on_and_belong_to_their_rows():
@@ -302,9 +304,9 @@ def test_masks_of_the_nelbo_in_closed_form(passes):
 def test_mask_sizes_are_evenly_spread_and_arcs_do_not_overlap(monkeypatch):
     seen = []
 
-    def masked_nll(model, x0, mask):
+    def masked_nll(model, window, mask):
         seen.append(mask)
-        return torch.zeros(x0.shape)
+        return torch.zeros(mask.shape)
 
     monkeypatch.setattr(tm, "masked_nll", masked_nll)
     model = random_model(tiny_hp(train_seq_len=50, train_batch_tokens=200))
@@ -346,7 +348,7 @@ def test_discrete_elbo_is_unbiased(model, steps):
 def test_the_t_step_bound_pays_for_what_its_last_step_leaves_visible(monkeypatch):
     """For a model that is certain of every token it is ε·ln V for each that may be masked: neither
     PAD nor, with ANCHOR_BOS, <s>."""
-    monkeypatch.setattr(tm, "masked_nll", lambda model, x0, mask: torch.zeros(x0.shape))
+    monkeypatch.setattr(tm, "masked_nll", lambda model, window, mask: torch.zeros(mask.shape))
     x0 = torch.tensor([[0, 1, 2, 0], [1, 1, 1, 1], [2, 2, 4, 4]])  # PAD is 4
     for anchors, free in ((False, [4, 4, 2]), (True, [3, 0, 2])):
         model = random_model(tiny_hp(anchor_bos=anchors, doc_chunks=True))
@@ -405,7 +407,7 @@ def test_tgrid_overstates_by_its_forced_masks(model):
             expected += (1 - eps) / points / t * probability * nll
     many = x0.repeat(2000, 1)
     keys = tm.random_keys(many.shape, torch.Generator().manual_seed(0))
-    draws = tm.weighted_nll(model, many, tm.tgrid_masks(points, keys))
+    draws = tm.weighted_nll(model, tm.with_before(many), tm.tgrid_masks(points, keys))
     assert abs(draws.mean() - expected) < 4 * draws.std() / len(draws) ** 0.5
     # At L = 4 the forced mask at t = 0.001 costs a thousand weights.
     assert expected > enumerated_nelbo(model, x0) + 5
@@ -592,7 +594,7 @@ def test_score_lines_have_the_figures_of_the_score(split, tmp_path, monkeypatch)
         tgrid=tm.Score(1.25, math.nan, 2.25, 1, 32, 100, 1000.0, 0.0),
     )
 
-    def score_windows(name, model, hp, split, seqs, note):
+    def score_windows(name, model, hp, split, seqs):
         now[0] += 30.04
         asked.append((name, seqs, hp.nelbo_passes))
         assert model.compute_dtype == torch.bfloat16  # as the artifact says
@@ -625,7 +627,7 @@ def test_every_score_is_printed_once_the_headline_first(split, tmp_path):
     log = Lines()
     tm.score_model(tm.read_artifact(tmp_path / "a.mdlm"), hp, val, log)
     lines = [line for line in log.lines if line.startswith("score:")]
-    assert lines[0] == "score:ar is not for OBJECTIVE=mdlm"
+    assert lines[0] == "score:ar is not for mdlm models"
     starts = [(line.split(" stderr")[0].split(":")[1], line) for line in lines[1:]]
     assert [start for start, _ in starts] == ["nelbo bpb", "tgrid biased", "l2r bpb"]
     assert [re.search(r" seqs:(\d+)", line)[1] for line in lines[1:]] == ["4", "2", "3"]
@@ -744,25 +746,32 @@ def noted(monkeypatch, name, result=0.0):
 
 
 def test_orders_of_the_chain_rule_scores(monkeypatch):
-    """Which step reveals a position; CHAIN_GROUP positions share one, context has none."""
-    calls = noted(monkeypatch, "ordered_nll")
+    """What is masked when a position is predicted; CHAIN_GROUP positions share one call, context
+    has none."""
+
+    def masked_nll(model, window, mask, scored):
+        return mask.sum(1, keepdim=True).float() * scored
+
+    monkeypatch.setattr(tm, "masked_nll", masked_nll)
     windows = windows_of(range(3), train_seq_len=4)
-    tm.score_left_to_right("model", windows)
-    tm.score_left_to_right("model", windows._replace(scored=torch.ones(3, 4, dtype=torch.bool)))
-    assert [call[2].tolist() for call in calls] == [[[-2, -1, 0, 1]] * 3, [[0, 1, 2, 3]] * 3]
+    model = SimpleNamespace(hp=windows.hp, block_size=0)
+    found = tm.score_left_to_right(model, windows)
+    assert found.tolist() == [[0, 0, 2, 1]] * 3
+    windows = windows._replace(scored=torch.ones(3, 4, dtype=torch.bool))
+    assert tm.score_left_to_right(model, windows).tolist() == [[4, 3, 2, 1]] * 3
     whole = torch.ones(24, 4, dtype=torch.bool)
-    orders = {}
+    left = {}  # masked positions, by group and seed
     for group, seed in ((1, 0), (1, 1), (3, 0)):
         values = dict(seed=seed, chain_group=group, train_seq_len=4)
-        tm.score_random_order("model", windows_of(range(24), **values)._replace(scored=whole))
-        orders[group, seed] = calls[-1][2]
-    assert all(sorted(row.tolist()) == [0, 1, 2, 3] for row in orders[1, 0])
-    assert len(set(map(tuple, orders[1, 0].tolist()))) > 8  # of 24 draws of 24 orders
-    assert not torch.equal(orders[1, 0], orders[1, 1])
-    assert torch.equal(orders[3, 0], orders[1, 0] // 3)
+        many = windows_of(range(24), **values)._replace(scored=whole)
+        left[group, seed] = tm.score_random_order(model, many)
+    assert all(sorted(row.tolist()) == [1, 2, 3, 4] for row in left[1, 0])
+    assert len(set(map(tuple, left[1, 0].tolist()))) > 8  # of 24 draws of 24 orders
+    assert not torch.equal(left[1, 0], left[1, 1])
+    assert torch.equal(left[3, 0], torch.where(left[1, 0] > 1, 4, 1))
     later = windows_of(range(5, 7), seed=0, train_seq_len=4)
-    tm.score_random_order("model", later._replace(scored=whole[:2]))
-    assert torch.equal(calls[-1][2], orders[1, 0][5:7])  # whatever else is in the batch
+    found = tm.score_random_order(model, later._replace(scored=whole[:2]))
+    assert torch.equal(found, left[1, 0][5:7])  # whatever else is in the batch
 
 
 def test_scores_take_their_settings_from_their_knobs(monkeypatch):
@@ -781,13 +790,16 @@ def test_scores_take_their_settings_from_their_knobs(monkeypatch):
 
 def test_mask_times_of_the_nelbo_are_a_lattice_at_a_random_place(monkeypatch):
     """The place depends on the seed, the point on the window; keys are each window's own."""
-    calls = noted(monkeypatch, "any_order_nll")
+    calls = noted(monkeypatch, "nelbo_masks")
+    noted(monkeypatch, "weighted_nll")
+    model = SimpleNamespace(hp=tiny_hp(), block_size=0)
     for seed in range(8):
-        tm.score_nelbo("model", windows_of(range(4, 7), seed=seed, nelbo_passes=5))
-        tm.score_nelbo("model", windows_of(range(5, 6), seed=seed))
+        tm.score_nelbo(model, windows_of(range(4, 7), seed=seed, nelbo_passes=5))
+        tm.score_nelbo(model, windows_of(range(5, 6), seed=seed))
     golden = (math.sqrt(5) - 1) / 2
     places = []
-    for (*_, passes, times, keys), (*_, alone, key) in zip(calls[::2], calls[1::2], strict=True):
+    for found, by_itself in zip(calls[::2], calls[1::2], strict=True):
+        (passes, times, keys, _), (_, alone, key, _) = found, by_itself
         offset = (times[0] - 4 * golden) % 1
         places.append(offset.item())
         assert passes == 5 and torch.allclose(
@@ -826,9 +838,9 @@ def test_mask_sizes_of_a_spaced_subset_are_evenly_spread(split, monkeypatch):
     hp, val, model = split
     seen = []
 
-    def masked_nll(model, x0, mask):
+    def masked_nll(model, window, mask):
         seen.append(mask.sum(1))
-        return torch.ones(x0.shape)
+        return torch.ones(mask.shape)
 
     monkeypatch.setattr(tm, "masked_nll", masked_nll)
     once = dataclasses.replace(hp, nelbo_passes=1)

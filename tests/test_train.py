@@ -8,12 +8,9 @@ import itertools
 import math
 import os
 import pickle
-import pty
 import re
 import signal
 import socket
-import subprocess
-import sys
 import traceback
 from pathlib import Path
 
@@ -22,7 +19,7 @@ import prepare_text
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, clean_env, run_python, tiny_hp, torchrun
+from conftest import ROOT, run_python, tiny_hp, torchrun
 
 import train_mdlm as tm
 
@@ -172,27 +169,6 @@ def test_over_the_size_limit_is_loud_and_still_finishes(tiny_env, tmp_path, monk
     body = log.split("\n" + "=" * 100 + "\n")[1]
     over = r"^OVER BUDGET: Total submission size fp8\+\S+ is \d+ bytes, \d+ more than allowed$"
     assert re.search(over, body, re.MULTILINE) and "_exact" in body
-
-
-def test_progress_bar_on_a_terminal_only(tiny_env, tmp_path):
-    leader, follower = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_mdlm.py")],
-        cwd=tmp_path,
-        stdout=follower,
-        stderr=follower,
-        env=clean_env(**(tiny_env | dict(ITERATIONS="60", TRAIN_LOG_EVERY="0"))),
-    )
-    os.close(follower)
-    shown = b""
-    try:
-        while piece := os.read(leader, 4096):
-            shown += piece
-    except OSError:  # the other end is closed: the run is over
-        pass
-    assert process.wait(60) == 0
-    text = shown.decode()
-    assert re.search(r"train █+░* +\d+ %", text) and "final_fp8" in text
 
 
 # ---- What does not change a run

@@ -78,20 +78,24 @@ class Bench:
         self.val = val
         self.seqs = seqs
         self.seeds = itertools.count()
-        self.log = tm.Log()
 
     def repeat(self, variant: Variant, times: int) -> Repetitions:
-        scores = []
+        scores, progress = [], common.Progress(variant.label)
         for repetition in range(times):
             changes = {variant.knob: variant.calls, "seed": next(self.seeds)}
             hp = dataclasses.replace(self.hp, **changes)
             score, _ = tm.score_windows(variant.score, self.model, hp, self.val, self.seqs)
             scores.append(score)
-            self.log.progress(variant.label, (repetition + 1) / times)
+            progress((repetition + 1) / times)
         return Repetitions(
             bpbs=[score.bpb for score in scores],
             ms=statistics.fmean(score.ms for score in scores),
         )
+
+    def variants(self) -> list[Variant]:
+        """Those of the estimators that this model has."""
+        known = tm.ESTIMATORS[self.hp.system]
+        return [variant for variant in VARIANTS if variant.score in known]
 
     def table(self, budget: int) -> str:
         """Markdown; an estimator is repeated 3 to 32 times, with `budget` model calls at most
@@ -110,7 +114,7 @@ class Bench:
             "| repetitions |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        for variant in VARIANTS:
+        for variant in self.variants():
             found = self.repeat(variant, min(max(budget // variant.calls, 3), 32))
             off = found.mean - exact.mean
             error = (found.stderr**2 + exact.stderr**2) ** 0.5

@@ -465,7 +465,6 @@ def check_output(arguments: argparse.Namespace, made: Callable[[Path], bool]) ->
 
 
 def run_compress(arguments: argparse.Namespace) -> None:
-    log = tm.Log()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: there is no GPU here")
     source = arguments.input.read_bytes()
@@ -479,8 +478,7 @@ def run_compress(arguments: argparse.Namespace) -> None:
     if arguments.normalized:
         text = loaded.tokenizer.decode(tokenize(loaded.tokenizer, text))
     how = (arguments.order, arguments.group, arguments.seed, arguments.device)
-    note = functools.partial(log.progress, "compress")
-    data, bits, tokens = compress(text, loaded, *how, note)
+    data, bits, tokens = compress(text, loaded, *how, common.Progress("compress"))
     tm.write_file(arguments.output, data)
     coded = len(text.encode())
     size = max(coded, 1)
@@ -501,13 +499,11 @@ def run_compress(arguments: argparse.Namespace) -> None:
 
 
 def run_decompress(arguments: argparse.Namespace) -> None:
-    log = tm.Log()
     data = arguments.input.read_bytes()
     check_output(arguments, lambda path: False)  # a text may be anybody's
     check_magic(data, arguments.input)  # before the artifact is asked for
     loaded = load(arguments.artifact, arguments.tokenizer)
-    note = functools.partial(log.progress, "decompress")
-    text = decompress(data, loaded, arguments.input, note).encode()
+    text = decompress(data, loaded, arguments.input, common.Progress("decompress")).encode()
     tm.write_file(arguments.output, text)
     print(f"{arguments.output}: {len(text)} bytes, checksum verified")
 

@@ -191,6 +191,24 @@ def windows(text: str) -> int:
     return int(text)
 
 
+class Progress:
+    """On a terminal, in a line that is written over: how much of some work is done."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.percent = -1
+
+    def __call__(self, fraction: float) -> None:
+        """`fraction` in [0, 1] is done; at 1 the line is empty again."""
+        percent = int(100 * fraction)
+        if percent == self.percent or not sys.stdout.isatty():
+            return
+        self.percent = percent
+        line = f"{self.name} {percent} %" if percent < 100 else ""
+        with contextlib.suppress(OSError):  # the work outlives its screen
+            print(f"\r\x1b[K{line}", end="", flush=True)
+
+
 def require(package: str) -> ModuleType:
     """A package that only requirements-dev.txt brings; InputError if it is missing."""
     try:

@@ -12,7 +12,6 @@ its own line, not in the table by position. The picture shows the table.
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,16 +49,14 @@ def measure(
     artifacts: list[Path], data: str | None, tokenizer: str | None, seqs: int
 ) -> tuple[list[tuple[tm.Score, torch.Tensor]], int]:
     """Score and table (windows, buckets, 2) of each artifact, and the length of the windows."""
-    log = tm.Log()
     loaded = [common.load_model(path, data, tokenizer) for path in artifacts]
     check_same_text(artifacts, [hp for _, hp in loaded])
     _, first = loaded[0]
     val = common.open_validation(first)
     scores = []
-    for path, (model, hp) in zip(artifacts, loaded, strict=True):
+    for model, hp in loaded:
         name = "ar" if hp.causal else "l2r"
-        note = functools.partial(log.progress, path.stem)
-        scores.append(tm.score_windows(name, model, hp, val, seqs, note))
+        scores.append(tm.score_windows(name, model, hp, val, seqs))
     check_same_windows(scores)
     return scores, first.train_seq_len
 

@@ -166,14 +166,14 @@ def published_bound(model: tm.Model, rows: Rows, steps: int) -> torch.Tensor:
     length = hp.train_seq_len
     generators = [tm.seeded("cpu", hp.seed, "published", number) for number in rows.numbers]
     keys = tm.random_keys(rows.x0.shape, generators)
-    allowed = tm.maskable(hp, rows.x0)
+    allowed, window = tm.maskable(hp, rows.x0), tm.with_before(rows.x0)
     terminal = tm.TSTEP_EPS * length * math.log(hp.vocab_size)
     nats = torch.full((len(rows.x0),), terminal, dtype=torch.float64)
     for step, (mask, weight) in enumerate(tm.tstep_masks(steps, keys), 1):
         noise = (1 - tm.TSTEP_EPS) * step / steps
         told = torch.full((len(rows.x0),), noise, device=rows.x0.device)
         hidden = mask.to(rows.x0.device) & allowed
-        nll = tm.masked_nll(model, rows.x0, hidden, masked_fraction=told)
+        nll = tm.masked_nll(model, window, hidden, masked_fraction=told)
         nats += weight * nll.double().sum(1).cpu()
     return nats / math.log(2)
 
@@ -187,7 +187,7 @@ class Measured(NamedTuple):
 
 
 def measure(model: tm.Model, val: tm.Split, seqs: int, steps: int) -> Measured:
-    log = tm.Log()
+    progress = common.Progress("T-step bound")
     bits = []
     anchors = []
     nbytes = []
@@ -197,7 +197,7 @@ def measure(model: tm.Model, val: tm.Split, seqs: int, steps: int) -> Measured:
             raise InputError("the T-step bound is not a finite number: the weights have diverged")
         anchors.append((~tm.maskable(model.hp, rows.x0)).sum(1).cpu().double())
         nbytes.append(tm.count_bytes(rows.x0, rows.before, val.luts).cpu().double())
-        log.progress("T-step bound", rows.numbers.stop / seqs)
+        progress(rows.numbers.stop / seqs)
     return Measured(torch.cat(bits), torch.cat(anchors), torch.cat(nbytes))
 
 
@@ -245,8 +245,8 @@ def main() -> None:
         print_table()
         return
     model, hp = common.load_model(arguments.artifact, arguments.data, arguments.tokenizer)
-    if hp.causal or arguments.seqs < 1 or arguments.steps < 1:
-        needed = "a masked diffusion model, and --seqs and --steps of 1 or more"
+    if hp.system != "mdlm" or arguments.seqs < 1 or arguments.steps < 1:
+        needed = "a masked diffusion model without blocks, and --seqs and --steps of 1 or more"
         raise InputError(f"{arguments.artifact}: needs {needed}")
     val = common.open_validation(hp)
     score_model(str(arguments.artifact), model, val, arguments.seqs, arguments.steps)

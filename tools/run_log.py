@@ -21,9 +21,14 @@ import train_mdlm as tm
 from train_mdlm import BUDGET_SECONDS, SIZE_LIMIT_BYTES, InputError
 
 SEPARATOR = "\n" + "=" * 100 + "\n"  # between the source of the script and the log
-HEADLINES = {  # what the score behind val_bpb is
-    "nelbo": "any-order NELBO, exact bytes, weights read back from disk",
-    "ar": "autoregressive code length, exact bytes, weights read back from disk",
+HEADLINES = {  # by kind of model: the score behind val_bpb, and what it is
+    "mdlm": ("nelbo", "any-order NELBO, exact bytes, weights read back from disk"),
+    "ar": ("ar", "autoregressive code length, exact bytes, weights read back from disk"),
+    "block": (
+        "l2r",
+        "code length of a block diffusion model from left to right, exact bytes, weights read back "
+        "from disk",
+    ),
 }
 UNFINISHED = "the run did not finish, or it is not a log of train_mdlm.py"
 WHOLE = r"\d{1,15}"
@@ -112,6 +117,10 @@ class Run(NamedTuple):
     bytes: int
     others: dict[str, tuple[float, int]]  # bits per byte and windows of the other scores
 
+    @property
+    def system(self) -> str:
+        return system_of(self.settings)
+
 
 # ---- Lines
 
@@ -191,6 +200,13 @@ def whole_setting(settings: dict[str, str], name: str, otherwise: int) -> int:
     return int(text) if re.fullmatch(r"\d{1,19}", text, re.ASCII) else otherwise
 
 
+def system_of(settings: dict[str, str]) -> str:
+    """The kind of model, one of HEADLINES; older logs know no blocks."""
+    if settings.get("BLOCK_SIZE", "0") != "0":
+        return "block"
+    return "ar" if settings.get("OBJECTIVE") == "ar" else "mdlm"
+
+
 def read_overridden(life: LogLines) -> dict[str, str]:
     given = life.text(r"^overridden: (nothing|[A-Z].*=.*)$", "line on what was overridden")
     return {} if given == "nothing" else parse_settings(given)
@@ -224,11 +240,12 @@ def read_scores(life: LogLines) -> list[ScoreLine]:
     return found
 
 
-def find_headline(scores: list[ScoreLine], path: Path) -> ScoreLine:
+def find_headline(scores: list[ScoreLine], system: str, path: Path) -> ScoreLine:
     """The score behind val_bpb; InputError unless there is one."""
-    found = [score for score in scores if score.name in HEADLINES]
+    name, _ = HEADLINES[system]
+    found = [score for score in scores if score.name == name]
     if len(found) != 1:
-        raise InputError(f"{path}: has {len(found)} final scores, not one; {UNFINISHED}")
+        raise InputError(f"{path}: has {len(found)} scores {name}, not one; {UNFINISHED}")
     return found[0]
 
 
@@ -270,8 +287,9 @@ def parse_log(path: Path) -> Run:
     all_lives = [LogLines(body, path) for body in bodies]
     last = all_lives[-1]  # it has the last validation, the sizes and the scores
     scores = read_scores(last)
-    headline = find_headline(scores, path)
     settings = read_settings(last)
+    system = system_of(settings)
+    headline = find_headline(scores, system, path)
     dataset, tokenizer, val_tokens, val_bytes, val_windows = read_dataset(last)
     storage, artifact_bytes = last.find_only(
         rf"^Serialized model (\S+): ({WHOLE}) bytes", "artifact size"
@@ -308,14 +326,12 @@ def parse_log(path: Path) -> Run:
         val_loss=float(val_loss),
         val_bpb=float(val_bpb),
         stderr=float(headline.stderr),
-        estimator=HEADLINES[headline.name],
+        estimator=HEADLINES[system][1],
         seqs=headline.seqs,
         tokens=headline.tokens,
         bytes=headline.bytes,
         others={
-            score.name: (float(score.bpb), score.seqs)
-            for score in scores
-            if score.name not in HEADLINES
+            score.name: (float(score.bpb), score.seqs) for score in scores if score is not headline
         },
     )
     for fault in faults(run, all_lives, scores):
@@ -487,7 +503,7 @@ def faults_of_sizes(run: Run, last: LogLines) -> Iterator[str]:
 
 def faults_of_headline(run: Run, last: LogLines, scores: list[ScoreLine]) -> Iterator[str]:
     """val_bpb in all the lines that have it."""
-    headline = next(score for score in scores if score.name in HEADLINES)
+    headline = find_headline(scores, run.system, last.path)
     loss, bpb, stderr, ms = last.find_only(
         rf"^final_\S+_roundtrip val_loss:({REAL}) val_bpb:({REAL}) stderr:({REAL}|nan) "
         rf"eval_time:({WHOLE})ms$",
@@ -507,9 +523,9 @@ def faults_of_headline(run: Run, last: LogLines, scores: list[ScoreLine]) -> Ite
             f"val_bpb:{run.val_bpb:.8f} is not val_loss:{run.val_loss:.8f} · "
             f"{run.tokens} tokens / (ln 2 · {run.bytes} bytes)"
         )
-    expected = "ar" if run.settings.get("OBJECTIVE") == "ar" else "nelbo"
-    if headline.name != expected:
-        yield f"score:{headline.name} is not for OBJECTIVE={run.settings.get('OBJECTIVE')}"
+    for score in scores:
+        if score.name not in tm.ESTIMATORS[run.system]:
+            yield f"score:{score.name} is not for {run.system} models"
 
 
 def asked_windows(run: Run, score: ScoreLine) -> int:
@@ -517,7 +533,7 @@ def asked_windows(run: Run, score: ScoreLine) -> int:
     named = dict(re.findall(r"(\w+)\s*:\s*(\d{1,12})", run.settings.get("SCORES", "")))
     if score.name in named:
         wanted = int(named[score.name])
-    elif score.name in HEADLINES:
+    elif score.name == HEADLINES[run.system][0]:
         wanted = whole_setting(run.settings, "FINAL_EVAL_MAX_SEQS", 0)
     else:
         return 0

@@ -1,0 +1,361 @@
+"""Block diffusion: what each token sees, code lengths enumerated, noise by block, and a run."""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import prepare_text
+import pytest
+import reference
+import torch
+from conftest import random_model, tiny_hp
+from reference import total_probability
+
+import train_mdlm as tm
+
+V, L = 3, 4
+EVERY = reference.all_sequences(V, L)  # (81, 4)
+SOME = EVERY[[5, 17, 40, 77]]
+SIZES = (1, 2, 4)
+CPU = torch.device("cpu")
+
+
+def scored_in(model, size):
+    """The model, with the blocks of a score."""
+    model.block_size = size
+    return model
+
+
+def code(model, x, before, size):
+    """The code of a window by its definition."""
+    return reference.BlockCode(model, [before, *x], size)
+
+
+# ---- What a token sees
+
+
+@pytest.mark.parametrize("length, block", [(1, 1), (4, 1), (4, 2), (4, 4), (12, 3)])
+def test_the_mask_is_that_of_the_definition(length, block):
+    view = tm.block_view(tm.Hyperparameters(), block, length, CPU)
+    row = reference.halves(length, block)
+    assert view.place.tolist() == row.places.tolist()
+    assert np.array_equal(view.mask.numpy(), row.sees)
+
+
+@pytest.mark.parametrize("neighbors", [0, 2])
+@pytest.mark.parametrize("block", SIZES)
+def test_one_pass_predicts_each_block_from_the_clean_past_and_itself(block, neighbors):
+    """Against forward passes in float64 that have nothing else in their input."""
+    hp = tiny_hp(block_size=block, neighbors=neighbors, num_layers=4)
+    model = random_model(hp)
+    window = torch.tensor([2, 0, 1, 1, 2])
+    for mask in itertools.product([False, True], repeat=L):
+        noisy = torch.where(torch.tensor(mask), hp.mask_id, window[1:])
+        found = model(torch.cat([noisy, window[:-1]])[None])[0].detach().numpy()
+        for start in range(0, L, block):
+            past, own = window[: start + 1].numpy(), noisy[start : start + block].numpy()
+            expected = reference.block_logits(model, past, own)
+            np.testing.assert_allclose(found[start : start + block], expected, atol=1e-4)
+        sees = np.tri(L, dtype=bool)
+        row = reference.Row(np.arange(L), sees)
+        clean = reference.unet_logits(model, window[:-1].numpy(), row)
+        np.testing.assert_allclose(found[L:], clean, atol=1e-4)
+
+
+def test_the_clean_half_alone_is_the_causal_model():
+    for neighbors in (0, 2):
+        model = random_model(tiny_hp(block_size=2, neighbors=neighbors))
+        window = tm.with_before(EVERY, 2)
+        logits = model(torch.cat([torch.full_like(EVERY, V), window[:, :-1]], dim=1))[:, L:]
+        expected = -logits.log_softmax(-1).gather(-1, EVERY[..., None])[..., 0]
+        assert torch.allclose(tm.causal_nll(model, window), expected, atol=1e-5)
+
+
+def sees_a_token(model, z, window, column):
+    """(V + 1,) bool: whether the logits at a column of the input depend on the embeddings of
+    each token, MASK last; every token of the window is another one."""
+    model.zero_grad()
+    logits = model(torch.cat([z, window[:-1]])[None])[0, column]
+    (logits * torch.linspace(1, 2, len(logits))).sum().backward()
+    tables = [model.tok_emb, *model.near.values()]
+    return torch.stack([table.weight.grad.abs().sum(1) for table in tables]).sum(0) > 0
+
+
+@pytest.mark.parametrize("neighbors", [0, 3])
+@pytest.mark.parametrize("block", [1, 2, 4, 8])
+def test_no_gradient_comes_from_what_a_decoder_does_not_have(block, neighbors):
+    """Exactly none; and one comes from all that it has. A block of 8 is the whole window."""
+    shape = dict(vocab_size=9, train_seq_len=8, train_batch_tokens=8, tie_embeddings=False)
+    model = random_model(tiny_hp(block_size=block, neighbors=neighbors, **shape))
+    window = torch.tensor([4, 0, 7, 3, 8, 1, 6, 2, 5])
+    g = torch.Generator().manual_seed(block)
+    for _ in range(3):
+        mask = torch.rand(8, generator=g) < 0.5
+        z = torch.where(mask, 9, window[1:])
+        for i in range(8):
+            start = i // block * block
+            known = set(window[: start + 1].tolist())
+            known |= set(z[start : start + block].tolist())
+            found = sees_a_token(model, z, window, i)
+            assert set(found.nonzero()[:, 0].tolist()) == known
+            found = sees_a_token(model, z, window, 8 + i)
+            assert set(found.nonzero()[:, 0].tolist()) == set(window[: i + 1].tolist())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_no_prediction_changes_with_a_token_that_is_revealed_later(size):
+    """Bit for bit; and some prediction of what is revealed after it does change."""
+    model = scored_in(random_model(tiny_hp(block_size=4, neighbors=2)), size)
+    for order, group in itertools.product(([0, 1, 2, 3], [2, 1, 3, 0]), (1, 2)):
+        order = torch.tensor(order)
+        place = order.argsort().view(-1, size)
+        call = place.argsort(1).argsort(1) // group + size * torch.arange(L // size)[:, None]
+        call = call.flatten()  # which call of the decoder predicts a position
+        nats = tm.chain_rule(model, EVERY, order, group)
+        for i in range(L):
+            other = EVERY.clone()
+            other[:, i] = (other[:, i] + 1) % V
+            changed = tm.chain_rule(model, other, order, group) != nats
+            kept = (call <= call[i]) & (torch.arange(L) != i)
+            assert not changed[:, kept].any()
+            later = call > call[i]
+            assert changed[:, later].any() or not later.any()
+    causal = tm.causal_nll(model, tm.with_before(EVERY))
+    other = tm.causal_nll(model, tm.with_before((EVERY + torch.tensor([0, 0, 1, 0])) % V))
+    assert torch.equal(causal[:, :2], other[:, :2]) and (causal[:, 3] != other[:, 3]).any()
+
+
+# ---- Code lengths
+
+
+@pytest.mark.parametrize("neighbors", [0, 2])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_score_that_is_a_code_sums_to_one(size, neighbors):
+    """Over all sequences, after each token that may be before the window."""
+    model = scored_in(random_model(tiny_hp(block_size=4, neighbors=neighbors)), size)
+    for before in range(V):
+        window = tm.with_before(EVERY, before)
+        assert total_probability(tm.causal_nll(model, window)) == pytest.approx(1, abs=1e-5)
+        for order, group in itertools.product(("l2r", "random", "confidence"), (1, 2, 9)):
+            nats = tm.chain_rule(model, EVERY, order, group, before=before)
+            assert total_probability(nats) == pytest.approx(1, abs=1e-5), (order, group)
+
+
+def test_a_score_may_have_other_blocks_than_training():
+    """Weights know nothing of blocks: those of another model, taken over, give the same."""
+    for size in SIZES:
+        trained, other = (random_model(tiny_hp(block_size=b)) for b in (4, size))
+        assert trained.block_size == 4
+        found = tm.chain_rule(scored_in(trained, size), EVERY)
+        assert torch.equal(found, tm.chain_rule(other, EVERY))
+
+
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_chain_rule_is_its_definition(size, group):
+    model = scored_in(random_model(tiny_hp(block_size=4, neighbors=1)), size)
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
+        found = tm.chain_rule(model, SOME, torch.tensor(order), group, before=2)
+        place = np.argsort(order)
+        expected = [code(model, x, 2, size).in_order(place, group) for x in SOME]
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+    assert torch.equal(
+        tm.chain_rule(model, SOME, torch.arange(L), group), tm.chain_rule(model, SOME, "l2r", group)
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_confidence_reveals_the_surest_position_of_a_block_first(size):
+    model = scored_in(random_model(tiny_hp(block_size=4)), size)
+    found = tm.chain_rule(model, SOME, "confidence", before=0)
+    for x, nats in zip(SOME, found, strict=True):
+        window = torch.tensor([0, *x])
+        for start in range(0, L, size):
+            z = torch.full((size,), V)
+            while (z == V).any():
+                logits = reference.block_logits(model, window[: start + 1].numpy(), z.numpy())
+                logp = torch.from_numpy(logits).log_softmax(-1)
+                surest = int(logp.amax(-1).masked_fill(z != V, -math.inf).argmax())
+                z[surest] = x[start + surest]
+                expected = -logp[surest, z[surest]].item()
+                assert nats[start + surest].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_bound_is_the_mean_over_all_orders_inside_blocks(size):
+    model = scored_in(random_model(tiny_hp(block_size=4)), size)
+    exact = torch.tensor([code(model, x, 1, size).mean_of_all_orders() for x in SOME])
+    orders = itertools.permutations(range(L))
+    lengths = [tm.chain_rule(model, SOME, torch.tensor(order)).double().sum(1) for order in orders]
+    assert torch.allclose(torch.stack(lengths).mean(0), exact.double(), atol=1e-5)
+    for passes in (1, 3):
+        g = torch.Generator().manual_seed(passes)
+        many = SOME.repeat(20, 1)
+        draws = [tm.nelbo(model, many, passes, g).view(20, 4).mean(0) for _ in range(60)]
+        draws = torch.stack(draws)
+        error = draws.std(0) / len(draws) ** 0.5
+        assert ((draws.mean(0) - exact).abs() < 4 * error + 1e-5).all()
+        assert (error > 0).all() or size == 1
+    if size == 1:  # one order: the bound is the code
+        assert torch.allclose(tm.nelbo(model, SOME), lengths[0], atol=1e-5)
+
+
+def test_the_bound_spreads_its_mask_sizes_over_all_blocks(monkeypatch):
+    """Of neighbouring windows too: numbers of one golden sequence, block after block."""
+    seen = []
+
+    def masked_nll(model, window, mask):
+        seen.append(mask.view(-1, 8).sum(1))
+        return torch.zeros(mask.shape)
+
+    monkeypatch.setattr(tm, "masked_nll", masked_nll)
+    hp = tiny_hp(train_seq_len=32, train_batch_tokens=32, block_size=8)
+    model, x0 = random_model(hp), torch.zeros(60, 32, dtype=torch.int64)
+    tm.nelbo(model, x0, 1, torch.Generator().manual_seed(0))
+    counts = torch.cat(seen).bincount(minlength=9)[1:]
+    assert counts.sum() == 240 and (counts - 30).abs().max() <= 2
+
+
+# ---- Noise and batches
+
+
+def hp_of(**overrides):
+    shape = dict(vocab_size=7, train_seq_len=16, train_batch_tokens=24 * 16)
+    widths = dict(num_layers=2, model_dim=8, num_heads=2, num_kv_heads=1)
+    return tm.Hyperparameters(**(dict(preset="block") | shape | widths | overrides))
+
+
+@pytest.fixture
+def stream(tmp_path):
+    tokens = np.random.default_rng(0).integers(1, 7, 2000)
+    prepare_text.write_shard(tmp_path / "fineweb_train_000000.bin", tokens)
+    return tm.TokenStream(tmp_path, "train")
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 16])
+def test_every_block_has_a_count_of_its_own_on_the_lattice(block):
+    """1 … b masked tokens, each weighing b / count; all counts equally often in a global batch."""
+    hp = hp_of(block_size=block)
+    blocks = 24 * 16 // block
+    assert (hp.noise_length, hp.noise_rows) == (block, blocks)
+    probability, keys = tm.draw_noise(hp, tm.seeded("cpu", 0))
+    assert probability.shape == (blocks,) and keys.shape == (24, 16)
+    strata = ((probability - hp.mask_eps) / (1 - hp.mask_eps) * blocks).long()
+    assert sorted(strata.tolist()) == list(range(blocks))
+    x0 = torch.full((24, 16), 5)
+    batch = tm.masked_batch(hp, x0, probability, keys, 24 * 16)
+    counts = (batch.z == hp.mask_id).view(blocks, block).sum(1)
+    assert torch.equal(counts, (probability * block).ceil().long())
+    spread = counts.bincount(minlength=block + 1)[1:]
+    assert spread.sum() == blocks and (spread - blocks / block).abs().max() <= 1.5
+    used = batch.weights > 0
+    weights = block / counts[batch.positions[used] // block]
+    assert torch.allclose(batch.weights[used], weights.float())
+    assert torch.equal(batch.targets[used], x0.flatten()[batch.positions[used]])
+
+
+@pytest.mark.parametrize("masking", tm.MASKINGS)
+@pytest.mark.parametrize("sampling", tm.TIME_SAMPLINGS)
+def test_no_masked_token_is_ever_dropped(masking, sampling):
+    x0 = torch.full((24, 16), 5)
+    for block, dist in itertools.product((1, 2, 16), tm.MASK_DISTS):
+        hp = hp_of(block_size=block, masking=masking, time_sampling=sampling, mask_dist=dist)
+        for rows, seed in itertools.product((1, 3, 24), range(8)):
+            capacity = tm.scored_capacity(hp, rows)
+            probability, keys = tm.draw_noise(hp, tm.seeded("cpu", seed))
+            parts = zip(probability.view(24 // rows, -1), keys.split(rows), strict=True)
+            for part, own_keys in parts:
+                assert tm.masked_batch(hp, x0[:rows], part, own_keys, capacity).dropped == 0
+
+
+def test_capacity_saves_work_with_blocks_too():
+    """5/8 of the tokens are masked on average, and what a count is rounded up by is paid for."""
+    assert tm.scored_capacity(tm.Hyperparameters(preset="block"), 64) < 0.76 * 64 * 1024
+
+
+def test_a_batch_scores_masked_tokens_and_every_clean_one(stream):
+    """In one input: beside the noisy half, at x_i, and in the clean half, at the token before."""
+    hp = hp_of(causal_weight=0.25)
+    capacity = tm.scored_capacity(hp, 6)
+    batch = tm.training_batch(hp, stream, 1, range(6, 12), capacity, CPU)
+    window = stream.windows(range(30, 36), 16)
+    noisy, clean = batch.z.split(16, dim=1)
+    assert torch.equal(clean, window[:, :-1]) and batch.tokens == 6 * 16
+    assert torch.equal(noisy[noisy != 7], window[:, 1:][noisy != 7])
+    assert len(batch.positions) == len(batch.weights) == capacity + 6 * 16
+    scored = {}
+    for position, target, weight in zip(*(x.tolist() for x in batch[1:4]), strict=True):
+        if weight:
+            scored[divmod(position, 32)] = (target, weight)
+    counts = (noisy == 7).view(6, 4, 4).sum(2)
+    expected = {}
+    for row, i in itertools.product(range(6), range(16)):
+        target = int(window[row, 1 + i])
+        expected[row, 16 + i] = (target, 0.25)
+        if noisy[row, i] == 7:
+            expected[row, i] = (target, pytest.approx(4 / counts[row, i // 4].item()))
+    assert scored == expected
+
+
+def test_the_loss_is_the_bound_and_the_weighted_causal_loss(stream):
+    hp = hp_of(causal_weight=0.25, block_size=4)
+    model = random_model(hp, scale=0.3)
+    batch = tm.training_batch(hp, stream, 0, range(3), tm.scored_capacity(hp, 3), CPU)
+    expected = 0.0
+    for row, window in enumerate(stream.windows(range(3), 16)):
+        mask = (batch.z[row, :16] == 7).tolist()
+        blocks = reference.BlockCode(model, window, 4)
+        for start in blocks.starts:
+            own = tuple(mask[start - 1 : start + 3])
+            expected += 4 / sum(own) * float((blocks.nats(start, own) * own).sum())
+    causal = tm.causal_nll(model, stream.windows(range(3), 16)).sum().item()
+    assert tm.batch_loss(model, batch).item() == pytest.approx(expected + 0.25 * causal, rel=1e-5)
+
+
+def test_two_micro_batches_are_one(stream):
+    hp = hp_of()
+    model = random_model(hp, scale=0.3)
+    grads = []
+    for parts in ([range(24)], [range(12), range(12, 24)]):
+        model.zero_grad()
+        for rows in parts:
+            capacity = tm.scored_capacity(hp, len(rows))
+            tm.batch_loss(model, tm.training_batch(hp, stream, 3, rows, capacity, CPU)).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.allclose(*grads, rtol=1e-3, atol=1e-3) and grads[0].abs().max() > 1
+
+
+def test_without_blocks_nothing_is_new(stream):
+    hp = dataclasses.replace(hp_of(), block_size=0)
+    assert (hp.system, hp.headline, hp.noise_rows) == ("mdlm", "nelbo", 24)
+    assert (hp_of().system, hp_of().headline, hp_of().noise_rows) == ("block", "l2r", 96)
+    assert set(tm.stored_fields(hp_of())) - set(tm.stored_fields(hp)) == {"block_size"}
+    batch = tm.training_batch(hp, stream, 0, range(24), tm.scored_capacity(hp, 24), CPU)
+    assert batch.z.shape == (24, 16) and len(batch.positions) == tm.scored_capacity(hp, 24)
+    model = random_model(tiny_hp())
+    x0 = SOME
+    for before in (0, 2):
+        window = tm.with_before(x0, before)
+        mask = torch.ones_like(x0, dtype=torch.bool)
+        assert torch.equal(
+            tm.masked_nll(model, window, mask), tm.masked_nll(model, tm.with_before(x0), mask)
+        )
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(objective="ar"), "BLOCK_SIZE does not go with OBJECTIVE=ar"),
+        (dict(backbone="dit"), "BLOCK_SIZE does not go with .*BACKBONE=dit"),
+        (dict(doc_chunks=True), "BLOCK_SIZE does not go with .*DOC_CHUNKS"),
+        (dict(anchor_bos=True), "BLOCK_SIZE does not go with .*ANCHOR_BOS"),
+        (dict(block_size=5), "BLOCK_SIZE=5 must divide TRAIN_SEQ_LEN=16"),
+        (dict(block_size=32), "BLOCK_SIZE=32 must divide TRAIN_SEQ_LEN=16"),
+        (dict(score_block_size=3), "SCORE_BLOCK_SIZE=3 must divide TRAIN_SEQ_LEN=16"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(given, message):
+    with pytest.raises(tm.InputError, match=f"^{message}") as caught:
+        hp_of(**given)
+    assert "\n" not in str(caught.value)
