@@ -368,13 +368,13 @@ class Hyperparameters:
             yield f"{dim} / {heads} must be even for rotary embeddings"
         if self.mask_eps >= self.mask_max:
             yield f"{self.shown('mask_eps')} must be smaller than {self.shown('mask_max')}"
-        told_noise = BACKBONES[self.backbone].told_noise
-        if self.causal and (told_noise or self.doc_chunks or self.anchor_bos):
+        masks_only = BACKBONES[self.backbone].told_noise or self.doc_chunks or self.anchor_bos
+        if self.causal and masks_only:
             yield "OBJECTIVE=ar does not go with BACKBONE=dit, DOC_CHUNKS=1 or ANCHOR_BOS=1"
         for name in ("block_size", "score_block_size"):
             if getattr(self, name) and self.train_seq_len % getattr(self, name):
                 yield f"{self.shown(name)} must divide {self.shown('train_seq_len')}"
-        if self.block_size and (self.causal or told_noise or self.doc_chunks or self.anchor_bos):
+        if self.block_size and (self.causal or masks_only):
             yield "BLOCK_SIZE does not go with OBJECTIVE=ar, BACKBONE=dit, DOC_CHUNKS or ANCHOR_BOS"
         scores = list(dict.fromkeys(itertools.chain(*ESTIMATORS.values())))
         for name in self.requested_scores:
@@ -472,19 +472,20 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def near_misses(env: Mapping[str, str]) -> list[str]:
     """A warning for every variable that is almost the name of a hyperparameter."""
     known = [spec.name.upper() for spec in dataclasses.fields(Hyperparameters)]
-    hints = {name: did_you_mean(name, known) for name in sorted(env) if name not in known}
-    warning = "warning: environment variable {} is not read{}"
-    return [warning.format(name, hint) for name, hint in hints.items() if hint]
+    return [
+        f"warning: environment variable {name} is not read{hint}"
+        for name in sorted(set(env) - set(known))
+        if (hint := did_you_mean(name, known))
+    ]
 
 
 def help_text(wanted: Sequence[str] = ()) -> str:
     """The story of this file and every knob, or only the `wanted` groups."""
-    for group in wanted:
-        if group not in GROUPS:
-            raise InputError(f"--help {group}: the groups are {', '.join(GROUPS)}")
-    presets = {name: Hyperparameters(preset=name) for name in PRESETS}
+    presets = [Hyperparameters(preset=name) for name in PRESETS]
     lines = [] if wanted else [__doc__.strip(), ""]
     for group in wanted or GROUPS:
+        if group not in GROUPS:
+            raise InputError(f"--help {group}: the groups are {', '.join(GROUPS)}")
         lines.append(f"{group}: {GROUPS[group]}")
         for spec in dataclasses.fields(Hyperparameters):
             if spec.metadata["group"] == group:
@@ -493,22 +494,20 @@ def help_text(wanted: Sequence[str] = ()) -> str:
     return "\n".join(lines).rstrip()
 
 
-def knob_help(spec: dataclasses.Field, presets: Mapping[str, Hyperparameters]) -> list[str]:
-    """Default, meaning, choices, and the presets that change it."""
-    default = presets["mdlm"]
-    notes = [spec.metadata["meaning"], " | ".join(choices_of(spec))]
-    if spec.name != "preset":
-        changed = {
-            name: hp.shown(spec.name).partition("=")[2]
-            for name, hp in presets.items()
-            if getattr(hp, spec.name) != getattr(default, spec.name)
-        }
-        notes.append("; ".join(f"{name}: {value}" for name, value in changed.items()))
-    lines = [line for note in notes for line in textwrap.wrap(note, width=62)]
-    head = f"    {default.shown(spec.name)}"
-    if len(head) < 38:
-        head = f"{head:<38}{lines.pop(0)}"
-    return [head] + [f"{'':<38}{line}" for line in lines]
+def knob_help(spec: dataclasses.Field, presets: Sequence[Hyperparameters]) -> list[str]:
+    """Default and meaning, choices, and the presets that set it."""
+    changed = [
+        f"{hp.preset}: {hp.shown(spec.name).partition('=')[2]}"
+        for hp in presets
+        if spec.name in PRESETS[hp.preset]
+    ]
+    notes = (
+        f"{presets[0].shown(spec.name)}  {spec.metadata['meaning']}",
+        " | ".join(choices_of(spec)),
+        "; ".join(changed),
+    )
+    first, *others = (line for note in notes for line in textwrap.wrap(note, width=88))
+    return [f"    {first}", *(f"        {line}" for line in others)]
 
 
 # ---- Processes, clock, log, files --------------------------------------------
@@ -1229,20 +1228,24 @@ class View(NamedTuple):
     """Where the L positions of an input are, and what they see."""
 
     place: Tensor  # (L,) in the text
-    rotary: tuple[Tensor, ...] = ()  # cos and sin, (L, head_dim/2) each, of these places
+    neighbors: Tensor  # (offsets, L): columns of their tokens; −1: none
     causal: bool = False  # only what is to the left
-    mask: Tensor | None = None  # (L, keys) bool, or these
-    index: Tensor | None = None  # (1 + neighbours, L): columns of their tokens in z; −1: none
-    cache: dict | None = None  # keys and values of earlier calls, by module
-    keep: bool = False  # those of this call too
+    mask: Tensor | None = None  # (L, L) bool, or these
+    rotary: tuple[Tensor, ...] = ()  # cos and sin, (L, head_dim/2) each, of these places
+
+
+def neighbor_places(hp, place: Tensor) -> Tensor:
+    """(offsets, L) of places (L,)."""
+    offsets = torch.tensor(hp.neighbor_offsets, dtype=torch.int64, device=place.device)
+    return place + offsets[:, None]
 
 
 def plain_view(hp, length: int, causal: bool, device: torch.device) -> View:
     """Of a row of tokens that see one another or, if causal, those to their left."""
     place = torch.arange(length, device=device)
-    wanted = place + torch.tensor([0, *hp.neighbor_offsets], device=device)[:, None]
+    wanted = neighbor_places(hp, place)
     seen = (wanted >= 0) & (wanted <= (place if causal else length - 1))
-    return View(place, causal=causal, index=torch.where(seen, wanted, -1))
+    return View(place, torch.where(seen, wanted, -1), causal=causal)
 
 
 def block_view(hp, block: int, length: int, device: torch.device) -> View:
@@ -1258,10 +1261,10 @@ def block_view(hp, block: int, length: int, device: torch.device) -> View:
     first = torch.cat([first, place.new_full((length,), 2 * length)])
     place = torch.cat([place + 1, place])
     mask = torch.where(noisy, first[:, None] == first, place <= last_clean[:, None])
-    wanted = place + torch.tensor([0, *hp.neighbor_offsets], device=device)[:, None]
+    wanted = neighbor_places(hp, place)
     in_block = noisy & (wanted >= first) & (wanted < first + block)
     clean = torch.where((wanted >= 0) & (wanted <= last_clean), length + wanted, -1)
-    return View(place, mask=mask, index=torch.where(in_block, wanted - 1, clean))
+    return View(place, torch.where(in_block, wanted - 1, clean), mask=mask)
 
 
 def rotary_table(place: Tensor, head_dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -1313,11 +1316,6 @@ class Attention(nn.Module):
         q = rotate(norm(self.heads(self.c_q(x))), *view.rotary)
         k = rotate(norm(self.heads(self.c_k(x))), *view.rotary)
         v = self.heads(self.c_v(x))
-        if view.cache is not None:
-            earlier = view.cache.get(self, (k[:, :, :0], v[:, :, :0]))
-            k, v = (torch.cat(pair, dim=2) for pair in zip(earlier, (k, v), strict=True))
-            if view.keep:
-                view.cache[self] = k, v
         if self.q_gain is not None:
             q = q * self.q_gain.to(x.dtype)[:, None, None]
         grouped = k.shape[1] < q.shape[1]
@@ -1425,11 +1423,10 @@ class Model(nn.Module):
 
     def embed(self, z: Tensor, view: View) -> Tensor:
         """(B, L, D): embeddings of tokens z and of their NEIGHBORS."""
-        own, *neighbors = view.index
-        x = self.tok_emb(z[:, own])
+        x = self.tok_emb(z)
         if self.normalize_embedding:
             x = norm(x)
-        for table, columns in zip(self.near.values(), neighbors, strict=True):
+        for table, columns in zip(self.near.values(), view.neighbors, strict=True):
             x = x + table(z[:, columns]) * (columns >= 0)[:, None]
         return x.to(self.compute_dtype)
 
@@ -1483,8 +1480,7 @@ class UNet(Model):
         for i, block in enumerate(self.blocks):
             if i >= half and skips:
                 x = x + self.skip_weights[i - half].to(x.dtype) * skips.pop()
-            is_last = block is self.blocks[-1]
-            x = block(x, x_emb, view, positions if is_last else None)
+            x = block(x, x_emb, view, positions if block is self.blocks[-1] else None)
             if i < half:
                 skips.append(x)
         return x
@@ -1517,8 +1513,7 @@ class DiT(Model):
             masked_fraction = masked / maskable(self.hp, z).sum(1).clamp(min=1)
         cond = F.silu(self.time_embed(noise_features(masked_fraction)))
         for block in self.blocks:
-            is_last = block is self.blocks[-1]
-            x = block(x, cond, view, positions if is_last else None)
+            x = block(x, cond, view, positions if block is self.blocks[-1] else None)
         return x
 
 
@@ -1549,20 +1544,20 @@ class Kind(NamedTuple):
 
     name: str
     pattern: str  # of the names of its parameters
-    optimizer: str  # muon (where OPTIMIZER is muon) or adamw
     lr: str  # the knob that is its learning rate
-    decays: bool  # even with WEIGHT_DECAY_ON=matrices
-    storage: str  # one of QUANTIZERS, or "" for what QUANT_MODE says
+    optimizer: str = "adamw"  # or muon (where OPTIMIZER is muon)
+    decays: bool = False  # even with WEIGHT_DECAY_ON=matrices
+    storage: str = ""  # one of QUANTIZERS; empty: what QUANT_MODE says
 
 
 BLOCK_MATRICES = r"(blocks\.\d+\.(attn|mlp)(_mod|\.\w+)|time_embed\.\d)\.weight"
 GAINS = r"(blocks\.\d+\.)?(attn\.q_gain|attn_scale|mlp_scale|resid_mix|skip_weights)|.*\.bias"
 KINDS = (
-    Kind("matrix", BLOCK_MATRICES, "muon", "matrix_lr", decays=True, storage=""),
-    Kind("embed", r"tok_emb\.weight", "adamw", "embed_lr", decays=False, storage=""),
-    Kind("near", r"near\.-?\d+\.weight", "adamw", "embed_lr", decays=False, storage=""),
-    Kind("head", r"lm_head\.weight", "adamw", "head_lr", decays=True, storage=""),
-    Kind("gain", GAINS, "adamw", "scalar_lr", decays=False, storage="fp16"),
+    Kind("matrix", BLOCK_MATRICES, "matrix_lr", optimizer="muon", decays=True),
+    Kind("embed", r"tok_emb\.weight", "embed_lr"),
+    Kind("near", r"near\.-?\d+\.weight", "embed_lr"),
+    Kind("head", r"lm_head\.weight", "head_lr", decays=True),
+    Kind("gain", GAINS, "scalar_lr", storage="fp16"),
 )
 
 
@@ -1607,12 +1602,7 @@ def compact(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
 
 
 def training_batch(
-    hp,
-    stream: TokenStream,
-    step: int,
-    rows: range,
-    capacity: int,
-    device: torch.device,
+    hp, stream: TokenStream, step: int, rows: range, capacity: int, device: torch.device
 ) -> Batch:
     """Rows `rows` of the global batch of `step`."""
     first = step * hp.batch_rows
@@ -1662,15 +1652,14 @@ def masked_batch(hp, x0: Tensor, probability: Tensor, keys: Tensor, capacity: in
 def with_clean_half(hp, batch: Batch, window: Tensor) -> Batch:
     """As `block_view` has it: also every token of window (B, 1 + L) but the first, given those
     before it."""
+    clean = causal_batch(window)
     z, positions = beside_clean(batch.z, batch.positions, window)
-    targets = window[:, 1:].flatten()
     columns = torch.arange(z.numel(), device=z.device).view(z.shape)
-    weights = batch.weights.new_full(targets.shape, hp.causal_weight)
     return batch._replace(
         z=z,
         positions=torch.cat([positions, columns[:, batch.z.shape[1] :].flatten()]),
-        targets=torch.cat([batch.targets, targets]),
-        weights=torch.cat([batch.weights, weights]),
+        targets=torch.cat([batch.targets, clean.targets]),
+        weights=torch.cat([batch.weights, hp.causal_weight * clean.weights]),
     )
 
 
@@ -1974,7 +1963,7 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """Codes (R, C) and scales (R, 1) of weights (…, C): the nearest codes, or with moments (C, C)
     of the inputs those that change the outputs least."""
-    rows = weights.detach().float().view(weights.shape[:-1].numel(), weights.shape[-1])
+    rows = weights.detach().float().view(-1, weights.shape[-1])
     if quantizer.scale is None:
         scales = rows.new_ones(len(rows), 1)
     else:
@@ -2066,10 +2055,7 @@ def entropy_bits(planes: np.ndarray) -> float:
 
 
 def pack_kind(
-    weights: Mapping[str, Tensor],
-    storage: str,
-    hp,
-    moments: Mapping[str, Tensor] | None = None,
+    weights: Mapping[str, Tensor], storage: str, hp, moments: Mapping[str, Tensor] | None = None
 ) -> tuple[bytes, dict]:
     """One kind of parameter, packed, and facts for the header and the log."""
     quantizer = QUANTIZERS[storage]
@@ -2160,10 +2146,7 @@ def storage_label(header: Mapping) -> str:
 
 
 def save_artifact(
-    model: Model,
-    hp,
-    path: str | Path,
-    moments: Mapping[str, Tensor] | None = None,
+    model: Model, hp, path: str | Path, moments: Mapping[str, Tensor] | None = None
 ) -> dict:
     """Packs and writes the model; its artifact_bytes, label and kinds. `input_moments` let rounding
     errors cancel. InputError if something is not finite or not written.
@@ -2314,9 +2297,8 @@ def causal_nll(model: Model, window: Tensor, scored: Tensor | None = None) -> Te
     z = window[:, :-1]
     if scored is None:
         scored = torch.ones_like(z, dtype=torch.bool)
-    return token_nll(
-        model, z, window, scored, view=plain_view(model.hp, z.shape[1], True, z.device)
-    )
+    view = plain_view(model.hp, z.shape[1], True, z.device)
+    return token_nll(model, z, window, scored, view=view)
 
 
 # Masks of windows, or of their blocks: (n, length) bool, and weights, (n,) or one for all
@@ -2708,12 +2690,7 @@ class WindowPlan:
 
 
 def score_windows(
-    name: str,
-    model: Model,
-    hp,
-    split: Split,
-    seqs: int,
-    told_to_stop: Callable[[], object] = bool,
+    name: str, model: Model, hp, split: Split, seqs: int, told_to_stop: Callable = bool
 ) -> tuple[Score, Tensor]:
     """The score `name` of `seqs` evenly spaced windows (0: all), shared among the processes.
 
@@ -3046,7 +3023,7 @@ class Trainer:
         for x, before in kept:
             x.copy_(before)
 
-    def validate(self, val: Split, told_to_stop: Callable[[], object] = bool) -> Score | None:
+    def validate(self, val: Split, told_to_stop: Callable = bool) -> Score | None:
         """The headline of the averaged weights, with one mask per window; None if interrupted."""
         self.check()
         once = dataclasses.replace(self.hp, nelbo_passes=1)
@@ -3149,8 +3126,7 @@ def train(trainer: Trainer, val: Split) -> Model:
     stopped = False
     on_signals(clock.stop)
     while True:
-        fraction = run_fraction(hp, progress.step, progress.train_ms)
-        finished = fraction >= 1
+        finished = run_fraction(hp, progress.step, progress.train_ms) >= 1
         where = f"step:{progress.step}/{hp.iterations}"
         waited = progress.train_ms - saved_ms >= 1000 * hp.checkpoint_every
         checkpoint_due = hp.checkpoint_every and (finished or waited)
@@ -3222,11 +3198,8 @@ def resolve_hyperparameters(
     if `env` asks for another predictor."""
     hp = asked
     if artifact:
-        stored = {
-            name: getattr(artifact.hp, name)
-            for name in stored_fields(artifact.hp)
-            if name != "preset"
-        }
+        _, *names = stored_fields(artifact.hp)  # all but the preset
+        stored = {name: getattr(artifact.hp, name) for name in names}
         for name, value in stored.items():
             if name.upper() in env and getattr(asked, name) not in ("auto", value):
                 made_with = f"{asked.eval_only} was made with {artifact.hp.shown(name)}"
@@ -3260,10 +3233,8 @@ def claim_run(hp, log: Log) -> None:
     log.lock.seek(0)
     text = log.lock.read()
     source = Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n"
-    begun = re.search(
-        f"^={{100}}$.*^run_id:{re.escape(hp.run_id)} ", text, re.MULTILINE | re.DOTALL
-    )
-    finished = re.search("^finished:", text, re.MULTILINE)
+    begun = re.search(rf"(?ms)^={{100}}$.*^run_id:{re.escape(hp.run_id)} ", text)
+    finished = re.search("(?m)^finished:", text)
     may_not_go_on = hp.resume == "never" or hp.eval_only
     if finished or (may_not_go_on and (text or checkpoint_paths(hp.run_id))):
         raise InputError(f"{hp.shown('run_id')} was used before: see {path}; choose another")
@@ -3276,12 +3247,11 @@ def claim_run(hp, log: Log) -> None:
         leftover.unlink()  # of a process that was killed while it wrote
     if not begun:
         log.lock.truncate(0)
+        text = ""
+    if text and not text.endswith("\n"):
+        log.lock.write("\n")
+    if source not in text:
         log.lock.write(source)
-    else:
-        if not text.endswith("\n"):
-            log.lock.write("\n")
-        if source not in text:
-            log.lock.write(source)
     log.lock.flush()
 
 
@@ -3388,14 +3358,7 @@ def main() -> None:
         if arguments:
             raise InputError(f"{arguments[0]}: hyperparameters are environment variables; --help")
         run(os.environ)
-    except (
-        InputError,
-        OSError,
-        ImportError,
-        KeyboardInterrupt,
-        MemoryError,
-        RuntimeError,
-    ) as error:
+    except BaseException as error:
         if not foreseen(error):
             raise
         on_signals(signal.SIG_DFL)
