@@ -481,7 +481,6 @@ def near_misses(env: Mapping[str, str]) -> list[str]:
 
 def help_text(wanted: Sequence[str] = ()) -> str:
     """The story of this file and every knob, or only the `wanted` groups."""
-    presets = [Hyperparameters(preset=name) for name in PRESETS]
     lines = [] if wanted else [__doc__.strip(), ""]
     for group in wanted or GROUPS:
         if group not in GROUPS:
@@ -489,25 +488,20 @@ def help_text(wanted: Sequence[str] = ()) -> str:
         lines.append(f"{group}: {GROUPS[group]}")
         for spec in dataclasses.fields(Hyperparameters):
             if spec.metadata["group"] == group:
-                lines += knob_help(spec, presets)
+                lines += knob_help(spec)
         lines.append("")
     return "\n".join(lines).rstrip()
 
 
-def knob_help(spec: dataclasses.Field, presets: Sequence[Hyperparameters]) -> list[str]:
+def knob_help(spec: dataclasses.Field) -> Iterator[str]:
     """Default and meaning, choices, and the presets that set it."""
-    changed = [
-        f"{hp.preset}: {hp.shown(spec.name).partition('=')[2]}"
-        for hp in presets
-        if spec.name in PRESETS[hp.preset]
-    ]
-    notes = (
-        f"{presets[0].shown(spec.name)}  {spec.metadata['meaning']}",
-        " | ".join(choices_of(spec)),
-        "; ".join(changed),
-    )
-    first, *others = (line for note in notes for line in textwrap.wrap(note, width=88))
-    return [f"    {first}", *(f"        {line}" for line in others)]
+    default = f"    {spec.name.upper()}={spec.default}"
+    yield textwrap.fill(f"{default}  {spec.metadata['meaning']}", 100, subsequent_indent=" " * 8)
+    presets = {name: values for name, values in PRESETS.items() if spec.name in values}
+    changed = [f"{name}: {values[spec.name]}" for name, values in presets.items()]
+    for note in (" | ".join(choices_of(spec)), "; ".join(changed)):
+        if note:
+            yield f"        {note}"
 
 
 # ---- Processes, clock, log, files --------------------------------------------
@@ -530,10 +524,9 @@ def run_collective(collective: Callable, *arguments, **options) -> None:
         if world_size() > 1:
             collective(*arguments, **options)
     except RuntimeError as error:
-        text = str(error)
-        if text.startswith("CUDA"):  # a failure of this process
+        first_line = str(error).partition("\n")[0]
+        if first_line.startswith("CUDA"):  # a failure of this process
             raise
-        first_line = text.partition("\n")[0]
         raise InputError(f"another process of the group is lost: {first_line}") from None
 
 
@@ -570,17 +563,16 @@ def explain(error: BaseException) -> str:
 
 def on_first_process(work: Callable, *arguments):
     """What work(*arguments) returns or raises on the first process, on all of them."""
-    result_and_error = [None, None]
+    outcome = [None]
     try:
         if rank() == 0:
-            result_and_error[0] = work(*arguments)
+            outcome = [work(*arguments)]
     except (InputError, OSError) as error:
-        result_and_error[1] = InputError(explain(error))
-    run_collective(dist.broadcast_object_list, result_and_error, 0, device=torch.device("cpu"))
-    result, error = result_and_error
-    if error:
-        raise error
-    return result
+        outcome = [InputError(explain(error))]
+    run_collective(dist.broadcast_object_list, outcome, 0, device=torch.device("cpu"))
+    if isinstance(outcome[0], InputError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def start_processes() -> torch.device:
@@ -617,7 +609,7 @@ class Clock:
     def __init__(self, device: torch.device):
         self.device = device
         self.stopped = 0.0  # when a signal told this process to stop
-        self.pauses: dict[str, float] = {}  # seconds by name
+        self.pauses = collections.Counter()  # seconds by name
         self.started = self.now()
 
     def now(self) -> float:
@@ -648,7 +640,7 @@ class Clock:
         yield
         seconds = self.now() - since
         self.started += seconds
-        self.pauses[name] = self.pauses.get(name, 0.0) + seconds
+        self.pauses[name] += seconds
 
 
 class Log:
@@ -888,12 +880,11 @@ class DocumentStream(TokenStream):
 
     def windows(self, numbers: Iterable[int], length: int, stride: int = 0) -> Tensor:
         """(B, 1 + length) int64: PAD, then the tokens of a chunk, then PAD."""
-        rows = []
-        for number in numbers:
-            chunk = self.chunk(number)
-            padding = (1, length - len(chunk))
-            rows.append(np.pad(chunk, padding, constant_values=self.pad_id))
-        return torch.from_numpy(np.stack(rows)).long()
+        rows = torch.full((len(numbers), 1 + length), self.pad_id)
+        for row, number in zip(rows, numbers, strict=True):
+            chunk = torch.from_numpy(self.chunk(number))
+            row[1 : 1 + len(chunk)] = chunk
+        return rows
 
 
 class ByteTables(NamedTuple):
@@ -1199,10 +1190,8 @@ def scored_capacity(hp, rows: int) -> int:
         return tokens
     length = hp.noise_length
     rows = tokens // length
-    most = 0.0
-    for u in (0.0, 0.5, 1.0):
-        probability = mask_probability(hp, torch.full((hp.noise_rows,), u))
-        most = max(most, float(probability.view(-1, rows).sum(1).max()))
+    draws = (torch.full((hp.noise_rows,), u) for u in (0.0, 0.5, 1.0))
+    most = max(mask_probability(hp, u).view(-1, rows).sum(1).max().item() for u in draws)
     slack = MASKINGS[hp.masking].slack(rows, length)
     if hp.time_sampling == "antithetic" and rows % 2:  # a row may lack its other half
         slack += length
@@ -1449,10 +1438,7 @@ class Model(nn.Module):
 
     def head(self, h: Tensor) -> Tensor:
         """Logits (…, V) float32 of hidden states (…, D)."""
-        if self.lm_head is None:
-            weight = self.tok_emb.weight[: self.hp.vocab_size]
-        else:
-            weight = self.lm_head.weight
+        weight = (self.lm_head or self.tok_emb).weight[: self.hp.vocab_size]
         logits = F.linear(h, weight.to(h.dtype)).float()
         cap = self.hp.logit_softcap
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
@@ -1745,8 +1731,7 @@ class ParameterGroup(NamedTuple):
         nesterov = self.grads.addcmul(self.first, now.momentum)
         update = orthogonalize_shared(nesterov, hp.muon_backend_steps).float()
         rows, columns = update.shape[-2:]
-        update *= max(1.0, rows / columns) ** 0.5
-        return update
+        return update * max(1.0, rows / columns) ** 0.5
 
     def adamw_update(self, hp, now: StepSettings) -> Tensor:
         self.first.lerp_(self.grads, 1 - now.beta1)
@@ -1986,7 +1971,7 @@ def input_moments(model: Model, batches: Iterable[Batch]) -> dict[str, Tensor]:
         name = names[module]
         moments[name] = moments.get(name, 0) + x.T @ x
 
-    matrices = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    matrices = (module for module in names if isinstance(module, nn.Linear))
     hooks = [module.register_forward_pre_hook(add) for module in matrices]
     for batch in batches:
         h = model.hidden(batch.z, batch.masked_fraction, batch.positions)
@@ -2755,10 +2740,9 @@ def final_scores(hp) -> dict[str, int]:
         requested.setdefault("tgrid", hp.final_eval_max_seqs)
     found = {hp.headline: hp.final_eval_max_seqs}
     for name, windows in requested.items():
-        if windows is not None and name in known:
-            found[name] = windows
-        elif name in known:
-            found.setdefault(name, known[name].windows)
+        if name in known:
+            default = found.get(name, known[name].windows)
+            found[name] = default if windows is None else windows
     return found
 
 
@@ -2887,9 +2871,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
 def run_fraction(hp, step: int, elapsed_ms: float) -> float:
     """How much of the run is done, in [0, 1]: of its steps or its time, whichever is more."""
     by_steps = step / hp.iterations if hp.iterations else 1.0
-    by_clock = 0.0
-    if hp.max_wallclock_seconds:
-        by_clock = elapsed_ms / (1000 * hp.max_wallclock_seconds)
+    by_clock = elapsed_ms / (1000 * hp.max_wallclock_seconds or math.inf)
     return min(max(by_steps, by_clock), 1.0)
 
 
@@ -2910,11 +2892,11 @@ def lr_scale(hp, step: int, elapsed_ms: float) -> float:
 
 def micro_batches(hp) -> list[range]:
     """This process's rows of a batch, in equal parts of at most MICRO_BATCH_TOKENS."""
-    length = hp.shown("train_seq_len")
-    rows, rest = divmod(hp.batch_rows, world_size())
-    if hp.train_batch_tokens % hp.train_seq_len or rest:
-        batch, share = hp.shown("train_batch_tokens"), hp.train_seq_len * world_size()
+    length, share = hp.shown("train_seq_len"), hp.train_seq_len * world_size()
+    if hp.train_batch_tokens % share:
+        batch = hp.shown("train_batch_tokens")
         raise InputError(f"{batch} is no multiple of {share}: {length} x {world_size()} processes")
+    rows = hp.batch_rows // world_size()
     most = min(rows, hp.micro_batch_tokens // hp.train_seq_len)
     if most < 1:
         raise InputError(f"{hp.shown('micro_batch_tokens')} is less than one sequence, {length}")
