@@ -2,14 +2,22 @@
 
 import dataclasses
 import itertools
+import json
 import math
+import re
+from pathlib import Path
 
+import bench
+import compare
+import make_record
 import numpy as np
 import prepare_text
+import published
 import pytest
 import reference
+import run_log
 import torch
-from conftest import random_model, tiny_hp
+from conftest import random_model, run_python, tiny_hp, torchrun, val_split
 from reference import total_probability
 
 import train_mdlm as tm
@@ -359,3 +367,133 @@ def test_what_does_not_go_together_is_one_line(given, message):
     with pytest.raises(tm.InputError, match=f"^{message}") as caught:
         hp_of(**given)
     assert "\n" not in str(caught.value)
+
+
+# ---- A run, and its tools
+
+
+def body_of(path):
+    """A log without the script's source, which holds the same words."""
+    return path.read_text(encoding="utf-8").partition(run_log.SEPARATOR)[2]
+
+
+BLOCKS = dict(PRESET="block", BLOCK_SIZE="4", NEIGHBORS="1", QUANT_FEEDBACK="1")
+
+
+def score_lines(text):
+    """Name → bits per byte of every final score."""
+    return {name: float(bpb) for name, bpb in re.findall(r"^score:(\w+) bpb:(\S+)", text, re.M)}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_env, tmp_path_factory):
+    """The folder of two equal runs, of one process and of two."""
+    folder = tmp_path_factory.mktemp("blocks")
+    env = tiny_env | BLOCKS | dict(SCORES="l2r,nelbo,ar:16", CAUSAL_WEIGHT="0.5")
+    pair = torchrun("--standalone", "--nproc_per_node=2", cwd=folder, RUN_ID="pair", **env)
+    run_python("train_mdlm.py", cwd=folder, RUN_ID="one", **env)
+    printed, _ = pair.communicate(timeout=300)
+    assert pair.returncode == 0, printed
+    return folder
+
+
+def test_two_processes_train_the_same_model(trained):
+    figures = []
+    for name in ("one", "pair"):
+        log = body_of(trained / f"logs/{name}.txt")
+        figures.append([float(loss) for loss in re.findall(r"train_loss:(\S+)", log)])
+        figures[-1] += score_lines(log).values()
+    assert len(figures[0]) == 12 + 3 and figures[0][11] < figures[0][0]
+    assert figures[1] == pytest.approx(figures[0], abs=5e-3)
+
+
+def test_a_run_with_blocks_trains_packs_and_is_scored_again(trained, tiny_env, monkeypatch, script):
+    """In the same blocks, and in others that SCORE_BLOCK_SIZE names: by definition."""
+    monkeypatch.chdir(trained)
+    log = body_of(trained / "logs/one.txt")
+    assert list(score_lines(log)) == ["l2r", "nelbo", "ar"]
+    model, hp = tm.load_artifact("logs/one.mdlm")
+    assert hp.block_size == 4 == model.block_size and hp.preset == "block"
+    paths = {name: tiny_env[name] for name in ("DATA_PATH", "TOKENIZER_PATH")}
+    again = dict(EVAL_ONLY="logs/one.mdlm", RUN_ID="again", SCORES="nelbo,ar:16") | paths
+    found = score_lines(script(**again).stdout)
+    assert found == pytest.approx(score_lines(log), abs=1.1e-4)
+    names = "confidence:3,random:3,tstep,l2r:3"
+    other = dict(RUN_ID="other", SCORE_BLOCK_SIZE="8", SCORES=names)
+    printed = script(**again | other).stdout
+    found = score_lines(printed)
+    assert "score:tstep is not for block models" in printed
+    assert list(found) == ["l2r", "confidence", "random"]
+    val = val_split(dataclasses.replace(hp, **{k.lower(): v for k, v in paths.items()}))
+    window = val.stream.windows(tm.evenly_spaced(val.stream.count_windows(32), 3), 32)
+    nbytes = tm.count_bytes(window[:, 1:], window[:, 0], val.luts).sum()
+    for size in (8, 4):
+        nats = tm.chain_rule(scored_in(model, size), window[:, 1:], before=window[:, 0])
+        bpb = (nats.double().sum() / math.log(2) / nbytes).item()
+        assert (abs(bpb - found["l2r"]) < 1e-4) is (size == 8)
+
+
+@pytest.mark.parametrize(
+    "made_with, asked",
+    [("BLOCK_SIZE=4", "8"), ("BLOCK_SIZE=4", "0"), ("BLOCK_SIZE=0", "4")],
+)
+def test_an_artifact_keeps_its_blocks(trained, tiny_env, monkeypatch, script, made_with, asked):
+    """Weights that were trained without blocks know nothing of a clean half, and vice versa."""
+    monkeypatch.chdir(trained)
+    artifact = "logs/one.mdlm"
+    if made_with == "BLOCK_SIZE=0":
+        artifact = "logs/plain.mdlm"
+        hp = tm.Hyperparameters.from_env(tiny_env)
+        tm.save_artifact(random_model(hp, scale=0.1), hp, artifact)
+    env = {name: tiny_env[name] for name in ("DATA_PATH", "TOKENIZER_PATH")}
+    done = script(EVAL_ONLY=artifact, RUN_ID="refused", BLOCK_SIZE=asked, **env)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stdout
+    assert f"BLOCK_SIZE={asked}, but {artifact} was made with {made_with}" in done.stderr
+
+
+@pytest.mark.parametrize("preset, block", [("block", 0), ("block", 2), ("mdlm", 2), ("golf", 0)])
+def test_an_artifact_has_its_blocks_whatever_its_preset(tmp_path, preset, block):
+    hp = tiny_hp(preset=preset, block_size=block)
+    model = random_model(hp)
+    tm.save_artifact(model, dataclasses.replace(hp, quant_mode="fp32"), tmp_path / "a.mdlm")
+    back, back_hp = tm.load_artifact(tmp_path / "a.mdlm")
+    assert back_hp.block_size == block == back.block_size and back_hp.system == hp.system
+    assert torch.allclose(tm.chain_rule(back, SOME), tm.chain_rule(model, SOME), atol=1e-2)
+
+
+def test_a_record_names_what_its_number_is(trained, tmp_path, tool):
+    log = trained / "logs/one.txt"
+    run = run_log.parse_log(log)
+    assert run.system == "block" and list(run.others) == ["nelbo", "ar"]
+    assert run.val_bpb == pytest.approx(score_lines(body_of(log))["l2r"], abs=1e-4)
+    done = tool(make_record, log, "--name", "blocks", "--out", tmp_path / "records")
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.strip())
+    facts = json.loads((folder / "submission.json").read_text())
+    expected = "code length of a block diffusion model from left to right, exact bytes, "
+    assert facts["val_bpb_estimator"] == expected + "weights read back from disk"
+    readme = (folder / "README.md").read_text()
+    assert "other scores, mean over seeds, bits per byte: nelbo " in readme
+    assert "BLOCK_SIZE=4" in readme
+
+
+def test_blocks_are_compared_with_windows_and_causal_models(trained, tiny_env, monkeypatch, tool):
+    monkeypatch.chdir(trained)
+    hp = tm.Hyperparameters.from_env(tiny_env | dict(OBJECTIVE="ar"))
+    tm.save_artifact(random_model(hp, scale=0.1), hp, "logs/ar.mdlm")
+    options = ["--data", hp.data_path, "--tokenizer", hp.tokenizer_path, "--seqs", "3"]
+    scores, length = compare.measure(
+        [Path("logs/one.mdlm"), Path("logs/ar.mdlm")], hp.data_path, hp.tokenizer_path, 3
+    )
+    (first, _), (second, _) = scores
+    assert length == 32 and first.bytes == second.bytes
+    model, _ = tm.load_artifact("logs/one.mdlm")
+    val = val_split(hp)
+    window = val.stream.windows(tm.evenly_spaced(val.stream.count_windows(32), 3), 32)
+    nats = tm.chain_rule(model, window[:, 1:], before=window[:, 0]).double().sum().item()
+    assert first.bpb == pytest.approx(nats / math.log(2) / first.bytes, rel=1e-5)
+    done = tool(published, "logs/one.mdlm", *options)
+    assert done.returncode == 2 and "without blocks" in done.stderr
+    done = tool(bench, "scores", "logs/one.mdlm", "--budget", "4", *options)
+    assert done.returncode == 0 and "NELBO, 4 passes" in done.stdout
+    assert "T-step" not in done.stdout

@@ -346,11 +346,11 @@ def test_the_loss_of_a_uniform_model_is_the_uniform_code(tiny_env):
     assert abs(tm.batch_loss(model, batch).item() / (24 * 32) - math.log(384)) < 1e-5
 
 
-@pytest.mark.parametrize("objective", ["mdlm", "ar"])
-def test_the_loss_compiles_to_one_static_graph_with_the_same_gradients(tiny_env, objective):
+@pytest.mark.parametrize("system", [{}, dict(objective="ar"), dict(block_size=4)])
+def test_the_loss_compiles_to_one_static_graph_with_the_same_gradients(tiny_env, system):
     """What GPUs run, up to the code generator: one graph for all steps, gradients in the flat
     buffer."""
-    hp = hp_of(objective=objective, num_layers=2, model_dim=32, compute_dtype="float32")
+    hp = hp_of(num_layers=2, model_dim=32, compute_dtype="float32", **system)
     stream = tm.TokenStream(tiny_env["DATA_PATH"], "train")
     trainer = tm.Trainer(hp, stream, CPU, tm.Log())
     graphs = []

@@ -471,12 +471,14 @@ def test_a_warm_up_leaves_nothing_behind(watched):
     assert optimizer.averages == 0
 
 
-def test_a_validation_is_not_repeated_after_a_restart(watched):
+@pytest.mark.parametrize("block", [0, 2])
+def test_a_validation_is_not_repeated_after_a_restart(watched, block):
     """A checkpoint is made before the validation of its step, and after it if that was the last."""
-    whole = watched(val_loss_every=4, checkpoint_every=40.0, ema_decay=0.8, ema_start_frac=0.5)
+    watched = functools.partial(watched, block_size=block, ema_decay=0.8, ema_start_frac=0.5)
+    whole = watched(val_loss_every=4, checkpoint_every=40.0)
     whole.train()
     saved = whole.trainer.progress
-    again = watched(val_loss_every=4, checkpoint_every=40.0, ema_decay=0.8, ema_start_frac=0.5)
+    again = watched(val_loss_every=4, checkpoint_every=40.0)
     Path("logs/w.00000012.ckpt").unlink()
     again.trainer.resume()
     assert again.trainer.progress.validated == 4 and again.trainer.optimizer.averages == 3
@@ -491,7 +493,7 @@ def test_a_validation_is_not_repeated_after_a_restart(watched):
         about["score"].bpb for about in whole.validations[1:]
     ]
     assert again.trainer.progress == saved
-    third = watched(val_loss_every=4, ema_decay=0.8, ema_start_frac=0.5)
+    third = watched(val_loss_every=4)
     third.trainer.progress.step = third.trainer.progress.validated = 8
     third.train()
     assert len(third.validations) == 1
@@ -657,10 +659,11 @@ def in_two_processes(work, folder):
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in (0, 1)]
 
 
-def test_two_processes_share_a_batch_and_take_one_step(watched, tmp_path):
+@pytest.mark.parametrize("block", [0, 2])
+def test_two_processes_share_a_batch_and_take_one_step(watched, tmp_path, block):
     """Of micro-batches of one row: which rows; and loss, weights and moments are those of one
     process."""
-    small = dict(micro_batch_tokens=4, tie_embeddings=False, num_layers=4)
+    small = dict(micro_batch_tokens=4, tie_embeddings=False, num_layers=4, block_size=block)
 
     def step_twice(rank):
         run = watched(**small)
