@@ -112,7 +112,7 @@ def seeded(device: torch.device | str, *key) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-# ---- Hyperparameters: knobs, presets, rules, help ----------------------------
+# ---- Hyperparameters: knobs, presets, rules, help
 #
 # A knob is a field here and an environment variable, with the challenge's name, so that published
 # commands run; a preset is nothing but values for knobs.
@@ -504,7 +504,7 @@ def knob_help(spec: dataclasses.Field) -> Iterator[str]:
             yield f"        {note}"
 
 
-# ---- Processes, clock, log, files --------------------------------------------
+# ---- Processes, clock, log, files
 #
 # One process is a group of one. Only the first one writes. What could differ between processes (a
 # file, the time, a signal) is decided once and told to all.
@@ -619,10 +619,8 @@ class Clock:
         return time.perf_counter()
 
     def read(self) -> tuple[float, bool]:
-        """Training time in ms, and whether any process was told to stop: the same on all.
-
-        Does not wait for the device.
-        """
+        """Training time in ms, and whether any process was told to stop: the same on all. Does not
+        wait for the device."""
         own = [1000 * (time.perf_counter() - self.started), bool(self.stopped)]
         ms, stopped = all_reduce(torch.tensor(own, dtype=torch.float64)).tolist()
         return ms / world_size(), stopped > 0
@@ -710,11 +708,10 @@ def write_file(path: Path, data: bytes) -> None:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-# ---- Data and bytes ----------------------------------------------------------
+# ---- Data and bytes
 #
-# Shards are read a batch at a time, so memory does not grow with them. The bytes of bits per byte,
-# which published scores got wrong, are counted token by token. What says that they are right is
-# verified.json beside the shards; without it the text is decoded, and its bytes are counted too.
+# Shards are read a batch at a time, so memory does not grow with them. Bytes of text are counted
+# token by token, and checked against verified.json beside the shards or, without it, the text.
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
@@ -790,10 +787,8 @@ class TokenStream:
         self, vocab_size: int, first_tokens: float = math.inf, luts: ByteTables | None = None
     ) -> None:
         """Reads the shards of the first tokens, shared among the processes, and notes in `facts`
-        what verified.json should say of them: bytes and documents if `luts` are given.
-
-        InputError for a foreign token.
-        """
+        what verified.json should say of them: bytes and documents if `luts` are given. InputError
+        for a foreign token."""
         order = list(self.order(0))
         sizes = (self.ends - self.begins)[order]
         reached = order[: int(np.searchsorted(sizes.cumsum(), first_tokens)) + 1]
@@ -836,11 +831,8 @@ class TokenStream:
 
 
 class DocumentStream(TokenStream):
-    """The shards as documents, from <s> to <s>, in chunks of at most L tokens, then PAD.
-
-    Shards, and chunks in a shard, are shuffled in every epoch. A visit is one shard in one epoch.
-    Two shards at most are in memory.
-    """
+    """The shards as documents, from <s> to <s>, in chunks of at most L tokens, then PAD: shuffled
+    shards, and shuffled chunks of each, in every epoch. A visit is one shard in one epoch."""
 
     def __init__(self, folder: str | Path, split: str, hp):
         super().__init__(folder, split)
@@ -848,7 +840,7 @@ class DocumentStream(TokenStream):
         self.pad_id = hp.pad_id
         self.seed = hp.seed
         self.first_chunks = [0]  # number of the first chunk of every visit so far
-        self.visit = functools.lru_cache(maxsize=2)(self._visit)
+        self.visit = functools.lru_cache(maxsize=2)(self._visit)  # shards in memory
 
     def order(self, epoch: int) -> Sequence[int]:
         generator = seeded("cpu", self.seed, "shards", epoch)
@@ -958,10 +950,8 @@ def load_tokenizer(path: str, vocab_size: int):
 
 def text_fault(tokens: np.ndarray, sp, luts: ByteTables) -> str:
     """What speaks against this tokenizer for tokens (n,) of a shard: their text has not the bytes
-    that the tables count, or comes back as other tokens.
-
-    Tokens that are about equally frequent are random, not text, and pass.
-    """
+    that the tables count, or comes back as other tokens. Random tokens, about equally frequent, are
+    no text and pass."""
     boundary = luts.is_boundary.cpu().numpy()
     if np.bincount(tokens).max() <= 10 + 4 * len(tokens) / len(boundary):
         return ""
@@ -1051,7 +1041,7 @@ def open_validation(hp, sp, luts: ByteTables) -> Split:
     return Split(stream, luts)
 
 
-# ---- Noise and loss weights --------------------------------------------------
+# ---- Noise and loss weights
 #
 # The reported bound is exact whatever the model was trained on, so training noise is a free choice,
 # made in four tables. One generator for each (seed, step) draws that of the global batch, so that
@@ -1152,7 +1142,6 @@ def dsigma_weight(hp, probability: Tensor, share: Tensor) -> Tensor:
 
 
 def flat_weight(hp, probability: Tensor, share: Tensor) -> Tensor:
-    """Every masked token counts the same."""
     return torch.ones_like(probability)
 
 
@@ -1180,11 +1169,9 @@ def apply_noise(hp, x0: Tensor, probability: Tensor, keys: Tensor) -> tuple[Tens
 
 
 def scored_capacity(hp, rows: int) -> int:
-    """The most positions that are scored in a micro-batch of `rows` rows: a static shape.
-
-    For the distributions above, most are masked if every random draw is 1, or, for pairs t and
-    1 − t, if it is 0 or ½. If a new one masks more, `Trainer.check` ends the run.
-    """
+    """The most positions that are scored in a micro-batch of `rows` rows: a static shape. Most are
+    masked if every random draw is 1, or, for pairs t and 1 − t, 0 or ½; `Trainer.check` ends a run
+    that masks more."""
     tokens = rows * hp.train_seq_len
     if hp.causal:
         return tokens
@@ -1198,7 +1185,7 @@ def scored_capacity(hp, rows: int) -> int:
     return min(tokens, math.ceil(most * length + slack))
 
 
-# ---- Model -------------------------------------------------------------------
+# ---- Model
 #
 # Parameters are float32, and cast to the dtype of the activations where they are used. The last MLP
 # and the head are computed at scored positions only.
@@ -1427,9 +1414,7 @@ class Model(nn.Module):
         view: View | None = None,
     ) -> Tensor:
         """Normalised last hidden state (B, L, D) of tokens z (B, L), or (N, D) at the positions.
-
-        `masked_fraction` (B,) is what a DiT is told of the noise; by default the truth.
-        """
+        `masked_fraction` (B,) is what a DiT is told of the noise; by default the truth."""
         view = view or self.view(z.shape[1], z.device)
         x = self.embed(z, view)
         rotary = rotary_table(view.place, self.hp.head_dim, self.hp.rope_base, x)
@@ -1548,7 +1533,6 @@ KINDS = (
 
 
 def kind_of(name: str) -> Kind:
-    """The kind of a parameter, by its name."""
     for kind in KINDS:
         if re.fullmatch(kind.pattern, name):
             return kind
@@ -1563,7 +1547,7 @@ def by_kind(model: Model) -> dict[Kind, dict[str, nn.Parameter]]:
     return {kind: named for kind, named in groups.items() if named}
 
 
-# ---- Batch and loss ----------------------------------------------------------
+# ---- Batch and loss
 #
 # Shapes are static, so that the compiled loss is one graph: scored positions are gathered into N
 # places, and those left over have weight 0.
@@ -1663,7 +1647,7 @@ def batch_loss(model: Model, batch: Batch) -> Tensor:
     return (nll * batch.weights).sum()
 
 
-# ---- Optimizer and average ---------------------------------------------------
+# ---- Optimizer and average
 #
 # Weights, gradients and moments are flat buffers of which the parameters are views: a step is a few
 # large operations and one collective. Nothing here waits for the device: a step that was not finite
@@ -1814,10 +1798,8 @@ class Optimizer:
         self.sums += torch.stack([batch.tokens, loss.detach(), batch.dropped])
 
     def step(self, step: int, lr_scale: float) -> Tensor:
-        """Adds up loss and gradients of all processes, clips them and moves the weights.
-
-        If they are not finite, nothing moves, and `first_bad` says why. Returns the loss per token.
-        """
+        """Adds up loss and gradients of all processes, clips them and moves the weights, or nothing
+        if they are not finite: `first_bad` says why. Returns the loss per token."""
         hp = self.hp
         all_reduce(self.grads)
         tokens, loss, dropped = self.sums
@@ -1868,7 +1850,7 @@ def muon_momentum(hp, step: int) -> float:
     return (1 - share) * hp.muon_momentum_warmup_start + share * hp.muon_momentum
 
 
-# ---- Quantizing and packing --------------------------------------------------
+# ---- Quantizing and packing
 #
 # Each weight gets few bits. An entropy coder makes common codes short, so rare ones may be large:
 # what counts is the step of the grid, and rounding so that errors cancel (docs/artifact.md).
@@ -1922,11 +1904,9 @@ def row_scales(rows: Tensor, quantizer: Quantizer, clip: float) -> Tensor:
 
 
 def feed_back(rows: Tensor, scales: Tensor, quantizer: Quantizer, moments: Tensor) -> Tensor:
-    """Codes (R, C) of rows (R, C), rounded column by column, those with the largest inputs first
-    (GPTQ, Frantar et al. 2022).
-
-    Later columns make up for the error of each, given `moments` Σ x xᵀ (C, C) of the inputs x.
-    """
+    """Codes (R, C) of rows (R, C), rounded column by column, those with the largest inputs first:
+    later ones make up for the error of each, given `moments` Σ x xᵀ (C, C) of the inputs x (GPTQ,
+    Frantar et al. 2022)."""
     order = moments.diagonal().argsort(descending=True)
     damping = 0.01 * moments.diagonal().mean() + 1e-30
     identity = torch.eye(len(order), device=rows.device)
@@ -2091,7 +2071,7 @@ def unpack_kind(
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-# ---- Artifact ----------------------------------------------------------------
+# ---- Artifact
 #
 #     MAGIC · u32 length of the header · JSON header · every kind of parameter, packed · SHA-256
 #
@@ -2108,8 +2088,6 @@ def least_bytes(weights: int) -> int:
 
 
 class Artifact(NamedTuple):
-    """What is in an artifact."""
-
     model: Model
     hp: Hyperparameters
     storage: str  # of its weights, for example fp8+lzma
@@ -2134,8 +2112,7 @@ def save_artifact(
     model: Model, hp, path: str | Path, moments: Mapping[str, Tensor] | None = None
 ) -> dict:
     """Packs and writes the model; its artifact_bytes, label and kinds. `input_moments` let rounding
-    errors cancel. InputError if something is not finite or not written.
-    """
+    errors cancel. InputError if something is not finite or not written."""
     for name, tensor in [*model.named_parameters(), *(moments or {}).items()]:
         if not tensor.isfinite().all():
             reason = f"{name} or its inputs are not finite; the run has diverged"
@@ -2232,11 +2209,11 @@ def predicted_bytes(hp) -> int:
     return total
 
 
-# ---- Scoring -----------------------------------------------------------------
+# ---- Scoring
 #
 # Bottom up: −ln p of single tokens; masks and orders whose weighted sums are code lengths; the
-# estimators; a whole split. A score is Σ bits / Σ bytes over evenly spaced windows, each of which
-# has random numbers of its own: batches and processes do not matter.
+# estimators; a whole split (docs/scores.md). Each window has random numbers of its own, so batches
+# and processes do not matter.
 
 
 @torch.no_grad()
@@ -2314,16 +2291,12 @@ def random_keys(
 
 
 def nelbo_masks(passes: int, times: Tensor, keys: Tensor, allowed: Tensor) -> WeightedMasks:
-    """Masks of k positions, and weights, for the any-order bound.
+    """Masks of k of the n `allowed` (B, L) positions, and weights: the weighted nll is an unbiased
+    estimate of E_k E_mask (n/k)·nll for k uniform on 1 … n (docs/scores.md).
 
-    Their weighted nll is an unbiased estimate of E_k E_mask (n/k)·nll for k uniform on 1 … n, where
-    n counts the `allowed` (B, L) positions: the mean code length over all orders of these tokens,
-    and the bound of Sahoo et al. (2024) in continuous time.
-
-    Small masks vary most, so with several passes k = 1 + ⌊n·t^1.5⌋ favours small k, for which P(k)
+    Small masks vary most, so with several passes k = 1 + ⌊n·t^1.5⌋ favours them, for which P(k)
     makes up. Pass i has t = `times` (B,) in [0, 1) in the i-th of `passes` strata, in half of them
-    backwards. All share one random order of the positions, that of keys (B, L): each masks the next
-    k, cyclically.
+    backwards, and masks the next k positions, cyclically, in the order of the keys (B, L).
     """
     power = 1.5 if passes > 1 else 1.0
     place = ranks(torch.where(allowed, keys, 2))
@@ -2378,11 +2351,8 @@ def discrete_elbo(
     steps: int = 128,
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Tensor:
-    """(B,) float64 nats: an unbiased estimate of the T-step bound of x0 (B, L).
-
-    It is ε·L·ln V, for what the last step leaves visible, plus Σ_i Σ_masked nll / i
-    (Austin et al. 2021).
-    """
+    """(B,) float64 nats: an unbiased estimate of the T-step bound of x0 (B, L): ε·L·ln V, for what
+    the last step leaves visible, plus Σ_i Σ_masked nll / i (Austin et al. 2021)."""
     terminal = TSTEP_EPS * math.log(model.hp.vocab_size) * maskable(model.hp, x0).sum(1)
     masks = tstep_masks(steps, random_keys(x0.shape, generator))
     return terminal + weighted_nll(model, with_before(x0), masks)
@@ -2404,11 +2374,8 @@ def ordered_nll(
     model: Model, window: Tensor, place: Tensor, group: int = 1, context: Tensor | int = 0
 ) -> Tensor:
     """(B, L) nats of the tokens of window (B, 1 + L), revealed in each block by `place` (L,) or
-    (B, L), the smallest first, `group` by one call; the first `context` (B, 1) and anchors, which
-    are visible from the start, are free.
-
-    Each (row, step) is one masked input; they are independent, so many share a forward pass.
-    """
+    (B, L), the smallest first, `group` by one call; the first `context` (B, 1) and anchors are
+    visible and free. Each (row, step) is one masked input, and many share a forward pass."""
     x0 = window[:, 1:]
     place = place.unflatten(-1, (-1, model.block_size or x0.shape[1]))
     steps = (ranks(place).flatten(-2).to(x0.device) - context) // group
@@ -2429,12 +2396,12 @@ def ordered_nll(
 def reveal_surest(
     model: Model, z: Tensor, group: int = 1, window: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Reveals z (n, length), MASK but for anchors, `group` positions a call, the surest first.
+    """Reveals z (n, length), MASK but for anchors, `group` positions a call, the surest first: the
+    largest probability of any token, and of those within 2^-13 nats the leftmost.
 
     Yields positions (n, g) and log-probabilities (n, g, V); the caller writes the tokens into z.
-    The surest has the largest probability of any token; less than 2^-13 nats is a tie, which the
-    leftmost wins. Rows that are done yield positions that are no longer MASK. Of a block model they
-    are the blocks of `window` (B, 1 + L).
+    Rows that are done yield positions that are no longer MASK. A block model's rows are the blocks
+    of `window` (B, 1 + L).
     """
     rows, length = z.shape
     row_starts = length * torch.arange(rows, device=z.device)[:, None]
@@ -2475,10 +2442,10 @@ def chain_rule(
     seed: int = 0,
     before: Tensor | int = BOS_ID,
 ) -> Tensor:
-    """(B, L) nats by position: −ln p(x_i | what was revealed before the group of i).
+    """(B, L) nats by position: −ln p(x_i | what was revealed before the group of i), of x0 (B, L)
+    after the token `before` (B,). InputError for an order that the model does not have.
 
-    `order` is l2r, confidence, random (drawn from `seed`), or positions (L,) or (B, L) as revealed,
-    `group` of them by one call. A causal model goes l2r, after the token `before` (B,).
+    `order` is l2r, confidence, random (drawn from `seed`), or positions (L,) or (B, L) as revealed.
     """
     window, length = with_before(x0, before), x0.shape[1]
     if model.hp.causal:
@@ -2600,11 +2567,8 @@ def boundary_bits(count: int, length: int) -> float:
 
 
 def bits_per_byte(bits: Tensor, nbytes: Tensor) -> tuple[float, float]:
-    """Σ bits / Σ bytes over windows (n,), and its standard error with windows as clusters.
-
-    The latter is sqrt(Σ (bits_s − bpb·bytes_s)²) / Σ bytes. For bits that are differences between
-    two models it is that of the paired difference.
-    """
+    """Σ bits / Σ bytes over windows (n,), and its standard error with windows as clusters; paired
+    if the bits are differences between two models."""
     bpb = bits.sum() / nbytes.sum()
     stderr = (bits - bpb * nbytes).square().sum().sqrt() / nbytes.sum()
     return bpb.item(), stderr.item() if len(bits) > 1 else math.nan
@@ -2679,9 +2643,9 @@ def score_windows(
 ) -> tuple[Score, Tensor]:
     """The score `name` of `seqs` evenly spaced windows (0: all), shared among the processes.
 
-    Also its table (windows, buckets, 2) of bits, without `boundary_bits`, and bytes. Bucket b has
-    the positions 2^(b−1) … 2^b − 1; scores without positions have all nats in bucket 0.
-    KeyboardInterrupt if a process is `told_to_stop`.
+    Also its table (windows, buckets, 2) of bits, without `boundary_bits`, and bytes: see
+    `bucket_name`; scores without positions have all nats in bucket 0. KeyboardInterrupt if a
+    process is `told_to_stop`.
     """
     started = time.perf_counter()
     estimator = ESTIMATORS[hp.system][name]
@@ -2775,7 +2739,7 @@ def score_model(artifact: Artifact, hp, val: Split, log: Log) -> None:
     log.budget("Evaluation time", time.perf_counter() - started, BUDGET_SECONDS, "s")
 
 
-# ---- Checkpoints -------------------------------------------------------------
+# ---- Checkpoints
 #
 #     u32 length of the header · JSON header · weights, moments and average in float32 · SHA-256
 #
@@ -2794,8 +2758,6 @@ class Progress:
 
 
 class Checkpoint(NamedTuple):
-    """What is in a checkpoint."""
-
     hp: Hyperparameters
     progress: Progress
     state: Tensor  # (4, total) of the optimizer
@@ -2862,7 +2824,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         return None
 
 
-# ---- Training ----------------------------------------------------------------
+# ---- Training
 #
 # The loop: save, stop, validate, step. The clock stands still while anything but training is done.
 # Schedules follow the steps or the clock, whichever ends first.
@@ -3024,7 +2986,6 @@ class Trainer:
         return score
 
     def log_step(self, figures: str) -> None:
-        """A line on the present step."""
         step, ms = self.progress.step, self.progress.train_ms
         times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
         self.log(f"step:{step}/{self.hp.iterations} {figures} {times}")
@@ -3045,10 +3006,8 @@ class Trainer:
         self.log(f"checkpoint:{path} time:{1000 * (time.perf_counter() - started):.0f}ms")
 
     def resume(self) -> None:
-        """Goes on from the newest sound checkpoint of this run, else from RESUME=path.
-
-        InputError if its settings or data were others.
-        """
+        """Goes on from the newest sound checkpoint of this run, else from RESUME=path; InputError
+        if its settings or data were others."""
         hp = self.hp
         own = on_first_process(checkpoint_paths, hp.run_id)
         given = [] if hp.resume in ("auto", "never") else [Path(hp.resume)]
@@ -3094,10 +3053,8 @@ def due(every: int, step: int) -> bool:
 
 
 def train(trainer: Trainer, val: Split) -> Model:
-    """To the last iteration or the wall-clock cap; the model with its averaged weights.
-
-    InputError after a signal, when the checkpoint is written.
-    """
+    """To the last iteration or the wall-clock cap; the model with its averaged weights. InputError
+    after a signal, when the checkpoint is written."""
     hp, progress, log = trainer.hp, trainer.progress, trainer.log
     clock = Clock(trainer.device)
     with clock.paused("warm-up"):
@@ -3150,7 +3107,7 @@ def train(trainer: Trainer, val: Split) -> Model:
     return trainer.model
 
 
-# ---- Main --------------------------------------------------------------------
+# ---- Main
 #
 # What the user got wrong is found before training where that is possible: one line, exit status 2.
 
@@ -3198,10 +3155,8 @@ def artifact_path(hp) -> Path:
 
 
 def claim_run(hp, log: Log) -> None:
-    """Locks the log of this RUN_ID, and begins it with the source of this file.
-
-    InputError if another process has it, or if the run is finished or may not go on.
-    """
+    """Locks the log of this RUN_ID, and begins it with the source of this file; InputError if
+    another process has it, or if the run is finished or may not go on."""
     path = log.path
     path.parent.mkdir(parents=True, exist_ok=True)
     log.lock = path.open("a+", encoding="utf-8", errors="replace")
