@@ -38,7 +38,7 @@ def artifact_of(folder, name, tokenizer, **overrides):
 
 @pytest.fixture(scope="module")
 def files(tiny_env, tmp_path_factory):
-    """Artifacts of a masked diffusion and of a causal model, and their tokenizer."""
+    """Artifacts of models of all kinds, and their tokenizer."""
     folder = tmp_path_factory.mktemp("codec")
     tokenizer = tiny_env["TOKENIZER_PATH"]
     return dict(
@@ -47,12 +47,14 @@ def files(tiny_env, tmp_path_factory):
         mdlm=artifact_of(folder, "mdlm", tokenizer),
         ar=artifact_of(folder, "ar", tokenizer, objective="ar"),
         eos=artifact_of(folder, "eos", tokenizer, backbone="dit", doc_chunks=True, anchor_bos=True),
+        block=artifact_of(folder, "block", tokenizer, block_size=4, neighbors=2),
     )
 
 
 @pytest.fixture(scope="module")
 def loaded(files):
-    return {name: codec.load(files[name], files["tokenizer"]) for name in ("mdlm", "ar", "eos")}
+    names = ("mdlm", "ar", "eos", "block")
+    return {name: codec.load(files[name], files["tokenizer"]) for name in names}
 
 
 def there_and_back(loaded, text, order="l2r", group=1, seed=0):
@@ -101,18 +103,23 @@ def test_a_model_that_is_told_the_noise_level_codes_too(loaded, order, group):
         assert bits == pytest.approx(nats / math.log(2), rel=1e-4)
 
 
+def text_of_tokens(sp, count):
+    """Of that many tokens, which the tokenizer would also choose for it."""
+    tokens = sp.encode(text_of(1, 400))
+    while True:
+        text = sp.decode(tokens[:count])
+        if len(sp.encode(text)) == count:
+            return text
+        tokens = tokens[1:]
+
+
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 32, 16 * 17 + 3])
 @pytest.mark.parametrize("order, group", [("l2r", 1), ("confidence", 3), ("random", 16)])
 def test_every_number_of_tokens(loaded, count, order, group):
     """Empty, shorter than a window, exact windows, more windows than a batch holds, and a rest."""
-    sp = loaded["mdlm"].tokenizer
-    tokens = sp.encode(text_of(1, 400))
-    while True:  # a prefix of that many tokens that the tokenizer would also choose for its text
-        text = sp.decode(tokens[:count])
-        if len(sp.encode(text)) == count:
-            break
-        tokens = tokens[1:]
+    text = text_of_tokens(loaded["mdlm"].tokenizer, count)
     assert there_and_back(loaded["mdlm"], text, order, group)[2] == count
+    assert there_and_back(loaded["block"], text, order, group)[2] == count
 
 
 def test_a_lossy_tokenizer_is_noticed(files, tmp_path, tool):
@@ -151,6 +158,49 @@ def test_size_is_what_the_score_predicts(loaded, order, group):
             window_order = torch.randperm(len(window), generator=generator)
         expected += tm.chain_rule(model, window[None], window_order, group).sum().item()
     assert bits == pytest.approx(expected / math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "order, group", [("l2r", 1), ("l2r", 3), ("random", 1), ("confidence", 1), ("confidence", 2)]
+)
+def test_blocks_are_coded_at_the_size_that_their_score_predicts(loaded, order, group):
+    """After <s>, in every window anew; a rest of whole blocks too."""
+    text = text_of_tokens(loaded["block"].tokenizer, 16 * 17 + 8)
+    data, bits, _ = there_and_back(loaded["block"], text, order, group, seed=3)
+    assert abs(len(data) - bits / 8) < 0.005 * bits / 8 + 64
+    expected, model = 0.0, loaded["block"].model
+    tokens = torch.tensor(loaded["block"].tokenizer.encode(text))
+    for number, window in enumerate(tokens.split(16)):
+        window_order = order
+        if order == "random":
+            generator = tm.seeded("cpu", 3, "codec", number)
+            window_order = torch.randperm(len(window), generator=generator)
+        expected += tm.chain_rule(model, window[None], window_order, group).sum().item()
+    assert bits == pytest.approx(expected / math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ar", "block"])
+def test_a_model_that_keeps_what_it_read_agrees_on_any_number_of_threads(loaded, name):
+    text, before = text_of_tokens(loaded[name].tokenizer, 16 * 40 + 3), torch.get_num_threads()
+    made = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            made.append(codec.compress(text, loaded[name], "l2r", 1, 0, "cpu")[:2])
+        torch.set_num_threads(2)
+        assert codec.decompress(made[0][0], loaded[name], "file") == text
+    finally:
+        torch.set_num_threads(before)
+    assert made[0] == made[1]
+
+
+def test_a_causal_model_is_coded_at_the_size_of_its_score(loaded):
+    data, bits, _ = there_and_back(loaded["ar"], LONG)
+    tokens = torch.tensor(loaded["ar"].tokenizer.encode(LONG))
+    model = loaded["ar"].model
+    nats = sum(tm.chain_rule(model, window[None]).sum().item() for window in tokens.split(16))
+    assert bits == pytest.approx(nats / math.log(2), rel=1e-5)
+    assert abs(len(data) - bits / 8) < 0.005 * bits / 8 + 64
 
 
 def test_header_is_small(loaded):

@@ -9,7 +9,7 @@ import re
 import time
 from types import SimpleNamespace
 
-import codec
+import decoding
 import numpy as np
 import prepare_text
 import pytest
@@ -158,8 +158,9 @@ def test_causal_model_is_a_code_however_it_is_computed():
     assert nll.shape == (81, L) and total_probability(nll) == pytest.approx(1, abs=1e-5)
     assert torch.allclose(tm.chain_rule(model, EVERY, before=2), nll)
     z, stepwise = torch.full_like(EVERY, V), torch.zeros(81, L)
-    order = torch.arange(L).expand(81, L)
-    for positions, logp in codec.reveal_in_order(model, z, order, 1):  # as a decoder does it
+    before = torch.full((81,), tm.BOS_ID)
+    twin = decoding.cached(model)
+    for positions, logp in decoding.reveal_causally(twin, z, before):  # as a decoder does it
         tokens = EVERY.gather(1, positions)
         stepwise.scatter_(1, positions, -logp.gather(2, tokens[..., None])[..., 0])
         z.scatter_(1, positions, tokens)

@@ -6,7 +6,8 @@
 The text is cut into windows of TRAIN_SEQ_LEN tokens; the last one may be shorter. Each is coded by
 the chain rule in the order and with the group size asked for, windows side by side in batches, by
 the range coder of the package `constriction`. What is written is a header of about 40 bytes and
-the code; the reader needs the same artifact and tokenizer.
+the code; the reader needs the same artifact and tokenizer. Causal models and those with blocks keep
+the keys and values of what they have read (tools/decoding.py); the token before a window is <s>.
 
 Both directions run the same model calls, on batches of the same shape, with one thread each
 (several calls run at the same time). So the probabilities agree bit for bit on one machine with
@@ -30,9 +31,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import common
+import decoding
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import train_mdlm as tm
@@ -41,6 +42,7 @@ from train_mdlm import InputError
 ORDERS = ("l2r", "random", "confidence")
 BATCH = 16  # windows of one model call; part of the format, because the arithmetic depends on it
 BLOCK_FLOATS = 1 << 25  # probabilities in memory: as many batches advance together as have fewer
+KEPT_FLOATS = 1 << 28  # and keys and values that are kept
 PRECISION = 24  # bits of the probabilities of `constriction`: a token has at least 2^-24
 CALLS_AHEAD = 16  # model calls that are begun before they are needed
 SPARE_BITS = 64  # the range coder may leave out so many at the end
@@ -139,6 +141,7 @@ class Predictor:
         self.group = group
         self.seed = seed
         self.length = model.hp.train_seq_len
+        self.twin = decoding.cached(self.model) if model.hp.system != "mdlm" else None
 
     def batches(self, count: int) -> Iterator[Batch]:
         """The batches of a text of `count` tokens; a rest is a batch of its own."""
@@ -160,14 +163,32 @@ class Predictor:
     def begin(self, batch: Batch) -> Revelation:
         shape = (batch.windows, batch.length)
         z = torch.full(shape, self.model.hp.mask_id, device=self.device)
+        before = torch.full(shape[:1], tm.BOS_ID, device=self.device)
+        if self.model.hp.causal:
+            return Revelation(batch.first, z, decoding.reveal_causally(self.twin, z, before))
+        if self.twin:
+            steps = functools.partial(self.begin_block, self.place(batch))
+            blocks = decoding.reveal_blocks(self.twin, z, before, steps)
+            return Revelation(batch.first, z, blocks)
         if self.order == "confidence":
             return Revelation(batch.first, z, tm.reveal_surest(self.model, z, self.group))
-        if self.order == "random":
-            order = self.random_order(batch)
-        else:
-            order = torch.arange(batch.length).expand(shape)
-        order = order.to(self.device)
+        order = self.place(batch).argsort(1)
         return Revelation(batch.first, z, reveal_in_order(self.model, z, order, self.group))
+
+    def place(self, batch: Batch) -> Tensor:
+        """(windows, length): in an order that is given, the places of the positions in it."""
+        place = torch.arange(batch.length).expand(batch.windows, batch.length)
+        if self.order == "random":
+            place = self.random_order(batch).argsort(1)
+        return place.to(self.device)
+
+    def begin_block(
+        self, place: Tensor, past: decoding.Past, z: Tensor, columns: slice
+    ) -> decoding.Steps:
+        """The steps that reveal a block, of the columns of its windows, after its past."""
+        if self.order == "confidence":
+            return tm.reveal_surest(past, z, self.group)
+        return reveal_in_order(past, z, place[:, columns].argsort(1), self.group)
 
     def run(self, count: int, transfer: Callable, note: Note) -> None:
         """Calls transfer(index (n,), log-probabilities (n, V)) → tokens (n,) for all tokens, group
@@ -181,7 +202,12 @@ class Predictor:
         one_thread = functools.partial(torch.set_num_threads, 1)
         one_thread()
         group = min(self.group, self.length)
-        at_once = max(BLOCK_FLOATS // (BATCH * group * self.model.hp.vocab_size), 1)
+        hp = self.model.hp
+        at_once = BLOCK_FLOATS // (BATCH * group * hp.vocab_size)
+        if self.twin:
+            token = 2 * hp.num_layers * hp.num_kv_heads * hp.head_dim
+            at_once = min(at_once, KEPT_FLOATS // (BATCH * self.length * token))
+        at_once = max(at_once, 1)
         try:
             with ThreadPoolExecutor(workers, initializer=one_thread) as pool:
                 batches = self.batches(count)
@@ -199,20 +225,21 @@ class Predictor:
         running: Iterable[Revelation] = map(self.begin, block)  # as late as possible
         revealed = 0
         while running:
-            unfinished = []
+            unfinished, step = [], 0
             for revelation, prediction in self.predictions(running, pool):
                 if prediction is None:
                     continue
                 unfinished.append(revelation)
                 positions, logp = prediction
                 windows, length = revelation.z.shape
+                step = positions.shape[1]
                 window_starts = length * torch.arange(windows)[:, None]
                 index = revelation.first + window_starts + positions.cpu()
                 tokens = np.asarray(transfer(index.flatten().numpy(), logp), np.int64)
                 tokens = torch.from_numpy(tokens).view(positions.shape)
                 revelation.z.scatter_(1, positions, tokens.to(self.device))
             running = unfinished
-            revealed += self.group
+            revealed += step
             yield min(revealed / block[0].length, 1.0)
 
     def predictions(
@@ -231,20 +258,14 @@ class Predictor:
 
 @torch.no_grad()
 def reveal_in_order(
-    model: tm.Model, z: Tensor, order: Tensor, group: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """As tm.reveal_surest, in the given order of positions (B, L).
-
-    A causal model sees <s> and what is to the left.
-    """
+    model: tm.Model | decoding.Past, z: Tensor, order: Tensor, group: int
+) -> decoding.Steps:
+    """As tm.reveal_surest, in the given order of positions (B, L)."""
     rows = torch.arange(len(z), device=z.device)[:, None]
     for done in range(0, z.shape[1], group):
         positions = order[:, done : done + group]
-        seen = z
-        if model.hp.causal:
-            seen = F.pad(z[:, :done], (1, 0), value=tm.BOS_ID)
-        wanted = positions + seen.shape[1] * rows
-        logits = model.head(model.hidden(seen, positions=wanted.flatten()))
+        wanted = positions + z.shape[1] * rows
+        logits = model.head(model.hidden(z, positions=wanted.flatten()))
         yield positions, logits.log_softmax(-1).unflatten(0, positions.shape)
 
 
