@@ -7,6 +7,7 @@ a token, or for a block, runs through the model with these alone. The prediction
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -21,12 +22,15 @@ Steps = Iterator[tuple[Tensor, Tensor]]  # positions (B, g), and log-probabiliti
 
 
 class Seen(NamedTuple):
-    """In place of a `tm.View`: where new tokens are, and what was kept of those before them."""
+    """A `tm.View` of new tokens, with what was kept of those before them."""
 
-    rotary: tuple[Tensor, Tensor]
+    place: Tensor  # (new,)
+    recent: Tensor  # (B, r), the last tokens before the new ones
+    neighbors: Tensor  # (offsets, r + new): columns among these
     mask: Tensor | None  # (new, all) bool; None: they see all
     kept: dict[nn.Module, tuple[Tensor, Tensor]]  # keys and values (B, heads, n, head_dim)
     keep: bool  # those of the new tokens too
+    rotary: tuple[Tensor, ...] = ()
 
 
 class CachedAttention(nn.Module):
@@ -53,11 +57,18 @@ class CachedAttention(nn.Module):
         return own.proj(tm.select_positions(y.transpose(1, 2).flatten(2), positions))
 
 
+def embed(twin: tm.Model, z: Tensor, seen: Seen) -> Tensor:
+    """(B, new, D): embeddings of new tokens z and of their neighbours, also recent ones."""
+    row = torch.cat([seen.recent, z], dim=1)
+    return type(twin).embed(twin, row, seen)[:, seen.recent.shape[1] :]
+
+
 def cached(model: tm.Model) -> tm.Model:
     """A model with the same weights, in the same memory, whose attention is `CachedAttention`."""
     twin = tm.outline_model(model.hp)
     twin.load_state_dict(model.state_dict(), assign=True)
     twin.compute_dtype, twin.block_size = model.compute_dtype, model.block_size
+    twin.embed = functools.partial(embed, twin)
     for block in twin.blocks:
         block.attn = CachedAttention(block.attn)
     return twin.eval()
@@ -81,10 +92,8 @@ class Past:
     def append(self, tokens: Tensor) -> Tensor:
         """Hidden states (B, m, D) of clean tokens (B, m), which from now on are seen."""
         old, new = self.tokens.shape[1], tokens.shape[1]
-        mask = None
-        if new > 1:
-            mask = torch.ones(new, old + new, dtype=torch.bool, device=tokens.device).tril(old)
-        h = self._run(tokens, mask, keep=True)
+        mask = torch.ones(new, old + new, dtype=torch.bool, device=tokens.device).tril(old)
+        h = self._run(tokens, mask if new > 1 else None, keep=True)
         self.tokens = torch.cat([self.tokens, tokens], dim=1)
         return h
 
@@ -96,23 +105,16 @@ class Past:
     def _run(
         self, z: Tensor, mask: Tensor | None, keep: bool, positions: tm.Positions = None
     ) -> Tensor:
-        twin, (_, old), new = self.twin, self.tokens.shape, z.shape[1]
-        x = self._embed(z, only_left=keep)
-        place = torch.arange(old, old + new, device=z.device)
-        rotary = tm.rotary_table(place, self.hp.head_dim, self.hp.rope_base, x)
-        seen = Seen(rotary, mask, self.kept, keep)
-        return tm.norm(twin.trunk(x, z, None, seen, positions))
-
-    def _embed(self, z: Tensor, only_left: bool) -> Tensor:
-        """(B, m, D): new tokens with their neighbours, of which some are in the past."""
-        near = min(self.hp.neighbors, self.tokens.shape[1])
-        row = torch.cat([self.tokens[:, self.tokens.shape[1] - near :], z], dim=1)
-        column = torch.arange(row.shape[1], device=z.device)
-        last = column if only_left else torch.full_like(column, row.shape[1] - 1)
+        old, new = self.tokens.shape[1], z.shape[1]
+        recent = self.tokens[:, max(old - self.hp.neighbors, 0) :]
+        column = torch.arange(recent.shape[1] + new, device=z.device)
+        last = column if keep else column[-1]  # clean tokens have neighbours on their left alone
         offsets = torch.tensor(self.hp.neighbor_offsets, dtype=torch.int64, device=z.device)
         wanted = column + offsets[:, None]
         neighbors = torch.where((wanted >= 0) & (wanted <= last), wanted, -1)
-        return self.twin.embed(row, tm.View(column, neighbors))[:, near:]
+        place = torch.arange(old, old + new, device=z.device)
+        seen = Seen(place, recent, neighbors, mask, self.kept, keep)
+        return self.twin.hidden(z, None, positions, seen)
 
 
 def reveal_causally(twin: tm.Model, z: Tensor, before: Tensor) -> Steps:
