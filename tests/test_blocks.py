@@ -16,6 +16,7 @@ import published
 import pytest
 import reference
 import run_log
+import sweep
 import torch
 from conftest import random_model, run_python, tiny_hp, torchrun, val_split
 from reference import total_probability
@@ -465,6 +466,7 @@ def test_a_record_names_what_its_number_is(trained, tmp_path, tool):
     log = trained / "logs/one.txt"
     run = run_log.parse_log(log)
     assert run.system == "block" and list(run.others) == ["nelbo", "ar"]
+    assert sweep.scores_of_all({run.seed: run}).keys() == {"nelbo", "ar"}
     assert run.val_bpb == pytest.approx(score_lines(body_of(log))["l2r"], abs=1e-4)
     done = tool(make_record, log, "--name", "blocks", "--out", tmp_path / "records")
     assert done.returncode == 0, done.stderr
