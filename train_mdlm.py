@@ -146,15 +146,14 @@ class Hyperparameters:
 
     preset: str = knob("run", "mdlm", "values to start from", choices=lambda: PRESETS)
     run_id: str = knob("run", "", "name of logs/<RUN_ID>.txt and .mdlm; empty: time and preset")
-    eval_only: str = knob("run", "", "artifact to score instead of training a model")
+    eval_only: str = knob("run", "", "artifact to score instead of training")
 
     data_path: str = knob("data", "./data/datasets/fineweb10B_sp1024",
         "folder with fineweb_train_*.bin and fineweb_val_*.bin")
     tokenizer_path: str = knob("data", "./data/tokenizers/fineweb_1024_bpe.model",
         "SentencePiece model that made them")
 
-    objective: str = knob("model", "mdlm", "masked diffusion, or causal next-token prediction",
-        choices=("mdlm", "ar"))
+    objective: str = knob("model", "mdlm", "masked diffusion, or causal", choices=("mdlm", "ar"))
     block_size: int = knob("model", 0,
         "tokens of a block: diffusion inside, autoregression over blocks; 0: one block, the window",
         high=2**20)
@@ -163,19 +162,17 @@ class Hyperparameters:
     vocab_size: int = knob("model", 1024, "real tokens V; MASK is V, PAD V + 1", low=2, high=65_534)
     doc_chunks: bool = knob("model", False, "train on documents, in chunks of L tokens and PAD")
     anchor_bos: bool = knob("model", False, "never mask <s>; scores pay for where it stands")
-    train_seq_len: int = knob("model", 1024, "tokens L of a window, in training and scoring", low=1,
-        high=2**20)
+    train_seq_len: int = knob("model", 1024, "tokens L of a window", low=1, high=2**20)
     num_layers: int = knob("model", 8, "blocks; in the U-Net half of them feed skips to the others",
         low=1, high=200)
     model_dim: int = knob("model", 576, "width D of the residual stream", low=2, high=2**16)
     num_heads: int = knob("model", 8, "attention heads H", low=1)
     num_kv_heads: int = knob("model", 4, "key/value heads, each for an equal share of H", low=1)
-    mlp_mult: int = knob("model", 2, "hidden width of the MLP as a multiple of MODEL_DIM", low=1,
-        high=64)
+    mlp_mult: int = knob("model", 2, "hidden width of the MLP over MODEL_DIM", low=1, high=64)
     tie_embeddings: bool = knob("model", True, "use the embedding as the output head too")
     neighbors: int = knob("model", 0,
-        "tokens on each side of a position whose embeddings, from tables of their own, join its "
-        "input", high=64)
+        "tokens on each side whose embeddings, from tables of their own, join that of a position",
+        high=64)
     rope_base: float = knob("model", 1e4, "base of the rotary frequencies", low=1)
     logit_softcap: float = knob("model", 30.0, "logits become cap·tanh(logits/cap); 0: unchanged")
     qk_gain_init: float = knob("model", 1.5, "initial gain of the normalised queries")
@@ -189,8 +186,7 @@ class Hyperparameters:
     time_sampling: str = knob("noise", "stratified",
         "how mask times are drawn: evenly spaced, in pairs t and 1 − t, or independently",
         choices=lambda: TIME_SAMPLINGS)
-    mask_dist: str = knob("noise", "uniform", "how mask probabilities are distributed",
-        choices=lambda: MASK_DISTS)
+    mask_dist: str = knob("noise", "uniform", "of mask probabilities", choices=lambda: MASK_DISTS)
     mask_mean: float = knob("noise", 0.45, "mean of MASK_DIST=normal", high=1)
     mask_std: float = knob("noise", 0.1, "its standard deviation", low=1e-6, high=10)
     mask_eps: float = knob("noise", 0.001, "smallest mask probability", high=1)
@@ -198,26 +194,22 @@ class Hyperparameters:
     loss_weight: str = knob("noise", "elbo",
         "weight of a token masked with probability p: 1/p, about 1/(1 − p), or 1",
         choices=lambda: LOSS_WEIGHTS)
-    causal_weight: float = knob("noise", 1.0,
-        "with BLOCK_SIZE: weight of the next-token loss of clean tokens")
+    causal_weight: float = knob("noise", 1.0, "weight of next-token losses with BLOCK_SIZE")
     weight_clamp: float = knob("noise", 100.0, "largest weight of a masked token", low=1)
 
     seed: int = knob("training", 1337, "seed of weights, mask times and masks", high=2**63 - 1)
     iterations: int = knob("training", 20_000, "optimizer steps at most", high=2**24)
     max_wallclock_seconds: float = knob("training", 600.0, "training time at most; 0: no limit")
-    train_batch_tokens: int = knob("training", 524_288, "tokens of a step, of all processes", low=1,
-        high=2**28)
+    train_batch_tokens: int = knob("training", 524_288, "tokens of a step", low=1, high=2**28)
     lr_warmup_steps: int = knob("training", 0, "steps in which the learning rates rise at first")
     warmdown_iters: int = knob("training", 1200, "steps in which they decay; 0: see WARMDOWN_FRAC")
     warmdown_frac: float = knob("training", 0.0, "share of the run in which they decay", high=1)
-    warmdown_shape: str = knob("training", "linear", "shape of the decay",
-        choices=("linear", "cosine"))
+    warmdown_shape: str = knob("training", "linear", "of the decay", choices=("linear", "cosine"))
     min_lr_frac: float = knob("training", 0.0, "share of them that is left at the end", high=1)
 
     compile: str = knob("execution", "auto", "compile the loss with torch.compile; auto: on GPUs",
         choices=("auto", "on", "off"))
-    warmup_steps: int = knob("execution", 20, "steps that warm the compiler up and are undone",
-        high=1000)
+    warmup_steps: int = knob("execution", 20, "undone steps that warm the compiler up", high=1000)
     micro_batch_tokens: int = knob("execution", 65_536, "most tokens of one pass of a process",
         low=1, high=2**24)
     train_log_every: int = knob("execution", 200,
@@ -226,8 +218,7 @@ class Hyperparameters:
     checkpoint_every: float = knob("execution", 300.0,
         "seconds of training between checkpoints; 0: only when stopped")
     resume: str = knob("execution", "auto",
-        "auto: from the last checkpoint of RUN_ID, if there is one; never; or the path of a "
-        "checkpoint")
+        "auto: from the last checkpoint of RUN_ID, if any; never; or the path of a checkpoint")
     skip_nonfinite: int = knob("execution", 0,
         "steps with infinite or NaN gradients that are skipped before the run gives up")
 
@@ -239,16 +230,14 @@ class Hyperparameters:
     head_lr: float = knob("optimizer", 0.008, "learning rate of an untied output head")
     scalar_lr: float = knob("optimizer", 0.04, "learning rate of gains, scales, skips and biases")
     adam_batch_tokens: int = knob("optimizer", 0,
-        "batch size that these rates, but MATRIX_LR, are for; they scale with its square root; 0: "
-        "no scaling")
+        "batch that these rates, but MATRIX_LR, are for; they scale with its square root; 0: not")
     weight_decay: float = knob("optimizer", 0.0, "decoupled, per step, times the learning rate")
     weight_decay_on: str = knob("optimizer", "matrices",
         "what decays: block and head matrices, or all weights", choices=("matrices", "all"))
     muon_momentum: float = knob("optimizer", 0.95, "Nesterov momentum of Muon", high=1)
     muon_momentum_warmup_start: float = knob("optimizer", 0.85, "its momentum at step 0", high=1)
     muon_momentum_warmup_steps: int = knob("optimizer", 500, "steps until it is MUON_MOMENTUM")
-    muon_backend_steps: int = knob("optimizer", 5, "Newton-Schulz iterations of Muon", low=1,
-        high=99)
+    muon_backend_steps: int = knob("optimizer", 5, "Newton-Schulz iterations", low=1, high=99)
     beta1: float = knob("optimizer", 0.9, "decay of AdamW's first moment", high=0.999999)
     beta2: float = knob("optimizer", 0.95, "decay of AdamW's second moment", high=0.999999)
     adam_eps: float = knob("optimizer", 1e-8, "ε of AdamW", low=1e-30)
@@ -262,8 +251,8 @@ class Hyperparameters:
         "largest code, in root mean squares of its row; 0: the one with the least squared error",
         high=16)
     quant_feedback: int = knob("export", 0,
-        "training batches for GPTQ rounding, best with QUANT_CLIP of 10 or more; 0: round to "
-        "nearest", high=1000)
+        "training batches for GPTQ rounding, best with QUANT_CLIP of 10 or more; 0: to nearest",
+        high=1000)
     pack: str = knob("export", "auto", "compressor of each kind of parameter; auto: the smallest",
         choices=lambda: ("auto", *PACKERS))
 
@@ -276,8 +265,7 @@ class Hyperparameters:
         high=100_000)
     tstep_steps: int = knob("scoring", 128, "T of the T-step bound", low=1, high=100_000)
     stride: int = knob("scoring", 64, "tokens that a sliding window scores", low=1)
-    score_block_size: int = knob("scoring", 0, "BLOCK_SIZE of the scores; 0: as trained",
-        high=2**20)
+    score_block_size: int = knob("scoring", 0, "BLOCK_SIZE of scores; 0: as trained", high=2**20)
     chain_group: int = knob("scoring", 1, "positions a chain rule reveals in one call", low=1)
     val_batch_size: int = knob("scoring", 524_288, "tokens of one scoring pass, over all processes",
         low=1, high=2**24)
@@ -321,11 +309,8 @@ class Hyperparameters:
     # Row of ESTIMATORS; its first score is the one behind val_bpb
     system = property(lambda self: "block" if self.block_size else self.objective)
     headline = property(lambda self: next(iter(ESTIMATORS[self.system])))
-
-    @property
-    def embedding_rows(self) -> int:
-        """Tokens the model can see: the real ones, MASK unless causal, PAD for chunks."""
-        return self.vocab_size + (not self.causal) + self.doc_chunks
+    # Tokens the model can see: the real ones, MASK unless causal, PAD for chunks
+    embedding_rows = property(lambda self: self.vocab_size + (not self.causal) + self.doc_chunks)
 
     @property
     def neighbor_offsets(self) -> list[int]:
@@ -1243,13 +1228,6 @@ def block_view(hp, block: int, length: int, device: torch.device) -> View:
     return View(place, torch.where(in_block, wanted - 1, clean), mask=mask)
 
 
-def rotary_table(place: Tensor, head_dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (L, head_dim/2) for places (L,), in the dtype of `like`."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=like.device) / head_dim
-    angle = torch.outer(place.float(), base**-exponent)
-    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Half-split rotary embedding of x (…, L, head_dim)."""
     a, b = x.chunk(2, dim=-1)
@@ -1415,10 +1393,12 @@ class Model(nn.Module):
     ) -> Tensor:
         """Normalised last hidden state (B, L, D) of tokens z (B, L), or (N, D) at the positions.
         `masked_fraction` (B,) is what a DiT is told of the noise; by default the truth."""
+        hp = self.hp
         view = view or self.view(z.shape[1], z.device)
         x = self.embed(z, view)
-        rotary = rotary_table(view.place, self.hp.head_dim, self.hp.rope_base, x)
-        view = view._replace(rotary=rotary)
+        exponent = torch.arange(0, hp.head_dim, 2, dtype=torch.float32, device=z.device)
+        angle = torch.outer(view.place.float(), hp.rope_base ** -(exponent / hp.head_dim))
+        view = view._replace(rotary=(angle.cos().to(x.dtype), angle.sin().to(x.dtype)))
         return norm(self.trunk(x, z, masked_fraction, view, positions))
 
     def head(self, h: Tensor) -> Tensor:
@@ -1806,7 +1786,11 @@ class Optimizer:
         self.dropped += dropped
         factor = 1 / tokens.clamp(min=1)
         norms = torch.stack([*(group.grads.norm() for group in self.groups), loss]) * factor
-        finite = self._note_if_not_finite(norms)
+        finite = norms.isfinite().all()
+        self.counts += torch.stack([finite, ~finite])
+        this_step = torch.cat([self.counts.sum()[None], norms])
+        keep = finite | (self.first_bad[0] > 0)
+        self.first_bad.copy_(torch.where(keep, self.first_bad, this_step))
         if hp.grad_clip_norm > 0:
             factor *= (hp.grad_clip_norm / (norms[:-1].norm() + 1e-6)).clamp(max=1.0)
         self.grads.mul_(factor).masked_fill_(~finite, 0.0)
@@ -1821,15 +1805,6 @@ class Optimizer:
             group.step(hp, now)
         self.grads.zero_()
         return norms[-1]
-
-    def _note_if_not_finite(self, norms: Tensor) -> Tensor:
-        """Counts the step, and tells whether all of its norms are finite, () bool."""
-        finite = norms.isfinite().all()
-        self.counts += torch.stack([finite, ~finite])
-        this_step = torch.cat([self.counts.sum()[None], norms])
-        keep = finite | (self.first_bad[0] > 0)
-        self.first_bad.copy_(torch.where(keep, self.first_bad, this_step))
-        return finite
 
     def update_average(self) -> None:
         """Begins with the weights; then d · average + (1 − d) · weights for d = EMA_DECAY."""
@@ -1867,11 +1842,7 @@ class Quantizer(NamedTuple):
 QUANTIZERS = {
     "fp8": Quantizer(torch.float8_e4m3fn, 448.0, None),
     "fp8_row": Quantizer(torch.float8_e4m3fn, 448.0, torch.float32),
-    "int4": Quantizer(torch.int8, 7.0, torch.bfloat16),
-    "int5": Quantizer(torch.int8, 15.0, torch.bfloat16),
-    "int6": Quantizer(torch.int8, 31.0, torch.bfloat16),
-    "int7": Quantizer(torch.int8, 63.0, torch.bfloat16),
-    "int8": Quantizer(torch.int8, 127.0, torch.bfloat16),
+    **{f"int{n}": Quantizer(torch.int8, 2.0 ** (n - 1) - 1, torch.bfloat16) for n in range(4, 9)},
     "fp16": Quantizer(torch.float16, 65_504.0, None),
     "fp32": Quantizer(torch.float32, 3e38, None),
 }
@@ -2586,6 +2557,9 @@ class Score(NamedTuple):
     ms: float
     boundary_bits: float  # for the places of anchors, part of bpb
 
+    def figures(self) -> str:
+        return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f} stderr:{self.stderr:.4f}"
+
     def line(self) -> str:
         speed = 1000 * self.tokens / self.ms
         line = (
@@ -2724,10 +2698,7 @@ def score_model(artifact: Artifact, hp, val: Split, log: Log) -> None:
         estimator = ESTIMATORS[hp.system][name]
         score, table = score_windows(name, model, hp, val, seqs)
         if name == hp.headline:
-            log(
-                f"final_{label}_roundtrip val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
-                f"stderr:{score.stderr:.4f} eval_time:{score.ms:.0f}ms"
-            )
+            log(f"final_{label}_roundtrip {score.figures()} eval_time:{score.ms:.0f}ms")
             exact = f"val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}"
             log(f"final_{label}_roundtrip_exact {exact}")
         log(f"score:{name} {'biased:1 ' if estimator.biased else ''}{score.line()}")
@@ -2981,8 +2952,7 @@ class Trainer:
             self.optimizer.swap_average()
         self.progress.validated = self.progress.step
         self.progress.best_bpb = min(self.progress.best_bpb, score.bpb)
-        loss = f"val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} stderr:{score.stderr:.4f}"
-        self.log_step(f"{loss} seqs:{score.seqs}")
+        self.log_step(f"{score.figures()} seqs:{score.seqs}")
         return score
 
     def log_step(self, figures: str) -> None:
