@@ -157,14 +157,12 @@ class Hyperparameters:
     block_size: int = knob("model", 0,
         "tokens of a block: diffusion inside, autoregression over blocks; 0: one block, the window",
         high=2**20)
-    backbone: str = knob("model", "unet", "the challenge's trunk, or one told the noise level",
-        choices=lambda: BACKBONES)
+    backbone: str = knob("model", "unet", "trunk; dit is told the noise", choices=lambda: BACKBONES)
     vocab_size: int = knob("model", 1024, "real tokens V; MASK is V, PAD V + 1", low=2, high=65_534)
     doc_chunks: bool = knob("model", False, "train on documents, in chunks of L tokens and PAD")
     anchor_bos: bool = knob("model", False, "never mask <s>; scores pay for where it stands")
     train_seq_len: int = knob("model", 1024, "tokens L of a window", low=1, high=2**20)
-    num_layers: int = knob("model", 8, "blocks; in the U-Net half of them feed skips to the others",
-        low=1, high=200)
+    num_layers: int = knob("model", 8, "blocks; half of the U-Net's feed skips", low=1, high=200)
     model_dim: int = knob("model", 576, "width D of the residual stream", low=2, high=2**16)
     num_heads: int = knob("model", 8, "attention heads H", low=1)
     num_kv_heads: int = knob("model", 4, "key/value heads, each for an equal share of H", low=1)
@@ -344,21 +342,23 @@ class Hyperparameters:
 
     def _broken_rules(self) -> Iterator[str]:
         """A message for each rule between values that does not hold."""
-        dim, heads, kv_heads = map(self.shown, ("model_dim", "num_heads", "num_kv_heads"))
-        if self.model_dim % self.num_heads:
-            yield f"{heads} must divide {dim}"
-        if self.num_heads % self.num_kv_heads:
-            yield f"{kv_heads} must divide {heads}"
+        divisors = dict(
+            num_heads="model_dim",
+            num_kv_heads="num_heads",
+            block_size="train_seq_len",
+            score_block_size="train_seq_len",
+        )
+        for part, whole in divisors.items():
+            if getattr(self, part) and getattr(self, whole) % getattr(self, part):
+                yield f"{self.shown(part)} must divide {self.shown(whole)}"
         if self.head_dim % 2:
-            yield f"{dim} / {heads} must be even for rotary embeddings"
+            quotient = f"{self.shown('model_dim')} / {self.shown('num_heads')}"
+            yield f"{quotient} must be even for rotary embeddings"
         if self.mask_eps >= self.mask_max:
             yield f"{self.shown('mask_eps')} must be smaller than {self.shown('mask_max')}"
         masks_only = BACKBONES[self.backbone].told_noise or self.doc_chunks or self.anchor_bos
         if self.causal and masks_only:
             yield "OBJECTIVE=ar does not go with BACKBONE=dit, DOC_CHUNKS=1 or ANCHOR_BOS=1"
-        for name in ("block_size", "score_block_size"):
-            if getattr(self, name) and self.train_seq_len % getattr(self, name):
-                yield f"{self.shown(name)} must divide {self.shown('train_seq_len')}"
         if self.block_size and (self.causal or masks_only):
             yield "BLOCK_SIZE does not go with OBJECTIVE=ar, BACKBONE=dit, DOC_CHUNKS or ANCHOR_BOS"
         scores = list(dict.fromkeys(itertools.chain(*ESTIMATORS.values())))
@@ -1369,12 +1369,6 @@ class Model(nn.Module):
         self.compute_dtype = getattr(torch, resolve_dtype(self.hp, device))
         return self.to(device)
 
-    def view(self, length: int, device: torch.device) -> View:
-        """Of an input of so many columns."""
-        if self.block_size:
-            return block_view(self.hp, self.block_size, length // 2, device)
-        return plain_view(self.hp, length, self.hp.causal, device)
-
     def embed(self, z: Tensor, view: View) -> Tensor:
         """(B, L, D): embeddings of tokens z and of their NEIGHBORS."""
         x = self.tok_emb(z)
@@ -1393,8 +1387,11 @@ class Model(nn.Module):
     ) -> Tensor:
         """Normalised last hidden state (B, L, D) of tokens z (B, L), or (N, D) at the positions.
         `masked_fraction` (B,) is what a DiT is told of the noise; by default the truth."""
-        hp = self.hp
-        view = view or self.view(z.shape[1], z.device)
+        hp, columns = self.hp, z.shape[1]
+        if view is None and self.block_size:
+            view = block_view(hp, self.block_size, columns // 2, z.device)
+        elif view is None:
+            view = plain_view(hp, columns, hp.causal, z.device)
         x = self.embed(z, view)
         exponent = torch.arange(0, hp.head_dim, 2, dtype=torch.float32, device=z.device)
         angle = torch.outer(view.place.float(), hp.rope_base ** -(exponent / hp.head_dim))
@@ -1726,7 +1723,7 @@ class Optimizer:
         parameters = sorted(model.named_parameters(), key=group_key)
         grouped = [list(group) for _, group in itertools.groupby(parameters, key=group_key)]
         sizes = [sum(parameter.numel() for _, parameter in group) for group in grouped]
-        aligned = [64 * ceil_div(size, 64) for size in sizes]  # for the widest loads
+        aligned = (64 * ceil_div(size, 64) for size in sizes)  # for the widest loads
         *begins, total = itertools.accumulate(aligned, initial=0)
         device = parameters[0][1].device
 
@@ -1827,8 +1824,8 @@ def muon_momentum(hp, step: int) -> float:
 
 # ---- Quantizing and packing
 #
-# Each weight gets few bits. An entropy coder makes common codes short, so rare ones may be large:
-# what counts is the step of the grid, and rounding so that errors cancel (docs/artifact.md).
+# Common codes become short, so rare ones may be large: what counts is the step of the grid, and
+# rounding so that errors cancel (docs/artifact.md).
 
 
 class Quantizer(NamedTuple):
@@ -2172,8 +2169,7 @@ def predicted_bytes(hp) -> int:
     total = len(Path(__file__).read_bytes())
     for kind, named in by_kind(outline_model(hp)).items():
         columns = max(parameter.shape[-1] for parameter in named.values())
-        generator = seeded("cpu", "predicted bytes")
-        sample = torch.randn(256, columns, generator=generator)
+        sample = torch.randn(256, columns, generator=seeded("cpu", "predicted bytes"))
         _, facts = pack_kind({"": sample}, hp.storages[kind.name], hp)
         weights = sum(parameter.numel() for parameter in named.values())
         total += math.ceil(facts["bytes"] / sample.numel() * weights)
@@ -2420,10 +2416,9 @@ def chain_rule(
     """
     window, length = with_before(x0, before), x0.shape[1]
     if model.hp.causal:
-        if isinstance(order, Tensor) or order != "l2r" or group != 1:
-            raise InputError(
-                "a causal model predicts one token after the other: order l2r, group 1"
-            )
+        if str(order) != "l2r" or group != 1:
+            remedy = "order l2r, group 1"
+            raise InputError(f"a causal model predicts one token after the other: {remedy}")
         return causal_nll(model, window)
     if isinstance(order, Tensor):
         place = order.argsort(-1)
@@ -2736,10 +2731,6 @@ class Checkpoint(NamedTuple):
     averages: int
     data: int  # digest of the training shards
 
-    def fits(self, optimizer: Optimizer) -> bool:
-        """Whether its weights are finite, and as many as those of this optimizer."""
-        return self.state.shape == optimizer.state.shape and bool(self.state.isfinite().all())
-
     def changed_settings(self, hp) -> list[str]:
         """What was different when it was made, of all that changes the result."""
         return [
@@ -2750,9 +2741,9 @@ class Checkpoint(NamedTuple):
         ]
 
 
-def checkpoint_paths(run_id: str) -> list[Path]:
+def checkpoint_paths(run_id: str, ending: str = "") -> list[Path]:
     """Of one run, the newest first."""
-    return sorted(Path("logs").glob(f"{run_id}.{'[0-9]' * 8}.ckpt"), reverse=True)
+    return sorted(Path("logs").glob(f"{run_id}.{'[0-9]' * 8}.ckpt{ending}"), reverse=True)
 
 
 def write_checkpoint(checkpoint: Checkpoint) -> Path:
@@ -2789,6 +2780,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
             and 0 <= progress.train_ms < math.inf
             and progress.best_bpb > 0
             and sum(checkpoint.counts) == progress.step
+            and bool(checkpoint.state.isfinite().all())
         )
         return checkpoint if sound else None
     except Exception:  # there are as many kinds as ways to damage a file
@@ -2968,7 +2960,7 @@ class Trainer:
             hp=self.hp,
             progress=self.progress,
             state=self.optimizer.state,
-            counts=[int(count) for count in self.optimizer.counts],
+            counts=self.optimizer.counts.long().tolist(),
             averages=self.optimizer.averages,
             data=self.stream.digest,
         )
@@ -2990,8 +2982,8 @@ class Trainer:
             except InputError as error:
                 raise InputError(f"{hp.shown('resume')}: {error}") from None
             changed = checkpoint.changed_settings(hp) if checkpoint else []
-            sound = checkpoint and (changed or checkpoint.fits(self.optimizer))
-            if not sound:
+            fits = checkpoint and checkpoint.state.shape == self.optimizer.state.shape
+            if not fits and not changed:
                 self.log(f"skipped:{path}: damaged, or not of this version of train_mdlm.py")
                 if path not in given:
                     on_first_process(path.replace, f"{path}.damaged")
@@ -3107,13 +3099,12 @@ def resolve_hyperparameters(
     if `env` asks for another predictor."""
     hp = asked
     if artifact:
-        _, *names = stored_fields(artifact.hp)  # all but the preset
-        stored = {name: getattr(artifact.hp, name) for name in names}
-        for name, value in stored.items():
-            if name.upper() in env and getattr(asked, name) not in ("auto", value):
-                made_with = f"{asked.eval_only} was made with {artifact.hp.shown(name)}"
-                raise InputError(f"{asked.shown(name)}, but {made_with}")
-        fixed = {name.upper(): value for name, value in stored.items()}
+        names = stored_fields(artifact.hp)[1:]
+        fixed = {name.upper(): getattr(artifact.hp, name) for name in names}
+        for name in fixed.keys() & env.keys():
+            if getattr(asked, name.lower()) not in ("auto", fixed[name]):
+                made_with = f"{asked.eval_only} was made with {artifact.hp.shown(name.lower())}"
+                raise InputError(f"{asked.shown(name.lower())}, but {made_with}")
         hp = Hyperparameters.from_env({"PRESET": artifact.hp.preset, **env, **fixed})
     stamp = on_first_process(lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}_{hp.preset}")
     dtype = resolve_dtype(hp, device)  # the artifact will carry it
@@ -3149,8 +3140,8 @@ def claim_run(hp, log: Log) -> None:
     if not begun and (not source.startswith(text) or (artifact.exists() and not hp.eval_only)):
         foreign = path if text else artifact
         raise InputError(f"{foreign}: is not of this run; choose another RUN_ID than {hp.run_id}")
-    half_written = path.parent.glob(f"{hp.run_id}.{'[0-9]' * 8}.ckpt.part")
-    for leftover in [*half_written, *checkpoint_paths(hp.run_id)[2:]]:
+    half_written = checkpoint_paths(hp.run_id, ".part")
+    for leftover in half_written + checkpoint_paths(hp.run_id)[2:]:
         leftover.unlink()  # of a process that was killed while it wrote
     if not begun:
         log.lock.truncate(0)
@@ -3265,7 +3256,7 @@ def main() -> None:
         if arguments:
             raise InputError(f"{arguments[0]}: hyperparameters are environment variables; --help")
         run(os.environ)
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt) as error:
         if not foreseen(error):
             raise
         on_signals(signal.SIG_DFL)
