@@ -16,10 +16,10 @@ causal baseline, golf our own recipe (docs/recipe.md).
 
 The life of a token, from its shard to the score:
 
-    shard    data/prepare_text.py or data/fetch_fineweb.py wrote it down in 16 bits. The shards of a
-             split form one ring of tokens, `TokenStream`.
-    window   `TokenStream.windows` cuts the ring into rows of L tokens, each with the token before
-             it; `training_batch` takes the rows of one step.
+    shard    data/prepare_text.py or data/fetch_fineweb.py wrote it. The shards of a split are a
+             ring of tokens, `TokenStream`.
+    window   `TokenStream.windows` cuts it into rows of L tokens, each with the token before it;
+             `training_batch` takes those of one step.
     mask     `draw_noise` draws how much of each row is masked, and `apply_noise` chooses the tokens
              that the model will see as MASK.
     model    `Model.hidden` sends the row through one of BACKBONES; `Model.head` gives logits over V
@@ -28,10 +28,9 @@ The life of a token, from its shard to the score:
     step     `Optimizer.step` adds up the gradients of all processes and moves the weights: matrices
              by Muon, the rest by AdamW, as the table KINDS says.
     average  `Optimizer.update_average` keeps an exponential average of the weights.
-    codes    `quantize` rounds each weight to a grid of QUANTIZERS, and `pack_kind` compresses the
-             codes with the best of PACKERS.
-    file     `save_artifact` writes them, and `read_artifact` builds a fresh model from these bytes
-             and nothing else.
+    codes    `quantize` rounds each weight to a grid of QUANTIZERS, and `pack_kind` compresses them
+             with the best of PACKERS.
+    file     `save_artifact` writes it; `read_artifact` builds a fresh model from nothing else.
     score    `score_windows` masks the validation split as one of ESTIMATORS does, adds up −log2 p
              of that model, and divides by the bytes of the text, which `token_bytes` counts.
     log      `Log` writes it all to logs/<run>.txt, below the source of this file.
@@ -88,11 +87,10 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: one line that names the value, the place and the remedy."""
+    """What the user gave is wrong: one line that names the value, the place and the remedy."""
 
 
 def ceil_div(a, b):
-    """a / b, rounded up."""
     return -(-a // b)
 
 
@@ -107,7 +105,7 @@ def golden_sequence(numbers: Tensor, offset: Tensor | float = 0.0) -> Tensor:
 
 
 def seeded(device: torch.device | str, *key) -> torch.Generator:
-    """A generator that depends on `key` only, for example (seed, "train", step)."""
+    """A generator for a key such as (seed, "train", step)."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -119,7 +117,7 @@ def seeded(device: torch.device | str, *key) -> torch.Generator:
 
 
 def knob(group: str, default, meaning: str, low=0, high=1e12, choices=()):
-    """A hyperparameter. `choices` are names, or a function that returns them."""
+    """A hyperparameter; `choices` may be a function."""
     about = dict(group=group, meaning=meaning, low=low, high=high, choices=choices)
     return dataclasses.field(default=default, metadata=about)
 
@@ -155,8 +153,7 @@ class Hyperparameters:
 
     objective: str = knob("model", "mdlm", "masked diffusion, or causal", choices=("mdlm", "ar"))
     block_size: int = knob("model", 0,
-        "tokens of a block: diffusion inside, autoregression over blocks; 0: one block, the window",
-        high=2**20)
+        "tokens of a block: diffusion inside, autoregression over blocks; 0: no blocks", high=2**20)
     backbone: str = knob("model", "unet", "trunk; dit is told the noise", choices=lambda: BACKBONES)
     vocab_size: int = knob("model", 1024, "real tokens V; MASK is V, PAD V + 1", low=2, high=65_534)
     doc_chunks: bool = knob("model", False, "train on documents, in chunks of L tokens and PAD")
@@ -169,8 +166,7 @@ class Hyperparameters:
     mlp_mult: int = knob("model", 2, "hidden width of the MLP over MODEL_DIM", low=1, high=64)
     tie_embeddings: bool = knob("model", True, "use the embedding as the output head too")
     neighbors: int = knob("model", 0,
-        "tokens on each side whose embeddings, from tables of their own, join that of a position",
-        high=64)
+        "tokens on each side whose embeddings, from own tables, join a position's input", high=64)
     rope_base: float = knob("model", 1e4, "base of the rotary frequencies", low=1)
     logit_softcap: float = knob("model", 30.0, "logits become cap·tanh(logits/cap); 0: unchanged")
     qk_gain_init: float = knob("model", 1.5, "initial gain of the normalised queries")
@@ -179,8 +175,7 @@ class Hyperparameters:
         choices=("auto", "float32", "bfloat16"))
 
     masking: str = knob("noise", "bernoulli",
-        "how a row is masked: each token by itself, or an exact number of tokens",
-        choices=lambda: MASKINGS)
+        "how a row is masked: each token by itself, or exactly so many", choices=lambda: MASKINGS)
     time_sampling: str = knob("noise", "stratified",
         "how mask times are drawn: evenly spaced, in pairs t and 1 − t, or independently",
         choices=lambda: TIME_SAMPLINGS)
@@ -246,11 +241,9 @@ class Hyperparameters:
     quant_mode: str = knob("export", "fp8",
         "storage of all weights, or by kind of parameter: int7,embed:int8,gain:fp16")
     quant_clip: float = knob("export", 0.0,
-        "largest code, in root mean squares of its row; 0: the one with the least squared error",
-        high=16)
+        "largest code, in root mean squares of its row; 0: that of least squared error", high=16)
     quant_feedback: int = knob("export", 0,
-        "training batches for GPTQ rounding, best with QUANT_CLIP of 10 or more; 0: to nearest",
-        high=1000)
+        "training batches for GPTQ, best with QUANT_CLIP of 10 or more; 0: to nearest", high=1000)
     pack: str = knob("export", "auto", "compressor of each kind of parameter; auto: the smallest",
         choices=lambda: ("auto", *PACKERS))
 
@@ -285,7 +278,6 @@ class Hyperparameters:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Hyperparameters:
-        """Reads every known variable of `env`."""
         names = (spec.name for spec in dataclasses.fields(cls))
         return cls(**{name: env[name.upper()] for name in names if name.upper() in env})
 
@@ -294,7 +286,7 @@ class Hyperparameters:
         value = getattr(self, name)
         return f"{name.upper()}={int(value) if isinstance(value, bool) else value}"
 
-    # Whether a position sees only what is to its left, so that nothing has to be masked
+    # Whether a position sees only what is to its left
     causal = property(lambda self: self.objective == "ar")
     mask_id = property(lambda self: self.vocab_size)
     pad_id = property(lambda self: self.vocab_size + 1)
@@ -642,7 +634,7 @@ class Log:
                 file.write(line + "\n")
 
     def budget(self, name: str, value: float, limit: float, unit: str, note: str = "") -> None:
-        """A line on something that the challenge limits, and one more if it is over."""
+        """A line on what the challenge limits, and one more if it is over."""
         self(f"{name}: {round(value, 1)} {unit}{note}")
         if value > limit:
             excess = round(value - limit, 1)
@@ -1016,7 +1008,6 @@ class Split(NamedTuple):
 
 
 def open_validation(hp, sp, luts: ByteTables) -> Split:
-    """The validation split, checked."""
     stream = TokenStream(hp.data_path, "val")
     if not stream.count_windows(hp.train_seq_len):
         needed = f"less than a window of {hp.shown('train_seq_len')} and the token before it"
@@ -1249,7 +1240,7 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     """Grouped-query attention with normalised and rotated queries and keys."""
 
-    def __init__(self, hp, query_gain: float | None = None):
+    def __init__(self, hp):
         super().__init__()
         self.head_dim = hp.head_dim
         kv_dim = hp.num_kv_heads * hp.head_dim
@@ -1257,9 +1248,7 @@ class Attention(nn.Module):
         self.c_k = Linear(hp.model_dim, kv_dim, bias=False)
         self.c_v = Linear(hp.model_dim, kv_dim, bias=False)
         self.proj = Linear(hp.model_dim, hp.model_dim, bias=False)
-        self.q_gain = None
-        if query_gain is not None:
-            self.q_gain = nn.Parameter(torch.full((hp.num_heads,), query_gain))
+        self.q_gain = None  # (H,) in a UNetBlock
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, L, heads · head_dim) → (B, heads, L, head_dim)."""
@@ -1296,7 +1285,8 @@ class UNetBlock(nn.Module):
 
     def __init__(self, hp):
         super().__init__()
-        self.attn = Attention(hp, query_gain=hp.qk_gain_init)
+        self.attn = Attention(hp)
+        self.attn.q_gain = nn.Parameter(torch.full((hp.num_heads,), hp.qk_gain_init))
         self.mlp = MLP(hp)
         self.attn_scale = nn.Parameter(torch.ones(hp.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(hp.model_dim))
@@ -1488,7 +1478,7 @@ def outline_model(hp) -> Model:
 
 
 class Kind(NamedTuple):
-    """A kind of parameter: how it is trained and how it is stored."""
+    """How a kind of parameter is trained and stored."""
 
     name: str
     pattern: str  # of the names of its parameters
@@ -1570,11 +1560,11 @@ def causal_batch(window: Tensor) -> Batch:
     targets = window[:, 1:].flatten()
     return Batch(
         z=window[:, :-1],
-        positions=torch.arange(targets.numel(), device=window.device),
+        positions=torch.arange(len(targets), device=window.device),
         targets=targets,
-        weights=torch.ones(targets.numel(), device=window.device),
-        tokens=torch.full((), targets.numel(), device=window.device),
-        dropped=torch.full((), 0, device=window.device),
+        weights=torch.ones(len(targets), device=window.device),
+        tokens=window.new_full((), len(targets)),
+        dropped=window.new_zeros(()),
         masked_fraction=None,
     )
 
@@ -1815,7 +1805,6 @@ class Optimizer:
 
 
 def muon_momentum(hp, step: int) -> float:
-    """Rises to MUON_MOMENTUM over the first steps."""
     share = 1.0
     if hp.muon_momentum_warmup_steps:
         share = min(step / hp.muon_momentum_warmup_steps, 1.0)
@@ -1876,9 +1865,8 @@ def feed_back(rows: Tensor, scales: Tensor, quantizer: Quantizer, moments: Tenso
     later ones make up for the error of each, given `moments` Σ x xᵀ (C, C) of the inputs x (GPTQ,
     Frantar et al. 2022)."""
     order = moments.diagonal().argsort(descending=True)
-    damping = 0.01 * moments.diagonal().mean() + 1e-30
-    identity = torch.eye(len(order), device=rows.device)
-    damped = moments[order][:, order].double() + damping * identity
+    damped = moments[order][:, order].double()
+    damped.diagonal().add_(0.01 * moments.diagonal().mean() + 1e-30)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
     rest = rows[:, order]
@@ -1939,8 +1927,8 @@ def inflate(packed: bytes, limit: int) -> bytes:
 
 
 def unlzma(packed: bytes, limit: int) -> bytes:
-    memory = 1 << 24  # bytes; what preset 6 needs is less
-    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=memory).decompress(packed, limit)
+    decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 24)  # preset 6 needs less
+    return decompressor.decompress(packed, limit)
 
 
 def unzstd(packed: bytes, limit: int) -> bytes:
@@ -1950,8 +1938,6 @@ def unzstd(packed: bytes, limit: int) -> bytes:
 
 
 class Packer(NamedTuple):
-    """A lossless compressor."""
-
     pack: Callable[[bytes], bytes]
     unpack: Callable[[bytes, int], bytes]  # at most `limit` bytes, however many there are
 
@@ -2017,9 +2003,7 @@ def pack_kind(
     return packed[packer], facts
 
 
-def unpack_kind(
-    packed: bytes, storage: str, packer: str, shapes: Sequence[torch.Size]
-) -> list[Tensor]:
+def unpack_kind(packed: bytes, storage: str, packer: str, shapes: list[torch.Size]) -> list[Tensor]:
     """Float32 weights; ValueError unless they are finite and as many as the shapes say.
     Unpacks no more than that."""
     quantizer = QUANTIZERS[storage]
@@ -2237,7 +2221,7 @@ WeightedMasks = Iterator[tuple[Tensor, Tensor | float]]
 def weighted_nll(model: Model, window: Tensor, masks: WeightedMasks) -> Tensor:
     """(B,) float64 nats: Σ weight · nll of masked tokens; anchors and PAD stay visible."""
     allowed = maskable(model.hp, window[:, 1:])
-    nats = torch.zeros((), dtype=torch.float64, device=window.device)
+    nats = 0.0
     for mask, weight in masks:
         hidden = mask.to(window.device).view(allowed.shape) & allowed
         nll = masked_nll(model, window, hidden).double().view(mask.shape).sum(1)
@@ -2323,9 +2307,6 @@ def discrete_elbo(
     terminal = TSTEP_EPS * math.log(model.hp.vocab_size) * maskable(model.hp, x0).sum(1)
     masks = tstep_masks(steps, random_keys(x0.shape, generator))
     return terminal + weighted_nll(model, with_before(x0), masks)
-
-
-TGRID_POINTS = 256  # unless FINAL_EVAL_T_SAMPLES says otherwise
 
 
 def tgrid_masks(points: int, keys: Iterator[Tensor]) -> WeightedMasks:
@@ -2482,7 +2463,7 @@ def score_tstep(model: Model, windows: Windows) -> Tensor:
 
 
 def score_tgrid(model: Model, windows: Windows) -> Tensor:
-    points = windows.hp.final_eval_t_samples or TGRID_POINTS
+    points = windows.hp.final_eval_t_samples or 256
     return weighted_nll(model, windows.tokens, tgrid_masks(points, windows.keys("tgrid")))
 
 
@@ -2528,7 +2509,7 @@ ESTIMATORS: dict[str, dict[str, Estimator]] = {
 
 
 def boundary_bits(count: int, length: int) -> float:
-    """Bits for where `count` visible tokens stand in a window: log2(L + 1) + log2 C(L, count)."""
+    """Bits for where `count` visible tokens stand in a window."""
     return math.log2(length + 1) + math.log2(math.comb(length, count))
 
 
@@ -2541,8 +2522,6 @@ def bits_per_byte(bits: Tensor, nbytes: Tensor) -> tuple[float, float]:
 
 
 class Score(NamedTuple):
-    """A code length of a split."""
-
     bpb: float  # bits per byte
     stderr: float  # its standard error
     loss: float  # nats per token
@@ -2614,7 +2593,7 @@ def score_windows(
 
     Also its table (windows, buckets, 2) of bits, without `boundary_bits`, and bytes: see
     `bucket_name`; scores without positions have all nats in bucket 0. KeyboardInterrupt if a
-    process is `told_to_stop`.
+    process is `told_to_stop`, InputError if bits are not finite or there are no bytes.
     """
     started = time.perf_counter()
     estimator = ESTIMATORS[hp.system][name]
@@ -2641,11 +2620,6 @@ def score_windows(
     all_reduce(table)
     all_reduce(boundaries)
     ms = 1000 * (time.perf_counter() - started)
-    return make_score(name, table, boundaries, sum(plan.scored_tokens), ms), table
-
-
-def make_score(name: str, table: Tensor, boundaries: Tensor, tokens: int, ms: float) -> Score:
-    """InputError if there is nothing to divide by, or bits are not finite."""
     bits, nbytes = table.sum(1).unbind(1)
     bits = bits + boundaries
     if nbytes.sum() == 0:
@@ -2653,9 +2627,9 @@ def make_score(name: str, table: Tensor, boundaries: Tensor, tokens: int, ms: fl
     if not bits.isfinite().all():
         raise InputError(f"the {name} score is not a finite number: the weights have diverged")
     bpb, stderr = bits_per_byte(bits, nbytes)
+    tokens, paid = sum(plan.scored_tokens), boundaries.sum().item()
     loss = bits.sum().item() * math.log(2) / tokens
-    paid = boundaries.sum().item()
-    return Score(bpb, stderr, loss, len(bits), tokens, int(nbytes.sum()), ms, paid)
+    return Score(bpb, stderr, loss, len(bits), tokens, int(nbytes.sum()), ms, paid), table
 
 
 def bucket_name(bucket: int, length: int) -> str:
@@ -2680,7 +2654,6 @@ def final_scores(hp) -> dict[str, int]:
 
 
 def score_model(artifact: Artifact, hp, val: Split, log: Log) -> None:
-    """Logs the headline and the other final scores."""
     model = artifact.model.on(val.luts.base_bytes.device)
     model.block_size = hp.block_size and (hp.score_block_size or hp.block_size)
     label = artifact.storage.replace("+", "_")
@@ -2892,7 +2865,6 @@ class Trainer:
         return mean_loss
 
     def average_if_due(self) -> None:
-        """Averages the weights, once EMA_START_FRAC of the run is done."""
         fraction = run_fraction(self.hp, self.progress.step, self.progress.train_ms)
         if not self.hp.ema_decay or fraction < self.hp.ema_start_frac:
             return
@@ -2953,7 +2925,6 @@ class Trainer:
         self.log(f"step:{step}/{self.hp.iterations} {figures} {times}")
 
     def save(self) -> None:
-        """A checkpoint, written by the first process."""
         self.check()
         started = time.perf_counter()
         checkpoint = Checkpoint(
@@ -2992,21 +2963,20 @@ class Trainer:
                 made_with = " ".join(changed) or "other shards"
                 remedy = "give it the same, or start another run, with another RUN_ID"
                 raise InputError(f"{path} was made with {made_with}: {remedy}")
-            self.restore(checkpoint)
-            step, ms = self.progress.step, self.progress.train_ms
-            self.log(
-                f"resumed:{path} step:{step}/{hp.iterations} train_time:{ms:.0f}ms best_val_bpb:"
-                f"{self.progress.best_bpb:.4f}; skips {step * hp.train_batch_tokens} tokens"
-            )
+            break
+        else:
+            if given:
+                raise InputError(f"{hp.shown('resume')}: no sound checkpoint there; give another")
             return
-        if given:
-            raise InputError(f"{hp.shown('resume')}: no sound checkpoint there; give another")
-
-    def restore(self, checkpoint: Checkpoint) -> None:
         self.progress = checkpoint.progress
         self.optimizer.averages = checkpoint.averages
         self.optimizer.state.copy_(checkpoint.state)
         self.optimizer.counts.copy_(torch.tensor(checkpoint.counts))
+        step, ms = self.progress.step, self.progress.train_ms
+        self.log(
+            f"resumed:{path} step:{step}/{hp.iterations} train_time:{ms:.0f}ms best_val_bpb:"
+            f"{self.progress.best_bpb:.4f}; skips {step * hp.train_batch_tokens} tokens"
+        )
 
 
 def due(every: int, step: int) -> bool:
@@ -3154,7 +3124,6 @@ def claim_run(hp, log: Log) -> None:
 
 
 def open_log(hp, env: Mapping[str, str], device: torch.device) -> Log:
-    """The log of a run, with its first lines."""
     log = Log(Path(f"logs/{hp.run_id}.txt"))
     on_first_process(claim_run, hp, log)
     log(f"run_id:{hp.run_id} started:{time.strftime('%Y-%m-%dT%H:%M:%S')} log:{log.path}")
