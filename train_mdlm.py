@@ -60,7 +60,6 @@ import re
 import resource
 import signal
 import sys
-import textwrap
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -272,8 +271,7 @@ class Hyperparameters:
             values["warmdown_iters"] = 0
         for name, value in (values | overrides).items():
             object.__setattr__(self, name, checked_value(known[name], value))
-        broken = next(self._broken_rules(), None)
-        if broken:
+        if broken := next(self._broken_rules(), None):
             raise InputError(broken)
 
     @classmethod
@@ -401,7 +399,7 @@ EOS = LLADA | dict(doc_chunks=True, anchor_bos=True, tstep_steps=128)  # PR 1241
 AR = dict(  # the challenge's causal baseline
     objective="ar", num_layers=9, model_dim=512, matrix_lr=0.04, grad_clip_norm=0.0, ema_decay=0.0,
 )
-PRESETS: dict[str, dict] = {
+PRESETS = {
     "mdlm": {},
     "mdlm16": MDLM16,  # as many layers as fit if a weight takes fewer bits
     "golf": GOLF,  # the better recipe: docs/recipe.md
@@ -412,6 +410,9 @@ PRESETS: dict[str, dict] = {
     "demo": DEMO,
 }
 # fmt: on
+
+
+KNOBS = dataclasses.fields(Hyperparameters)
 
 
 def choices_of(spec: dataclasses.Field) -> list[str]:
@@ -447,8 +448,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def near_misses(env: Mapping[str, str]) -> list[str]:
-    """A warning for every variable that is almost the name of a hyperparameter."""
-    known = [spec.name.upper() for spec in dataclasses.fields(Hyperparameters)]
+    """A warning for every variable that is almost a hyperparameter."""
+    known = [spec.name.upper() for spec in KNOBS]
     return [
         f"warning: environment variable {name} is not read{hint}"
         for name in sorted(set(env) - set(known))
@@ -463,7 +464,7 @@ def help_text(wanted: Sequence[str] = ()) -> str:
         if group not in GROUPS:
             raise InputError(f"--help {group}: the groups are {', '.join(GROUPS)}")
         lines.append(f"{group}: {GROUPS[group]}")
-        for spec in dataclasses.fields(Hyperparameters):
+        for spec in KNOBS:
             if spec.metadata["group"] == group:
                 lines += knob_help(spec)
         lines.append("")
@@ -472,8 +473,7 @@ def help_text(wanted: Sequence[str] = ()) -> str:
 
 def knob_help(spec: dataclasses.Field) -> Iterator[str]:
     """Default and meaning, choices, and the presets that set it."""
-    default = f"    {spec.name.upper()}={spec.default}"
-    yield textwrap.fill(f"{default}  {spec.metadata['meaning']}", 100, subsequent_indent=" " * 8)
+    yield f"    {spec.name.upper()}={spec.default}  {spec.metadata['meaning']}"
     presets = {name: values for name, values in PRESETS.items() if spec.name in values}
     changed = [f"{name}: {values[spec.name]}" for name, values in presets.items()]
     for note in (" | ".join(choices_of(spec)), "; ".join(changed)):
@@ -574,7 +574,7 @@ def start_processes() -> torch.device:
 
 
 def on_signals(handler) -> None:
-    """Sets the handler of the signals that end a run, but for those that nohup switches off."""
+    """Sets the handler of the signals that end a run, unless nohup has switched them off."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
@@ -1044,10 +1044,6 @@ TIME_SAMPLINGS = {
 }
 
 
-def uniform_probability(hp, t: Tensor) -> Tensor:
-    return hp.mask_eps + (hp.mask_max - hp.mask_eps) * t
-
-
 def normal_probability(hp, t: Tensor) -> Tensor:
     quantile = hp.mask_mean + hp.mask_std * torch.special.ndtri(t)
     return quantile.clamp(hp.mask_eps, hp.mask_max)
@@ -1055,7 +1051,7 @@ def normal_probability(hp, t: Tensor) -> Tensor:
 
 # Times (B,) → mask probabilities (B,) in [MASK_EPS, MASK_MAX]: quantile functions, so they grow
 MASK_DISTS = {
-    "uniform": uniform_probability,
+    "uniform": lambda hp, t: hp.mask_eps + (hp.mask_max - hp.mask_eps) * t,
     "normal": normal_probability,
 }
 
@@ -1095,8 +1091,8 @@ class Masking(NamedTuple):
     `slack`: (rows, L) → how many more tokens than L · Σ probability a mask may have.
     """
 
-    mask: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    slack: Callable[[int, int], float]
+    mask: Callable
+    slack: Callable
 
 
 MASKINGS = {
@@ -1117,15 +1113,11 @@ def dsigma_weight(hp, probability: Tensor, share: Tensor) -> Tensor:
     return (hp.mask_max - hp.mask_eps) / (1 - probability)
 
 
-def flat_weight(hp, probability: Tensor, share: Tensor) -> Tensor:
-    return torch.ones_like(probability)
-
-
 # Probability (B,) that was drawn, share (B,) that was masked → weight (B,) of a masked token
 LOSS_WEIGHTS = {
     "elbo": elbo_weight,
     "dsigma": dsigma_weight,
-    "flat": flat_weight,
+    "flat": lambda hp, probability, share: torch.ones_like(probability),
 }
 
 
@@ -1210,7 +1202,7 @@ def block_view(hp, block: int, length: int, device: torch.device) -> View:
     noisy = torch.arange(2 * length, device=device) < length
     first = place // block * block + 1  # place of the first token of the block
     last_clean = torch.cat([first - 1, place])
-    first = torch.cat([first, place.new_full((length,), 2 * length)])
+    first = torch.cat([first, torch.full_like(place, 2 * length)])
     place = torch.cat([place + 1, place])
     mask = torch.where(noisy, first[:, None] == first, place <= last_clean[:, None])
     wanted = neighbor_places(hp, place)
@@ -1455,7 +1447,7 @@ class DiT(Model):
         return x
 
 
-BACKBONES: dict[str, type[Model]] = {"unet": UNet, "dit": DiT}
+BACKBONES = {"unet": UNet, "dit": DiT}
 
 
 def resolve_dtype(hp, device: torch.device) -> str:
@@ -1508,7 +1500,7 @@ def kind_of(name: str) -> Kind:
 
 def by_kind(model: Model) -> dict[Kind, dict[str, nn.Parameter]]:
     """The parameters by kind and name, in the order of an artifact."""
-    groups: dict[Kind, dict[str, nn.Parameter]] = {kind: {} for kind in KINDS}
+    groups = {kind: {} for kind in KINDS}
     for name, parameter in sorted(model.named_parameters()):
         groups[kind_of(name)][name] = parameter
     return {kind: named for kind, named in groups.items() if named}
@@ -1885,9 +1877,8 @@ def quantize(
     """Codes (R, C) and scales (R, 1) of weights (…, C): the nearest codes, or with moments (C, C)
     of the inputs those that change the outputs least."""
     rows = weights.detach().float().view(-1, weights.shape[-1])
-    if quantizer.scale is None:
-        scales = rows.new_ones(len(rows), 1)
-    else:
+    scales = rows.new_ones(len(rows), 1)
+    if quantizer.scale:
         scales = row_scales(rows, quantizer, clip)
     if moments is None:
         codes = to_codes(rows / scales, quantizer)
@@ -1900,7 +1891,7 @@ def quantize(
 def input_moments(model: Model, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """Σ x xᵀ (C, C) of the inputs x of every matrix (…, C), by its name, over all processes."""
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
-    moments: dict[str, Tensor] = {}
+    moments = {}
 
     def add(module: nn.Module, inputs: Sequence[Tensor]) -> None:
         x = inputs[0].flatten(0, -2).float()
@@ -1932,9 +1923,8 @@ def unlzma(packed: bytes, limit: int) -> bytes:
 
 
 def unzstd(packed: bytes, limit: int) -> bytes:
-    window = max(2 * limit, 1024)  # bytes; the file cannot ask for more
-    decompressor = zstandard.ZstdDecompressor(max_window_size=window)
-    return decompressor.stream_reader(packed).read(limit)
+    most = max(2 * limit, 1024)  # bytes that the file can ask for
+    return zstandard.ZstdDecompressor(max_window_size=most).stream_reader(packed).read(limit)
 
 
 class Packer(NamedTuple):
@@ -2047,17 +2037,15 @@ class Artifact(NamedTuple):
 
 def stored_fields(hp) -> list[str]:
     """The hyperparameters in an artifact: those that define the predictor."""
-    specs = dataclasses.fields(Hyperparameters)
-    names = [spec.name for spec in specs if spec.metadata["group"] == "model"]
+    names = [spec.name for spec in KNOBS if spec.metadata["group"] == "model"]
     return ["preset"] + [name for name in names if name != "block_size" or hp.block_size]
 
 
 def storage_label(header: Mapping) -> str:
     """Of all kinds but gains, for example fp8+lzma."""
     entries = [entry for name, entry in header["kinds"].items() if name != "gain"]
-    storages = sorted({storage for storage, _, _ in entries})
-    packers = sorted({packer for _, packer, _ in entries})
-    return "+".join(storages + packers)
+    storages, packers, _ = zip(*entries, strict=True)
+    return "+".join(sorted(set(storages)) + sorted(set(packers)))
 
 
 def save_artifact(
@@ -2229,10 +2217,11 @@ def weighted_nll(model: Model, window: Tensor, masks: WeightedMasks) -> Tensor:
     return nats.view(len(window), -1).sum(1)
 
 
-def random_keys(
-    shape: Sequence[int], generator: torch.Generator | list[torch.Generator] | None
-) -> Iterator[Tensor]:
-    """Uniform keys (B, L), endlessly, from one generator or one for each row."""
+Generators = torch.Generator | list[torch.Generator] | None  # one, or one for each row
+
+
+def random_keys(shape: Sequence[int], generator: Generators) -> Iterator[Tensor]:
+    """Uniform keys (B, L), endlessly."""
     while True:
         if isinstance(generator, list):
             yield torch.stack([torch.rand(shape[1], generator=row) for row in generator])
@@ -2297,10 +2286,7 @@ def tstep_masks(steps: int, keys: Iterator[Tensor]) -> WeightedMasks:
 
 
 def discrete_elbo(
-    model: Model,
-    x0: Tensor,
-    steps: int = 128,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    model: Model, x0: Tensor, steps: int = 128, generator: Generators = None
 ) -> Tensor:
     """(B,) float64 nats: an unbiased estimate of the T-step bound of x0 (B, L): ε·L·ln V, for what
     the last step leaves visible, plus Σ_i Σ_masked nll / i (Austin et al. 2021)."""
@@ -2484,7 +2470,7 @@ class Estimator(NamedTuple):
 
 
 # The scores of each objective, and of block models. The first is the headline, val_bpb.
-ESTIMATORS: dict[str, dict[str, Estimator]] = {
+ESTIMATORS = {
     "mdlm": {
         "nelbo": Estimator(score_nelbo),
         "l2r": Estimator(score_left_to_right, windows=512, rows=16, prefixes=True),
@@ -2708,7 +2694,7 @@ class Checkpoint(NamedTuple):
         """What was different when it was made, of all that changes the result."""
         return [
             self.hp.shown(spec.name)
-            for spec in dataclasses.fields(hp)
+            for spec in KNOBS
             if spec.metadata["group"] in RESULT_GROUPS
             and getattr(self.hp, spec.name) != getattr(hp, spec.name)
         ]
@@ -2763,7 +2749,6 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
 # ---- Training
 #
 # The loop: save, stop, validate, step. The clock stands still while anything but training is done.
-# Schedules follow the steps or the clock, whichever ends first.
 
 
 def run_fraction(hp, step: int, elapsed_ms: float) -> float:
@@ -2828,8 +2813,8 @@ def check_memory(hp, device: torch.device) -> None:
 
 
 class Trainer:
-    """Model, optimizer and progress of a run, and its one training step, which is the same for any
-    number of processes and micro-batches, up to rounding."""
+    """Model, optimizer and progress of a run, and its training step: up to rounding the same for
+    any number of processes and micro-batches."""
 
     def __init__(self, hp, stream: TokenStream, device: torch.device, log: Log):
         self.hp = hp
@@ -3049,8 +3034,7 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        capability = torch.backends.cpu.get_cpu_capability()
-        name = f"CPU {capability} ({torch.get_num_threads()} threads)"
+        name = f"CPU {torch.backends.cpu.get_cpu_capability()} ({torch.get_num_threads()} threads)"
     return f"{world_size()}x{name}".replace(" ", "_")
 
 
@@ -3127,9 +3111,8 @@ def open_log(hp, env: Mapping[str, str], device: torch.device) -> Log:
     log = Log(Path(f"logs/{hp.run_id}.txt"))
     on_first_process(claim_run, hp, log)
     log(f"run_id:{hp.run_id} started:{time.strftime('%Y-%m-%dT%H:%M:%S')} log:{log.path}")
-    python = sys.version.split()[0]
-    log(f"hardware:{hardware(device)} torch:{torch.__version__} python:{python}")
-    names = [spec.name for spec in dataclasses.fields(hp)]
+    log(f"hardware:{hardware(device)} torch:{torch.__version__} python:{sys.version.split()[0]}")
+    names = [spec.name for spec in KNOBS]
     log("hyperparameters: " + " ".join(map(hp.shown, names)), screen=False)
     overridden = [hp.shown(name) for name in names if name.upper() in env]
     log("overridden: " + (" ".join(overridden) or "nothing"))
