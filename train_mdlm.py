@@ -2829,7 +2829,9 @@ def check_memory(hp, device: torch.device) -> None:
         "noise": 4 * hp.train_batch_tokens,
     }
     if device.type == "cuda":
-        there_are = torch.cuda.get_device_properties(device).total_memory
+        there_are = math.inf  # if the driver does not say
+        with contextlib.suppress(Exception):
+            there_are = torch.cuda.get_device_properties(device).total_memory
     else:
         there_are = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         there_are /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
