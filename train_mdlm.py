@@ -22,8 +22,8 @@ The life of a token, from its shard to the score:
              it; `training_batch` takes the rows of one step.
     mask     `draw_noise` draws how much of each row is masked, and `apply_noise` chooses the tokens
              that the model will see as MASK. LOSS_WEIGHTS says how much each of them counts.
-    model    `Model.hidden` embeds the row and sends it through one of BACKBONES; `Model.head` gives
-             logits over V tokens at the masked positions.
+    model    `Model.hidden` sends the row through one of BACKBONES; `Model.head` gives logits over V
+             tokens at the masked positions.
     loss     `batch_loss` sums weight · −ln p(token) over the masked tokens.
     step     `Optimizer.step` adds up the gradients of all processes and moves the weights: matrices
              by Muon, the rest by AdamW, as the table KINDS says.
@@ -371,8 +371,9 @@ class Hyperparameters:
                 yield f"{self.shown('quant_mode')}: {allowed}"
         if self.pack == "zstd" and zstandard is None:
             yield "PACK=zstd needs the package zstandard: pip install -r requirements.txt"
-        if re.search(r"[^\w.+=@-]|^\.", self.run_id):
-            yield f"{self.shown('run_id')}: letters, digits, _+=@- and, not at the start, dots"
+        if re.search(r"[^\w.+=@-]|^\.", self.run_id) or len(self.run_id.encode()) > 200:
+            allowed = "letters, digits, _+=@- and, not at the start, dots; at most 200 bytes"
+            yield f"{self.shown('run_id')}: {allowed}"
 
 
 # Presets, after the knobs they set. PR 1699, mdlm, is the defaults.
@@ -542,7 +543,7 @@ def foreseen(error: BaseException) -> str:
         return "torch.compile finds no C++ compiler: install g++, or give COMPILE=off"
     if isinstance(error, OSError):
         file = error.filename or "the log or the screen"
-        return f"{file}: cannot be read or written: {error.strerror}"
+        return f"{file}: cannot be read or written: {error.strerror or error}"
     return ""
 
 
@@ -551,12 +552,12 @@ def explain(error: BaseException) -> str:
     return foreseen(error) or " ".join(str(error).split())
 
 
-def on_first_process(work: Callable):
-    """What work() returns or raises on the first process, on all of them."""
+def on_first_process(work: Callable, *arguments):
+    """What work(*arguments) returns or raises on the first process, on all of them."""
     result_and_error = [None, None]
     try:
         if rank() == 0:
-            result_and_error[0] = work()
+            result_and_error[0] = work(*arguments)
     except (InputError, OSError) as error:
         result_and_error[1] = InputError(explain(error))
     run_collective(dist.broadcast_object_list, result_and_error, 0, device=torch.device("cpu"))
@@ -566,19 +567,29 @@ def on_first_process(work: Callable):
     return result
 
 
+def environ_number(name: str, otherwise: float = math.nan) -> int | float:
+    """A variable that torchrun sets."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else otherwise
+
+
 def start_processes() -> torch.device:
     """Joins the group that torchrun describes, if any; this process's device."""
     device = torch.device("cpu")
     try:
         if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            device = torch.device("cuda", environ_number("LOCAL_RANK", 0))
             found = torch.cuda.device_count()
             if device.index >= found:
                 raise InputError(f"--nproc_per_node is more than {found}, the GPUs of this machine")
             torch.cuda.set_device(device)
         if "RANK" in os.environ:  # control messages go through gloo, so they never wait for a GPU
+            if not environ_number("RANK") < environ_number("WORLD_SIZE"):
+                raise ValueError("RANK is no number below WORLD_SIZE")
+            on_signals(signal.SIG_DFL)  # others would wait until the group is complete
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend)
+            on_signals(signal.default_int_handler)
     except (ValueError, dist.DistError) as error:
         given = f"RANK={os.environ.get('RANK')} WORLD_SIZE={os.environ.get('WORLD_SIZE')}"
         raise InputError(
@@ -686,7 +697,7 @@ def sealed(data: bytes) -> bytes:
 def unsealed(data: bytes) -> bytes | None:
     """What was sealed, or None if it is damaged."""
     body = data[:-DIGEST_BYTES]
-    return body if hashlib.sha256(body).digest() == data[-DIGEST_BYTES:] else None
+    return body if sealed(body) == data else None
 
 
 def read_file(path: str | Path) -> bytes:
@@ -802,10 +813,15 @@ class TokenStream:
         order = list(self.order(0))
         sizes = (self.ends - self.begins)[order]
         reached = order[: int(np.searchsorted(sizes.cumsum(), first_tokens)) + 1]
+        local = environ_number("LOCAL_WORLD_SIZE", 1)  # each machine reads all of them
+        own = range(environ_number("LOCAL_RANK", 0), len(reached), local)
         counts = torch.zeros(len(reached), 3, dtype=torch.int64)
-        for i in range(rank(), len(reached), world_size()):
+        for i in own:
             counts[i] = torch.tensor(self._count(reached[i], vocab_size, luts))
-        checksums, documents, nbytes = all_reduce(counts).unbind(1)
+        mean = all_reduce(counts.clone()) // (world_size() // local)
+        if not torch.equal(mean[own], counts[own]):
+            raise InputError(f"{self.files[0].parent}: other shards than on other machines")
+        checksums, documents, nbytes = mean.unbind(1)
         names = [self.files[number].name for number in reached]
         self.facts = dict(
             tokens=self.total, shards=dict(zip(names, checksums.tolist(), strict=True))
@@ -982,7 +998,7 @@ def text_fault(tokens: np.ndarray, sp, luts: ByteTables) -> str:
     def pairs(documents: Iterable[Sequence[int]]) -> collections.Counter:
         return collections.Counter(itertools.chain(*map(itertools.pairwise, documents)))
 
-    sample = slice(1 + int(np.searchsorted(np.cumsum([*map(len, parts)]), 50_000)))  # tokens
+    sample = slice(None, None, ceil_div(len(tokens), 50_000))
     stored = pairs(parts[sample])
     if (stored & pairs(sp.encode(texts[sample]))).total() < 0.99 * stored.total():
         return "splits the text differently: it did not make"
@@ -992,17 +1008,16 @@ def text_fault(tokens: np.ndarray, sp, luts: ByteTables) -> str:
 def check_verified(hp, stream: TokenStream, split: str) -> bool:
     """InputError unless tokenizer and shards are what verified.json says; False without one."""
     path = Path(hp.data_path) / VERIFIED
-    if not path.exists():
+    if not os.path.lexists(path):
         return False
     text, digest = read_file(path), file_sha256(hp.tokenizer_path)
     try:
         verified = json.loads(text)
         pairs = {f"{hp.tokenizer_path} (SHA-256)": (verified["tokenizer_sha256"], digest)}
-        for name, value in verified[split].items():
-            if name != "shards":
-                pairs[f"{split} {name}"] = (value, stream.facts.get(name, value))
-        for name, checksum in stream.facts["shards"].items():
-            pairs[f"{name} (CRC-32)"] = (verified[split]["shards"].get(name), checksum)
+        stated, found = verified[split], dict(stream.facts)
+        for name, checksum in found.pop("shards").items():
+            pairs[f"{name} (CRC-32)"] = (stated["shards"].get(name), checksum)
+        pairs |= {f"{split} {name}": (stated[name], value) for name, value in found.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path}: damaged, and perhaps the data with it; {REMEDY}") from None
     for name, (stated, found) in pairs.items():
@@ -1019,7 +1034,8 @@ def check_data(hp, stream: TokenStream, split: str, sp, luts: ByteTables) -> Non
         return
     shards = stream.facts["shards"]
     numbers = [number for number, path in enumerate(stream.files) if path.name in shards]
-    for number in numbers[rank() :: world_size()]:
+    local = environ_number("LOCAL_WORLD_SIZE", 1)
+    for number in numbers[environ_number("LOCAL_RANK", 0) :: local]:
         pieces = stream.pieces(number)
         for tokens in pieces if split == "val" else [next(pieces)[:50_000]]:
             if fault := text_fault(tokens, sp, luts):
@@ -2153,7 +2169,7 @@ def _unpack_sound(data: bytes) -> Artifact:
 
 def read_artifact(path: str | Path) -> Artifact:
     """All processes get what the first one reads; InputError if it is not sound."""
-    return unpack_artifact(on_first_process(functools.partial(read_file, path)), path)
+    return unpack_artifact(on_first_process(read_file, path), path)
 
 
 def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
@@ -2748,7 +2764,7 @@ def write_checkpoint(checkpoint: Checkpoint) -> Path:
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
     """None if it is damaged or foreign; InputError if not readable."""
-    data = on_first_process(functools.partial(read_file, path))
+    data = on_first_process(read_file, path)
     try:
         body = unsealed(data)
         begin = 4 + int.from_bytes(body[:4], "little")
@@ -2761,11 +2777,12 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         whole = (progress.step, progress.validated, checkpoint.averages, *checkpoint.counts)
         sound = (
             version == FORMAT_VERSION
-            and all(type(number) is int and number >= 0 for number in whole)
+            and all(type(number) is int and 0 <= number < 2**53 for number in whole)
+            and len(checkpoint.counts) == 2
             and type(progress.train_ms) is type(progress.best_bpb) is float
             and 0 <= progress.train_ms < math.inf
             and progress.best_bpb > 0
-            and sum(checkpoint.counts) == progress.step
+            and sum(checkpoint.counts) == progress.step <= checkpoint.hp.iterations
         )
         return checkpoint if sound else None
     except Exception:  # there are as many kinds as ways to damage a file
@@ -2834,7 +2851,7 @@ def check_memory(hp, device: torch.device) -> None:
             there_are = torch.cuda.get_device_properties(device).total_memory
     else:
         there_are = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        there_are /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        there_are /= max(environ_number("LOCAL_WORLD_SIZE", 1), 1)
     if sum(needed.values()) > there_are:
         parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in needed.items())
         names = ("model_dim", "num_layers", "train_batch_tokens", "micro_batch_tokens")
@@ -2956,7 +2973,7 @@ class Trainer:
             averages=self.optimizer.averages,
             data=self.stream.digest,
         )
-        path = on_first_process(functools.partial(write_checkpoint, checkpoint))
+        path = on_first_process(write_checkpoint, checkpoint)
         self.log(f"checkpoint:{path} time:{1000 * (time.perf_counter() - started):.0f}ms")
 
     def resume(self) -> None:
@@ -2965,7 +2982,7 @@ class Trainer:
         InputError if its settings or data were others.
         """
         hp = self.hp
-        own = on_first_process(lambda: checkpoint_paths(hp.run_id))
+        own = on_first_process(checkpoint_paths, hp.run_id)
         given = [] if hp.resume in ("auto", "never") else [Path(hp.resume)]
         if set(given) & set(own[1:]):
             remedy = "remove that, or give another RUN_ID"
@@ -2980,7 +2997,7 @@ class Trainer:
             if not sound:
                 self.log(f"skipped:{path}: damaged, or not of this version of train_mdlm.py")
                 if path not in given:
-                    on_first_process(functools.partial(path.replace, f"{path}.damaged"))
+                    on_first_process(path.replace, f"{path}.damaged")
                 continue
             if changed or checkpoint.data != self.stream.digest:
                 made_with = " ".join(changed) or "other shards"
@@ -3098,13 +3115,15 @@ def resolve_hyperparameters(
     if `env` asks for another predictor."""
     hp = asked
     if artifact:
-        stored = {name: getattr(artifact.hp, name) for name in stored_fields() if name != "preset"}
-        for name, value in stored.items():
-            if name.upper() in env and getattr(asked, name) not in ("auto", value):
-                made_with = f"{asked.eval_only} was made with {artifact.hp.shown(name)}"
-                raise InputError(f"{asked.shown(name)}, but {made_with}")
-        fixed = {name.upper(): value for name, value in stored.items()}
+        fixed = {name.upper(): getattr(artifact.hp, name) for name in stored_fields()[1:]}
+        for name in fixed.keys() & env.keys():
+            if getattr(asked, name.lower()) not in ("auto", fixed[name]):
+                made_with = f"{asked.eval_only} was made with {artifact.hp.shown(name.lower())}"
+                raise InputError(f"{asked.shown(name.lower())}, but {made_with}")
         hp = Hyperparameters.from_env({"PRESET": artifact.hp.preset, **env, **fixed})
+    for name, value in on_first_process(vars, hp).items():
+        if getattr(hp, name) != value:
+            raise InputError(f"{hp.shown(name)}, but the first process has {value}")
     stamp = on_first_process(lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}_{hp.preset}")
     dtype = resolve_dtype(hp, device)  # the artifact will carry it
     return dataclasses.replace(hp, run_id=hp.run_id or stamp, compute_dtype=dtype)
@@ -3160,7 +3179,7 @@ def claim_run(hp, log: Log) -> None:
 def open_log(hp, env: Mapping[str, str], device: torch.device) -> Log:
     """The log of a run, with its first lines."""
     log = Log(Path(f"logs/{hp.run_id}.txt"))
-    on_first_process(functools.partial(claim_run, hp, log))
+    on_first_process(claim_run, hp, log)
     log(f"run_id:{hp.run_id} started:{time.strftime('%Y-%m-%dT%H:%M:%S')} log:{log.path}")
     python = sys.version.split()[0]
     log(f"hardware:{hardware(device)} torch:{torch.__version__} python:{python}")
@@ -3175,7 +3194,7 @@ def open_log(hp, env: Mapping[str, str], device: torch.device) -> Log:
 
 def write_artifact(model: Model, moments: Mapping[str, Tensor], hp, path: Path, log: Log) -> None:
     """Packs the model, and logs code + artifact against the limit."""
-    info = on_first_process(lambda: save_artifact(model, hp, path, moments))
+    info = on_first_process(save_artifact, model, hp, path, moments)
     label, kinds, artifact_bytes = info["label"], info["kinds"], info["artifact_bytes"]
     for name, kind in kinds.items():
         weights = max(kind["weights"], 1)
@@ -3197,7 +3216,7 @@ def train_and_pack(trainer: Trainer, val: Split) -> Artifact:
     """Trains, writes the artifact, and returns it as it is on disk."""
     hp, log = trainer.hp, trainer.log
     log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())}")
-    predicted = on_first_process(lambda: predicted_bytes(hp))
+    predicted = on_first_process(predicted_bytes, hp)
     note = " for normal weights"
     log.budget("Predicted submission size", predicted, SIZE_LIMIT_BYTES, "bytes", note)
     accumulated = f"grad_accum_steps:{len(trainer.micros)}"
@@ -3215,7 +3234,8 @@ def run(env: Mapping[str, str]) -> None:
     """The story at the top of this file, for the hyperparameters in `env`."""
     if env.get("RANK", "0") == "0":
         for warning in near_misses(env):  # first, because they may explain what goes wrong next
-            print(warning, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(warning, file=sys.stderr, flush=True)
     asked = Hyperparameters.from_env(env)
     device = start_processes()
     artifact = read_artifact(asked.eval_only) if asked.eval_only else None
@@ -3260,20 +3280,14 @@ def main() -> None:
         if arguments:
             raise InputError(f"{arguments[0]}: hyperparameters are environment variables; --help")
         run(os.environ)
-    except (
-        InputError,
-        OSError,
-        ImportError,
-        KeyboardInterrupt,
-        MemoryError,
-        RuntimeError,
-    ) as error:
+    except (Exception, KeyboardInterrupt) as error:
         if not foreseen(error):
             raise
         on_signals(signal.SIG_DFL)
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(5)  # what all processes meet, the first one says
-        print("train_mdlm.py: error:", foreseen(error), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print("train_mdlm.py: error:", foreseen(error), file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(2)  # without waiting for collectives that a lost process will never join
         sys.exit(2)

@@ -25,6 +25,8 @@ HEADLINES = {  # what the score behind val_bpb is
     "nelbo": "any-order NELBO, exact bytes, weights read back from disk",
     "ar": "autoregressive code length, exact bytes, weights read back from disk",
 }
+# Scores that are not the length of a code
+BIASED = {name for table in tm.ESTIMATORS.values() for name, row in table.items() if row.biased}
 UNFINISHED = "the run did not finish, or it is not a log of train_mdlm.py"
 WHOLE = r"\d{1,15}"
 REAL = r"-?\d{1,15}\.\d{1,9}"
@@ -219,7 +221,8 @@ def read_scores(life: LogLines) -> list[ScoreLine]:
     for name, bpb, stderr, seqs, tokens, nbytes, ms, speed, *boundary in life.find_all(pattern):
         counts = map(int, (seqs, tokens, nbytes, ms))
         found.append(ScoreLine(name, bpb, stderr, *counts, Printed.of(speed), *boundary))
-    if len(found) != len(life.find_all(r"^score:\w+ (?:biased:1 )?bpb:")):
+    marked = dict(life.find_all(r"^score:(\w+) (biased:1 )?bpb:"))
+    if len(found) != len(marked) or any(bool(marked[name]) != (name in BIASED) for name in marked):
         raise InputError(f"{life.path}: a line on a score is not as train_mdlm.py writes it")
     return found
 
