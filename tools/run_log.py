@@ -221,8 +221,9 @@ def read_scores(life: LogLines) -> list[ScoreLine]:
     for name, bpb, stderr, seqs, tokens, nbytes, ms, speed, *boundary in life.find_all(pattern):
         counts = map(int, (seqs, tokens, nbytes, ms))
         found.append(ScoreLine(name, bpb, stderr, *counts, Printed.of(speed), *boundary))
-    marked = dict(life.find_all(r"^score:(\w+) (biased:1 )?bpb:"))
-    if len(found) != len(marked) or any(bool(marked[name]) != (name in BIASED) for name in marked):
+    marked = life.find_all(r"^score:(\w+) (biased:1 )?bpb:")
+    right = all(bool(mark) == (name in BIASED) for name, mark in marked)
+    if len(found) != len(marked) or not right:
         raise InputError(f"{life.path}: a line on a score is not as train_mdlm.py writes it")
     return found
 
