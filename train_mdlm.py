@@ -112,7 +112,7 @@ def seeded(device: torch.device | str, *key) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-# ---- Hyperparameters: knobs, presets, rules, help ----------------------------
+# ---- Hyperparameters: knobs, presets, rules, help
 #
 # A knob is a field here and an environment variable, with the challenge's name, so that published
 # commands run; a preset is nothing but values for knobs.
@@ -494,7 +494,7 @@ def knob_help(spec: dataclasses.Field, presets: Mapping[str, Hyperparameters]) -
     return [head] + [f"{'':<38}{line}" for line in lines]
 
 
-# ---- Processes, clock, log, files --------------------------------------------
+# ---- Processes, clock, log, files
 #
 # One process is a group of one. Only the first one writes. What could differ between processes (a
 # file, the time, a signal) is decided once and told to all.
@@ -726,7 +726,7 @@ def write_file(path: Path, data: bytes) -> None:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-# ---- Data and bytes ----------------------------------------------------------
+# ---- Data and bytes
 #
 # Shards are read a batch at a time, so memory does not grow with them. The bytes of bits per byte,
 # which published scores got wrong, are counted token by token. What says that they are right is
@@ -1073,7 +1073,7 @@ def open_validation(hp, sp, luts: ByteTables) -> Split:
     return Split(stream, luts)
 
 
-# ---- Noise and loss weights --------------------------------------------------
+# ---- Noise and loss weights
 #
 # The reported bound is exact whatever the model was trained on, so training noise is a free choice,
 # made in four tables. One generator for each (seed, step) draws that of the global batch, so that
@@ -1220,7 +1220,7 @@ def scored_capacity(hp, rows: int) -> int:
     return min(tokens, math.ceil(most * hp.train_seq_len + slack))
 
 
-# ---- Model -------------------------------------------------------------------
+# ---- Model
 #
 # Parameters are float32, and cast to the dtype of the activations where they are used. The last MLP
 # and the head are computed at scored positions only.
@@ -1536,7 +1536,7 @@ def by_kind(model: Model) -> dict[Kind, dict[str, nn.Parameter]]:
     return {kind: named for kind, named in groups.items() if named}
 
 
-# ---- Batch and loss ----------------------------------------------------------
+# ---- Batch and loss
 #
 # Shapes are static, so that the compiled loss is one graph: scored positions are gathered into N
 # places, and those left over have weight 0.
@@ -1616,7 +1616,7 @@ def batch_loss(model: Model, batch: Batch) -> Tensor:
     return (nll * batch.weights).sum()
 
 
-# ---- Optimizer and average ---------------------------------------------------
+# ---- Optimizer and average
 #
 # Weights, gradients and moments are flat buffers of which the parameters are views: a step is a few
 # large operations and one collective. Nothing here waits for the device: a step that was not finite
@@ -1822,7 +1822,7 @@ def muon_momentum(hp, step: int) -> float:
     return (1 - share) * hp.muon_momentum_warmup_start + share * hp.muon_momentum
 
 
-# ---- Quantizing and packing --------------------------------------------------
+# ---- Quantizing and packing
 #
 # Each weight gets few bits. An entropy coder makes common codes short, so rare ones may be large:
 # what counts is the step of the grid, and rounding so that errors cancel (docs/artifact.md).
@@ -2048,7 +2048,7 @@ def unpack_kind(
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-# ---- Artifact ----------------------------------------------------------------
+# ---- Artifact
 #
 #     MAGIC · u32 length of the header · JSON header · every kind of parameter, packed · SHA-256
 #
@@ -2191,7 +2191,7 @@ def predicted_bytes(hp) -> int:
     return total
 
 
-# ---- Scoring -----------------------------------------------------------------
+# ---- Scoring
 #
 # Bottom up: −ln p of single tokens; masks and orders whose weighted sums are code lengths; the
 # estimators; a whole split. A score is Σ bits / Σ bytes over evenly spaced windows, each of which
@@ -2701,7 +2701,7 @@ def score_model(artifact: Artifact, hp, val: Split, log: Log) -> None:
     log.budget("Evaluation time", time.perf_counter() - started, BUDGET_SECONDS, "s")
 
 
-# ---- Checkpoints -------------------------------------------------------------
+# ---- Checkpoints
 #
 #     u32 length of the header · JSON header · weights, moments and average in float32 · SHA-256
 #
@@ -2789,7 +2789,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         return None
 
 
-# ---- Training ----------------------------------------------------------------
+# ---- Training
 #
 # The loop: save, stop, validate, step. The clock stands still while anything but training is done.
 # Schedules follow the steps or the clock, whichever ends first.
@@ -3085,7 +3085,7 @@ def train(trainer: Trainer, val: Split) -> Model:
     return trainer.model
 
 
-# ---- Main --------------------------------------------------------------------
+# ---- Main
 #
 # What the user got wrong is found before training where that is possible: one line, exit status 2.
 
