@@ -98,7 +98,7 @@ fault(
 )
 fault(
     "verified shards are not compared",
-    'pairs[f"{name} (CRC-32)"] = (verified[split]["shards"].get(name), checksum)',
+    'pairs[f"{name} (CRC-32)"] = (stated["shards"].get(name), checksum)',
     "pass",
     "test_denominators.py::test_a_run_reads_and_compares_only_the_shards_it_can_reach",
 )
@@ -110,7 +110,7 @@ fault(
 )
 fault(
     "only the first shard is split again",
-    "for number in numbers[rank() :: world_size()]:",
+    'for number in numbers[environ_number("LOCAL_RANK", 0) :: local]:',
     "for number in numbers[:1]:",
     "test_denominators.py::test_a_shard_of_another_tokenizer_is_refused",
 )
@@ -623,8 +623,8 @@ fault(
 
 fault(
     "the artifact is written without second moments",
-    "info = on_first_process(lambda: save_artifact(model, hp, path, moments))",
-    "info = on_first_process(lambda: save_artifact(model, hp, path))",
+    "info = on_first_process(save_artifact, model, hp, path, moments)",
+    "info = on_first_process(save_artifact, model, hp, path)",
     "test_train.py::test_what_is_packed_is_the_average_and_what_is_scored_is_the_file",
 )
 

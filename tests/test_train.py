@@ -575,7 +575,7 @@ def test_nothing_is_validated_or_saved_that_was_not_checked(watched):
     for act in ("validate", "save"):
         run = watched()
         run.trainer.optimizer.dropped += 2
-        arguments = [run.val] if act == "validate" else []
+        arguments = [run.val, lambda fraction: None] if act == "validate" else []
         with pytest.raises(tm.InputError, match="2 masked tokens had no place"):
             getattr(run.trainer, act)(*arguments)
         assert not run.log.lines and not Path("logs").exists()
