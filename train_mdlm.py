@@ -573,23 +573,32 @@ def environ_number(name: str, otherwise: float = math.nan) -> int | float:
     return int(text) if text.isdecimal() else otherwise
 
 
+def own_share(count: int) -> range:
+    """Which of `count` things this process looks at, if those of each machine share them."""
+    here, processes = environ_number("LOCAL_RANK"), environ_number("LOCAL_WORLD_SIZE")
+    if dist.is_initialized() and here < processes:
+        return range(here, count, processes)
+    return range(count)
+
+
 def start_processes() -> torch.device:
     """Joins the group that torchrun describes, if any; this process's device."""
     device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", environ_number("LOCAL_RANK", 0))
+        found = torch.cuda.device_count()
+        if device.index >= found:
+            raise InputError(f"--nproc_per_node is more than {found}, the GPUs of this machine")
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return device
     try:
-        if torch.cuda.is_available():
-            device = torch.device("cuda", environ_number("LOCAL_RANK", 0))
-            found = torch.cuda.device_count()
-            if device.index >= found:
-                raise InputError(f"--nproc_per_node is more than {found}, the GPUs of this machine")
-            torch.cuda.set_device(device)
-        if "RANK" in os.environ:  # control messages go through gloo, so they never wait for a GPU
-            if not environ_number("RANK") < environ_number("WORLD_SIZE"):
-                raise ValueError("RANK is no number below WORLD_SIZE")
-            on_signals(signal.SIG_DFL)  # others would wait until the group is complete
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend)
-            on_signals(signal.default_int_handler)
+        if not environ_number("RANK") < environ_number("WORLD_SIZE"):
+            raise ValueError("RANK is no number below WORLD_SIZE")
+        on_signals(signal.SIG_DFL)  # others would wait until the group is complete
+        # Control messages go through gloo, so they never wait for a GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        on_signals(signal.default_int_handler)
     except (ValueError, dist.DistError) as error:
         given = f"RANK={os.environ.get('RANK')} WORLD_SIZE={os.environ.get('WORLD_SIZE')}"
         raise InputError(
@@ -813,15 +822,15 @@ class TokenStream:
         order = list(self.order(0))
         sizes = (self.ends - self.begins)[order]
         reached = order[: int(np.searchsorted(sizes.cumsum(), first_tokens)) + 1]
-        local = environ_number("LOCAL_WORLD_SIZE", 1)  # each machine reads all of them
-        own = range(environ_number("LOCAL_RANK", 0), len(reached), local)
+        own = own_share(len(reached))
         counts = torch.zeros(len(reached), 3, dtype=torch.int64)
         for i in own:
             counts[i] = torch.tensor(self._count(reached[i], vocab_size, luts))
-        mean = all_reduce(counts.clone()) // (world_size() // local)
-        if not torch.equal(mean[own], counts[own]):
+        largest = counts.clone()
+        run_collective(dist.all_reduce, largest, dist.ReduceOp.MAX)
+        if not torch.equal(largest[own], counts[own]):
             raise InputError(f"{self.files[0].parent}: other shards than on other machines")
-        checksums, documents, nbytes = mean.unbind(1)
+        checksums, documents, nbytes = largest.unbind(1)
         names = [self.files[number].name for number in reached]
         self.facts = dict(
             tokens=self.total, shards=dict(zip(names, checksums.tolist(), strict=True))
@@ -1034,13 +1043,12 @@ def check_data(hp, stream: TokenStream, split: str, sp, luts: ByteTables) -> Non
         return
     shards = stream.facts["shards"]
     numbers = [number for number, path in enumerate(stream.files) if path.name in shards]
-    local = environ_number("LOCAL_WORLD_SIZE", 1)
-    for number in numbers[environ_number("LOCAL_RANK", 0) :: local]:
-        pieces = stream.pieces(number)
+    for i in own_share(len(numbers)):
+        pieces = stream.pieces(numbers[i])
         for tokens in pieces if split == "val" else [next(pieces)[:50_000]]:
             if fault := text_fault(tokens, sp, luts):
                 tokenizer = hp.shown("tokenizer_path")
-                raise InputError(f"{tokenizer} {fault} {stream.files[number]}; {REMEDY}")
+                raise InputError(f"{tokenizer} {fault} {stream.files[numbers[i]]}; {REMEDY}")
 
 
 def open_training(hp, sp, luts: ByteTables) -> TokenStream:
@@ -2969,7 +2977,7 @@ class Trainer:
             hp=self.hp,
             progress=self.progress,
             state=self.optimizer.state,
-            counts=[int(count) for count in self.optimizer.counts],
+            counts=self.optimizer.counts.long().tolist(),
             averages=self.optimizer.averages,
             data=self.stream.digest,
         )

@@ -232,6 +232,19 @@ def test_a_foreign_end_of_a_long_shard_is_noticed(copy, other):
 
 # ---- Several processes
 
+
+@pytest.mark.parametrize("local", [("1", "2"), ("1", None), ("0", "0"), ("x", "-1")])
+def test_variables_of_no_group_do_not_matter(copy, monkeypatch, local):
+    """Left over in the environment: one process looks at every shard."""
+    folder, tokenizer = copy
+    (folder / tm.VERIFIED).unlink(missing_ok=True)
+    found = opened(folder, tokenizer)
+    for name, value in zip(("LOCAL_RANK", "LOCAL_WORLD_SIZE"), local, strict=True):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert opened(folder, tokenizer) == found and all(found[0]["shards"].values())
+
+
 WRAPPER = """
 import os, runpy, sys
 settings, folder, script = sys.argv[1:]

@@ -22,7 +22,7 @@ import prepare_text
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, clean_env, run_python, tiny_hp, torchrun
+from conftest import ROOT, Lines, clean_env, run_python, tiny_hp, torchrun
 
 import train_mdlm as tm
 
@@ -241,20 +241,6 @@ def test_two_groups_on_one_machine_train_one_model(tiny_env, tmp_path, monkeypat
 
 
 # ---- Inside a run
-
-
-class Lines(tm.Log):
-    """A log that keeps its lines."""
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def __call__(self, line, **options):
-        self.lines.append(line)
-
-    def found(self, pattern):
-        return re.findall(pattern, "\n".join(self.lines), re.MULTILINE)
 
 
 class Seconds:
