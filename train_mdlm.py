@@ -21,10 +21,10 @@ The life of a token, from its shard to the score:
     window   `TokenStream.windows` cuts it into rows of L tokens, each with the token before it;
              `training_batch` takes those of one step.
     mask     `draw_noise` draws how much of each row is masked, and `apply_noise` chooses the tokens
-             that the model will see as MASK.
+             that the model will see as MASK. LOSS_WEIGHTS says how much each of them counts.
     model    `Model.hidden` sends the row through one of BACKBONES; `Model.head` gives logits over V
              tokens at the masked positions.
-    loss     `batch_loss` sums weight · −ln p(token) over the masked tokens; LOSS_WEIGHTS.
+    loss     `batch_loss` sums weight · −ln p(token) over the masked tokens.
     step     `Optimizer.step` adds up the gradients of all processes and moves the weights: matrices
              by Muon, the rest by AdamW, as the table KINDS says.
     average  `Optimizer.update_average` keeps an exponential average of the weights.
@@ -362,8 +362,9 @@ class Hyperparameters:
                 yield f"{self.shown('quant_mode')}: {allowed}"
         if self.pack == "zstd" and zstandard is None:
             yield "PACK=zstd needs the package zstandard: pip install -r requirements.txt"
-        if re.search(r"[^\w.+=@-]|^\.", self.run_id):
-            yield f"{self.shown('run_id')}: letters, digits, _+=@- and, not at the start, dots"
+        if re.search(r"[^\w.+=@-]|^\.", self.run_id) or len(self.run_id.encode()) > 200:
+            allowed = "letters, digits, _+=@- and, not at the start, dots; at most 200 bytes"
+            yield f"{self.shown('run_id')}: {allowed}"
 
 
 # Presets, after the knobs they set. PR 1699, mdlm, is the defaults.
@@ -529,7 +530,7 @@ def foreseen(error: BaseException) -> str:
         return "torch.compile finds no C++ compiler: install g++, or give COMPILE=off"
     if isinstance(error, OSError):
         file = error.filename or "the log or the screen"
-        return f"{file}: cannot be read or written: {error.strerror}"
+        return f"{file}: cannot be read or written: {error.strerror or error}"
     return ""
 
 
@@ -552,19 +553,38 @@ def on_first_process(work: Callable, *arguments):
     return outcome[0]
 
 
+def environ_number(name: str, otherwise: float = math.nan) -> int | float:
+    """A variable that torchrun sets."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else otherwise
+
+
+def own_share(count: int) -> range:
+    """Which of `count` things this process looks at, if those of each machine share them."""
+    here, processes = environ_number("LOCAL_RANK"), environ_number("LOCAL_WORLD_SIZE")
+    if dist.is_initialized() and here < processes:
+        return range(here, count, processes)
+    return range(count)
+
+
 def start_processes() -> torch.device:
     """Joins the group that torchrun describes, if any; this process's device."""
     device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", environ_number("LOCAL_RANK", 0))
+        found = torch.cuda.device_count()
+        if device.index >= found:
+            raise InputError(f"--nproc_per_node is more than {found}, the GPUs of this machine")
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return device
     try:
-        if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            found = torch.cuda.device_count()
-            if device.index >= found:
-                raise InputError(f"--nproc_per_node is more than {found}, the GPUs of this machine")
-            torch.cuda.set_device(device)
-        if "RANK" in os.environ:  # control messages go through gloo, so they never wait for a GPU
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend)
+        if not environ_number("RANK") < environ_number("WORLD_SIZE"):
+            raise ValueError("RANK is no number below WORLD_SIZE")
+        on_signals(signal.SIG_DFL)  # others would wait until the group is complete
+        # Control messages go through gloo, so they never wait for a GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        on_signals(signal.default_int_handler)
     except (ValueError, dist.DistError) as error:
         given = f"RANK={os.environ.get('RANK')} WORLD_SIZE={os.environ.get('WORLD_SIZE')}"
         raise InputError(
@@ -769,10 +789,15 @@ class TokenStream:
         order = list(self.order(0))
         sizes = (self.ends - self.begins)[order]
         reached = order[: int(np.searchsorted(sizes.cumsum(), first_tokens)) + 1]
+        own = own_share(len(reached))
         counts = torch.zeros(len(reached), 3, dtype=torch.int64)
-        for i in range(rank(), len(reached), world_size()):
+        for i in own:
             counts[i] = torch.tensor(self._count(reached[i], vocab_size, luts))
-        checksums, documents, nbytes = all_reduce(counts).unbind(1)
+        largest = counts.clone()
+        run_collective(dist.all_reduce, largest, dist.ReduceOp.MAX)
+        if not torch.equal(largest[own], counts[own]):
+            raise InputError(f"{self.files[0].parent}: other shards than on other machines")
+        checksums, documents, nbytes = largest.unbind(1)
         names = [self.files[number].name for number in reached]
         self.facts = dict(
             tokens=self.total, shards=dict(zip(names, checksums.tolist(), strict=True))
@@ -943,7 +968,7 @@ def text_fault(tokens: np.ndarray, sp, luts: ByteTables) -> str:
     def pairs(documents: Iterable[Sequence[int]]) -> collections.Counter:
         return collections.Counter(itertools.chain(*map(itertools.pairwise, documents)))
 
-    sample = slice(1 + int(np.searchsorted(np.cumsum([*map(len, parts)]), 50_000)))  # tokens
+    sample = slice(None, None, ceil_div(len(tokens), 50_000))
     stored = pairs(parts[sample])
     if (stored & pairs(sp.encode(texts[sample]))).total() < 0.99 * stored.total():
         return "splits the text differently: it did not make"
@@ -953,17 +978,16 @@ def text_fault(tokens: np.ndarray, sp, luts: ByteTables) -> str:
 def check_verified(hp, stream: TokenStream, split: str) -> bool:
     """InputError unless tokenizer and shards are what verified.json says; False without one."""
     path = Path(hp.data_path) / VERIFIED
-    if not path.exists():
+    if not os.path.lexists(path):
         return False
     text, digest = read_file(path), file_sha256(hp.tokenizer_path)
     try:
         verified = json.loads(text)
         pairs = {f"{hp.tokenizer_path} (SHA-256)": (verified["tokenizer_sha256"], digest)}
-        for name, value in verified[split].items():
-            if name != "shards":
-                pairs[f"{split} {name}"] = (value, stream.facts.get(name, value))
-        for name, checksum in stream.facts["shards"].items():
-            pairs[f"{name} (CRC-32)"] = (verified[split]["shards"].get(name), checksum)
+        stated, found = verified[split], dict(stream.facts)
+        for name, checksum in found.pop("shards").items():
+            pairs[f"{name} (CRC-32)"] = (stated["shards"].get(name), checksum)
+        pairs |= {f"{split} {name}": (stated[name], value) for name, value in found.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path}: damaged, and perhaps the data with it; {REMEDY}") from None
     for name, (stated, found) in pairs.items():
@@ -980,12 +1004,12 @@ def check_data(hp, stream: TokenStream, split: str, sp, luts: ByteTables) -> Non
         return
     shards = stream.facts["shards"]
     numbers = [number for number, path in enumerate(stream.files) if path.name in shards]
-    for number in numbers[rank() :: world_size()]:
-        pieces = stream.pieces(number)
+    for i in own_share(len(numbers)):
+        pieces = stream.pieces(numbers[i])
         for tokens in pieces if split == "val" else [next(pieces)[:50_000]]:
             if fault := text_fault(tokens, sp, luts):
                 tokenizer = hp.shown("tokenizer_path")
-                raise InputError(f"{tokenizer} {fault} {stream.files[number]}; {REMEDY}")
+                raise InputError(f"{tokenizer} {fault} {stream.files[numbers[i]]}; {REMEDY}")
 
 
 def open_training(hp, sp, luts: ByteTables) -> TokenStream:
@@ -2038,7 +2062,9 @@ class Artifact(NamedTuple):
 def stored_fields(hp) -> list[str]:
     """The hyperparameters in an artifact: those that define the predictor."""
     names = [spec.name for spec in KNOBS if spec.metadata["group"] == "model"]
-    return ["preset"] + [name for name in names if name != "block_size" or hp.block_size]
+    if not (hp.block_size or "block_size" in PRESETS[hp.preset]):
+        names.remove("block_size")  # artifacts without blocks are older than blocks
+    return ["preset", *names]
 
 
 def storage_label(header: Mapping) -> str:
@@ -2734,11 +2760,12 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         whole = (progress.step, progress.validated, checkpoint.averages, *checkpoint.counts)
         sound = (
             version == FORMAT_VERSION
-            and all(type(number) is int and number >= 0 for number in whole)
+            and all(type(number) is int and 0 <= number < 2**53 for number in whole)
+            and len(checkpoint.counts) == 2
             and type(progress.train_ms) is type(progress.best_bpb) is float
             and 0 <= progress.train_ms < math.inf
             and progress.best_bpb > 0
-            and sum(checkpoint.counts) == progress.step
+            and sum(checkpoint.counts) == progress.step <= checkpoint.hp.iterations
             and bool(checkpoint.state.isfinite().all())
         )
         return checkpoint if sound else None
@@ -2800,10 +2827,12 @@ def check_memory(hp, device: torch.device) -> None:
         "noise": 4 * hp.train_batch_tokens,
     }
     if device.type == "cuda":
-        there_are = torch.cuda.get_device_properties(device).total_memory
+        there_are = math.inf  # if the driver does not say
+        with contextlib.suppress(Exception):
+            there_are = torch.cuda.get_device_properties(device).total_memory
     else:
         there_are = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        there_are /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        there_are /= max(environ_number("LOCAL_WORLD_SIZE", 1), 1)
     if sum(needed.values()) > there_are:
         parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in needed.items())
         names = ("model_dim", "num_layers", "train_batch_tokens", "micro_batch_tokens")
@@ -3053,13 +3082,16 @@ def resolve_hyperparameters(
     if `env` asks for another predictor."""
     hp = asked
     if artifact:
-        names = stored_fields(artifact.hp)[1:]
+        names = [spec.name for spec in KNOBS if spec.metadata["group"] == "model"]
         fixed = {name.upper(): getattr(artifact.hp, name) for name in names}
         for name in fixed.keys() & env.keys():
             if getattr(asked, name.lower()) not in ("auto", fixed[name]):
                 made_with = f"{asked.eval_only} was made with {artifact.hp.shown(name.lower())}"
                 raise InputError(f"{asked.shown(name.lower())}, but {made_with}")
         hp = Hyperparameters.from_env({"PRESET": artifact.hp.preset, **env, **fixed})
+    for name, value in on_first_process(vars, hp).items():
+        if getattr(hp, name) != value:
+            raise InputError(f"{hp.shown(name)}, but the first process has {value}")
     stamp = on_first_process(lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}_{hp.preset}")
     dtype = resolve_dtype(hp, device)  # the artifact will carry it
     return dataclasses.replace(hp, run_id=hp.run_id or stamp, compute_dtype=dtype)
@@ -3163,7 +3195,8 @@ def run(env: Mapping[str, str]) -> None:
     """The story at the top of this file, for the hyperparameters in `env`."""
     if env.get("RANK", "0") == "0":
         for warning in near_misses(env):  # first, because they may explain what goes wrong next
-            print(warning, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(warning, file=sys.stderr, flush=True)
     asked = Hyperparameters.from_env(env)
     device = start_processes()
     artifact = read_artifact(asked.eval_only) if asked.eval_only else None
@@ -3214,7 +3247,8 @@ def main() -> None:
         on_signals(signal.SIG_DFL)
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(5)  # what all processes meet, the first one says
-        print("train_mdlm.py: error:", foreseen(error), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print("train_mdlm.py: error:", foreseen(error), file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(2)  # without waiting for collectives that a lost process will never join
         sys.exit(2)

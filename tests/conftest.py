@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,20 @@ def script(monkeypatch, capfd):
         return SimpleNamespace(returncode=status, stdout=printed.out, stderr=printed.err)
 
     return call
+
+
+class Lines(tm.Log):
+    """A log that keeps its lines."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def __call__(self, line, **options):
+        self.lines.append(line)
+
+    def found(self, pattern):
+        return re.findall(pattern, "\n".join(self.lines), re.MULTILINE)
 
 
 def torchrun(*options, cwd, **extra) -> subprocess.Popen:

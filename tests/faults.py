@@ -98,7 +98,7 @@ fault(
 )
 fault(
     "verified shards are not compared",
-    'pairs[f"{name} (CRC-32)"] = (verified[split]["shards"].get(name), checksum)',
+    'pairs[f"{name} (CRC-32)"] = (stated["shards"].get(name), checksum)',
     "pass",
     "test_denominators.py::test_a_run_reads_and_compares_only_the_shards_it_can_reach",
 )
@@ -110,8 +110,8 @@ fault(
 )
 fault(
     "only the first shard is split again",
-    "for number in numbers[rank() :: world_size()]:",
-    "for number in numbers[:1]:",
+    "for i in own_share(len(numbers)):",
+    "for i in range(1):",
     "test_denominators.py::test_a_shard_of_another_tokenizer_is_refused",
 )
 fault(

@@ -4,12 +4,14 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import prepare_text
 import pytest
 import sentencepiece
-from conftest import WORDS, prepare_tiny, text_of, tiny_hp
+from conftest import ROOT, WORDS, clean_env, prepare_tiny, text_of, tiny_hp
 
 import train_mdlm as tm
 
@@ -132,8 +134,14 @@ def test_a_broken_verified_json_is_one_line(copy):
     for text in BROKEN + [json.dumps(value) for value in odd]:
         (folder / tm.VERIFIED).write_text(text)
         assert "verified.json: " in opened(folder, tokenizer)
+    less = {name: verified["val"][name] for name in ("documents", "bytes", "shards")}
+    (folder / tm.VERIFIED).write_text(json.dumps(verified | dict(val=less)))
+    assert "verified.json: damaged" in opened(folder, tokenizer)
     (folder / tm.VERIFIED).write_bytes(b"\xff\xfe")
     assert "verified.json: damaged" in opened(folder, tokenizer)
+    (folder / tm.VERIFIED).unlink()
+    (folder / tm.VERIFIED).symlink_to(tm.VERIFIED)  # to itself
+    assert "verified.json: there is no such file" in opened(folder, tokenizer)
     (folder / tm.VERIFIED).unlink()
     os.mkfifo(folder / tm.VERIFIED)
     assert "verified.json: there is no such file" in opened(folder, tokenizer)
@@ -208,3 +216,76 @@ def test_pipes_are_not_waited_for(copy, tmp_path):
     assert "there is no SentencePiece model" in opened(folder, tmp_path / "pipe")
     os.mkfifo(folder / "fineweb_val_000050.bin")
     assert "fineweb_val_000050.bin: is not a file" in opened(folder, tokenizer)
+
+
+def test_a_foreign_end_of_a_long_shard_is_noticed(copy, other):
+    """After more tokens than are split again of each million."""
+    folder, tokenizer = copy
+    (folder / tm.VERIFIED).unlink(missing_ok=True)
+    own = np.concatenate([tm.open_shard(path) for path in folder.glob("fineweb_train_*.bin")])
+    foreign = np.concatenate([tm.open_shard(path) for path in other.glob("fineweb_train_*.bin")])
+    long = folder / "fineweb_val_000099.bin"
+    right = np.tile(own, 1 + 60_000 // len(own))
+    prepare_text.write_shard(long, np.append(right, np.tile(foreign, 1 + 30_000 // len(foreign))))
+    assert "splits the text differently" in opened(folder, tokenizer)
+
+
+# ---- Several processes
+
+
+@pytest.mark.parametrize("local", [("1", "2"), ("1", None), ("0", "0"), ("x", "-1")])
+def test_variables_of_no_group_do_not_matter(copy, monkeypatch, local):
+    """Left over in the environment: one process looks at every shard."""
+    folder, tokenizer = copy
+    (folder / tm.VERIFIED).unlink(missing_ok=True)
+    found = opened(folder, tokenizer)
+    for name, value in zip(("LOCAL_RANK", "LOCAL_WORLD_SIZE"), local, strict=True):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert opened(folder, tokenizer) == found and all(found[0]["shards"].values())
+
+
+WRAPPER = """
+import os, runpy, sys
+settings, folder, script = sys.argv[1:]
+os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = "0", "1"  # a machine for each
+if os.environ["RANK"] == "1":
+    os.environ.update(item.split("=") for item in settings.split())
+    os.chdir(folder)
+sys.argv = [script]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def two_machines(env, folder, other_folder, other_settings=""):
+    """A run of two processes, the second of which has other settings or another folder."""
+    (folder / "wrapper.py").write_text(WRAPPER)
+    launch = "-m torch.distributed.run --standalone --nproc_per_node=2 wrapper.py".split()
+    done = subprocess.run(
+        [sys.executable, *launch, other_settings, other_folder, ROOT / "train_mdlm.py"],
+        cwd=folder,
+        env=clean_env(OMP_NUM_THREADS="1", **env),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_processes_have_the_same_settings_and_the_same_shards(tiny_env, copy, tmp_path):
+    """On two machines with disks of their own; here in two folders."""
+    folder, tokenizer = copy
+    verify(folder, tokenizer)
+    there = tmp_path / "there"
+    for place in (tmp_path, there):
+        shutil.copytree(folder, place / "data")
+        shutil.copy(tokenizer, place / "t.model")
+    env = tiny_env | dict(DATA_PATH="data", TOKENIZER_PATH="t.model", ITERATIONS="2", RUN_ID="m")
+    status, printed = two_machines(env, tmp_path, there, "SEED=5")
+    assert status == 1 and "error: SEED=5, but the first process has 1337" in printed
+    last = sorted((there / "data").glob("fineweb_val_*.bin"))[-1]
+    tokens = np.array(tm.open_shard(last))
+    prepare_text.write_shard(last, np.random.default_rng(0).permutation(tokens))
+    status, printed = two_machines(env, tmp_path, there)
+    assert status == 1 and "data: other shards than on other machines" in printed
+    assert not (tmp_path / "logs/m.txt").exists()

@@ -64,11 +64,13 @@ def copy_of_the_project(folder, fault):
 
 
 def forget_the_project():
-    """What was imported from it will be imported from the copy."""
+    """What was imported from it will be imported from the copy; a virtual environment inside it
+    stays."""
+    folders = {str(ROOT / part) for part in (".", "data", "tools", "tests")}
     for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None) or "").startswith(f"{ROOT}{os.sep}"):
+        if os.path.dirname(getattr(module, "__file__", None) or "") in folders:
             del sys.modules[name]
-    sys.path[:] = [path for path in sys.path if not f"{path}{os.sep}".startswith(f"{ROOT}{os.sep}")]
+    sys.path[:] = [path for path in sys.path if path not in folders]
 
 
 def run_tests(folder, tests: list[str]) -> tuple[int, str]:

@@ -219,7 +219,7 @@ def test_verified_json_says_what_was_fetched(hub, fetch, tmp_path):
     sp = tm.load_tokenizer(str(model), 384)
     luts = tm.build_sentencepiece_luts(sp, 384)
     for split in (stream, tm.TokenStream(folder, "train")):
-        split.measure(384, luts=luts)
+        split.measure(384, luts=luts if split is stream else None)
         hp = tiny_hp(data_path=str(folder), tokenizer_path=str(model), vocab_size=384)
         assert tm.check_verified(hp, split, "val" if split is stream else "train")
     tokens = stream.read(0, stream.total).astype("int64")

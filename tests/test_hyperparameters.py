@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -319,6 +320,24 @@ def test_what_cannot_fit_is_refused_with_figures_before_it_is_built(monkeypatch)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "512")
     with pytest.raises(tm.InputError, match=r"than the 0\.0 there are"):
         tm.check_memory(tm.Hyperparameters(preset="demo"), cpu)
+
+
+def test_on_a_gpu_its_own_memory_counts(monkeypatch):
+    """If its driver says how much there is; if not, the run may try."""
+    gpu = torch.device("cuda", 0)
+    hp = tm.Hyperparameters(compute_dtype="bfloat16")
+
+    def properties(device):
+        return types.SimpleNamespace(total_memory=gib * 2**30)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    gib = 80
+    tm.check_memory(hp, gpu)
+    gib = 2
+    with pytest.raises(tm.InputError, match=r"than the 2\.0 there are"):
+        tm.check_memory(hp, gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", None)
+    tm.check_memory(hp, gpu)
 
 
 def test_what_is_counted_is_less_than_what_a_run_takes():

@@ -529,6 +529,21 @@ def test_a_sliding_window_scores_its_last_tokens(tmp_path, seqs, tokens, scored)
             parse_log(path)
 
 
+def test_a_score_that_is_no_code_length_says_so(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_bytes((SHIPPED / "train_seed42.log").read_bytes())
+    counts = "seqs:100 tokens:12800 bytes:28000 time:1000ms tokens_per_s:12800"
+    edit(path, (r"^(Evaluation)", rf"score:tgrid biased:1 bpb:2.3 stderr:0.01 {counts}\n\1"))
+    edit(path, (r"^Evaluation time: 37.2", "Evaluation time: 38.2"))
+    edit(path, ("bpb:2.3 stderr:0.01 ", "bpb:2.3000 stderr:0.0100 "))
+    run = parse_log(path)
+    (stated,) = [text for text in make_record.other_scores([run]) if "tgrid" in text]
+    assert stated == "tgrid 2.3000 (100 windows, biased: no code length)"
+    edit(path, ("tgrid biased:1 ", "tgrid "))
+    with pytest.raises(tm.InputError, match="not as train_mdlm.py writes it"):
+        parse_log(path)
+
+
 def test_the_last_line_on_skipped_steps_has_their_number(tmp_path):
     path = tmp_path / "log.txt"
     path.write_bytes((SHIPPED / "train_seed42.log").read_bytes())

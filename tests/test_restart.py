@@ -408,6 +408,46 @@ def test_a_run_is_not_started_twice_at_once(env, whole, tmp_path):
     assert end(first) == 0 and (tmp_path / "logs/a.b.mdlm").read_bytes() == whole[1]
 
 
+def test_a_long_name_of_a_run_leaves_room_for_those_of_its_files(env, tmp_path):
+    name = "x" * 200
+    assert run(env, tmp_path, RUN_ID=name)[0] == 0
+    assert (tmp_path / f"logs/{name}.mdlm").exists()
+    with pytest.raises(tm.InputError, match="at most 200 bytes"):
+        tm.Hyperparameters(run_id=name + "x")
+
+
+ODD_GROUPS = [
+    dict(RANK="-1", WORLD_SIZE="1"),
+    dict(RANK="1", WORLD_SIZE="1"),
+    dict(RANK="x", WORLD_SIZE="2"),
+    dict(RANK="0"),
+    dict(RANK="0", WORLD_SIZE="-1"),
+]
+
+
+@pytest.mark.parametrize("variables", ODD_GROUPS)
+def test_a_group_that_cannot_be_is_one_line(env, tmp_path, variables):
+    status, printed, _ = run(env, tmp_path, RUN_ID="g", **variables)
+    assert status == 2 and printed.count("\n") == 1
+    assert "RANK is no number below WORLD_SIZE" in printed
+
+
+def test_odd_numbers_of_local_processes_do_not_matter(env, monkeypatch):
+    hp = tm.Hyperparameters.from_env(env)
+    for value in ("abc", "0", "-1", ""):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+        tm.check_memory(hp, torch.device("cpu"))
+
+
+def test_waiting_for_others_ends_with_a_signal(env, tmp_path):
+    group = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
+    child = life(env | dict(RUN_ID="w"), tmp_path, lambda: os.environ.update(group))
+    time.sleep(1.0)
+    began = time.perf_counter()
+    os.kill(child, signal.SIGTERM)
+    assert end(child) in (2, -signal.SIGTERM) and time.perf_counter() - began < 10
+
+
 # ---- Damaged checkpoints
 
 
@@ -490,6 +530,17 @@ DAMAGES = {
     "progress": with_fields(progress={"step": "x"}),
     "counts": with_fields(counts=None, averages="many"),
     "counts of another kind": with_fields(counts=[20.0, 1]),
+    "one count": with_fields(counts=[21]),
+    "three counts": with_fields(counts=[21, 0, 0]),
+    "a count too large": with_header(
+        lambda header: (
+            header | dict(counts=[2**70, 0], progress=header["progress"] | dict(step=2**70))
+        )
+    ),
+    "more steps than planned": with_header(
+        lambda header: header | dict(counts=[41, 0], progress=header["progress"] | dict(step=41))
+    ),
+    "averages too many": with_fields(averages=10**400),
     "pickle": pickled,
 }
 

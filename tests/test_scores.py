@@ -16,7 +16,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from conftest import random_model, tiny_hp, val_split
+from conftest import Lines, random_model, tiny_hp, val_split
 from reference import enumerated_nelbo, enumerated_tstep, one_by_one, token_nll, total_probability
 
 import train_mdlm as tm
@@ -552,17 +552,6 @@ def test_split_scores_are_their_definitions(split, name):
         assert names == ["0", "1", "2-3", "4-7", "8-15", "16-31"]
         assert table.shape == (5, 6, 2) and (table[..., 0] > 0).all()
         assert table[..., 1].sum() == nbytes
-
-
-class Lines(tm.Log):
-    """A log that keeps its lines."""
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def __call__(self, line, **options):
-        self.lines.append(line)
 
 
 def test_prefix_lines_are_the_score_by_position(split, tmp_path):

@@ -19,7 +19,7 @@ import prepare_text
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, run_python, tiny_hp, torchrun
+from conftest import ROOT, Lines, run_python, tiny_hp, torchrun
 
 import train_mdlm as tm
 
@@ -217,20 +217,6 @@ def test_two_groups_on_one_machine_train_one_model(tiny_env, tmp_path, monkeypat
 
 
 # ---- Inside a run
-
-
-class Lines(tm.Log):
-    """A log that keeps its lines."""
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def __call__(self, line, **options):
-        self.lines.append(line)
-
-    def found(self, pattern):
-        return re.findall(pattern, "\n".join(self.lines), re.MULTILINE)
 
 
 class Seconds:
@@ -553,7 +539,7 @@ def test_nothing_is_validated_or_saved_that_was_not_checked(watched):
     for act in ("validate", "save"):
         run = watched()
         run.trainer.optimizer.dropped += 2
-        arguments = [run.val] if act == "validate" else []
+        arguments = [run.val, lambda fraction: None] if act == "validate" else []
         with pytest.raises(tm.InputError, match="2 masked tokens had no place"):
             getattr(run.trainer, act)(*arguments)
         assert not run.log.lines and not Path("logs").exists()

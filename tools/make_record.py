@@ -21,6 +21,7 @@ from pathlib import Path
 
 import common
 from run_log import (
+    BIASED,
     OWN_SETTINGS,
     SEPARATOR,  # noqa: F401 (for those who read logs through this file)
     Run,
@@ -149,7 +150,8 @@ def other_scores(runs: list[Run]) -> list[str]:
     for name, (_, windows) in runs[0].others.items():
         if all(name in run.others for run in runs):
             mean = statistics.mean(run.others[name][0] for run in runs)
-            found.append(f"{name} {mean:.4f} ({windows:,} windows)")
+            biased = ", biased: no code length" if name in BIASED else ""
+            found.append(f"{name} {mean:.4f} ({windows:,} windows{biased})")
     return found
 
 

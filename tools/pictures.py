@@ -293,7 +293,8 @@ def legend_lines(module: ModuleType) -> list[list[Word]]:
     letters = re.search(r"Letters in shapes: (.*?)\.\s", module.__doc__, re.DOTALL)
     if letters:
         lines.append([])
-        for letter, meaning in re.findall(r"\b([A-Z]) ([^,]+)", " ".join(letters[1].split())):
+        text = " ".join(letters[1].split())
+        for letter, meaning in re.findall(r"\b([A-Z]) ([a-z][^,;]*?)(?= and [A-Z]|[,;]|$)", text):
             lines.append([[(letter, STRONG)], [(meaning, PLAIN)]])
     return lines
 
