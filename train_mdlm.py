@@ -35,11 +35,12 @@ The life of a token, from its shard to the score:
              of that model, and divides by the bytes of the text, which `token_bytes` counts.
     log      `Log` writes it all to logs/<run>.txt, below the source of this file.
 
-`run`, near the end, is this story as code. Importing the file has no side effect.
+`run`, near the end, is this story as code.
 
 Letters in shapes: B rows (windows), L positions, D width, H heads, V real tokens, N scored
 positions; R rows and C columns of a matrix. MASK is token V and PAD is token V + 1: the model sees
-them and never predicts them. `hp` is always a Hyperparameters.
+them and never predicts them. `hp` is always a Hyperparameters, `model` a Model; in formulas, what
+has no type is a Tensor.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 try:
     import zstandard
@@ -93,12 +95,12 @@ def ceil_div(a, b):
     return -(-a // b)
 
 
-def ranks(keys: Tensor) -> Tensor:
+def ranks(keys):
     """(…, L) int64: the place of every key (…, L) in its row, 0 for the smallest."""
     return keys.argsort(-1).argsort(-1)
 
 
-def golden_sequence(numbers: Tensor, offset: Tensor | float = 0.0) -> Tensor:
+def golden_sequence(numbers, offset: Tensor | float = 0.0):
     """Points in [0, 1) for numbers (n,): consecutive ones are spread evenly."""
     return (offset + numbers.double() * GOLDEN) % 1
 
@@ -186,6 +188,7 @@ class Hyperparameters:
     loss_weight: str = knob("noise", "elbo",
         "weight of a token masked with probability p: 1/p, about 1/(1 − p), or 1",
         choices=lambda: LOSS_WEIGHTS)
+    block_share: float = knob("noise", 1.0, "share of the blocks that a step masks", high=1)
     causal_weight: float = knob("noise", 1.0, "weight of next-token losses with BLOCK_SIZE")
     weight_clamp: float = knob("noise", 100.0, "largest weight of a masked token", low=1)
 
@@ -255,7 +258,6 @@ class Hyperparameters:
         high=100_000)
     tstep_steps: int = knob("scoring", 128, "T of the T-step bound", low=1, high=100_000)
     stride: int = knob("scoring", 64, "tokens that a sliding window scores", low=1)
-    score_block_size: int = knob("scoring", 0, "BLOCK_SIZE of scores; 0: as trained", high=2**20)
     chain_group: int = knob("scoring", 1, "positions a chain rule reveals in one call", low=1)
     val_batch_size: int = knob("scoring", 524_288, "tokens of one scoring pass, over all processes",
         low=1, high=2**24)
@@ -276,8 +278,8 @@ class Hyperparameters:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Hyperparameters:
-        names = (spec.name for spec in dataclasses.fields(cls))
-        return cls(**{name: env[name.upper()] for name in names if name.upper() in env})
+        given = {spec.name: env.get(spec.name.upper()) for spec in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in given.items() if value is not None})
 
     def shown(self, name: str) -> str:
         """As one would give it: NUM_LAYERS=8."""
@@ -291,14 +293,18 @@ class Hyperparameters:
     head_dim = property(lambda self: self.model_dim // self.num_heads)
     # Windows of a global batch
     batch_rows = property(lambda self: self.train_batch_tokens // self.train_seq_len)
-    # Tokens that are noised together, and how many of them a global batch has
+    # Tokens that are masked together, and how many such rows a global batch has
     noise_length = property(lambda self: self.block_size or self.train_seq_len)
-    noise_rows = property(lambda self: self.train_batch_tokens // self.noise_length)
+    noise_rows = property(lambda self: self.batch_rows * self.noisy_blocks)
     # Row of ESTIMATORS; its first score is the one behind val_bpb
     system = property(lambda self: "block" if self.block_size else self.objective)
     headline = property(lambda self: next(iter(ESTIMATORS[self.system])))
     # Tokens the model can see: the real ones, MASK unless causal, PAD for chunks
     embedding_rows = property(lambda self: self.vocab_size + (not self.causal) + self.doc_chunks)
+
+    @property
+    def noisy_blocks(self) -> int:
+        return max(round(self.block_share * (self.train_seq_len // self.noise_length)), 1)
 
     @property
     def neighbor_offsets(self) -> list[int]:
@@ -333,10 +339,7 @@ class Hyperparameters:
     def _broken_rules(self) -> Iterator[str]:
         """A message for each rule between values that does not hold."""
         divisors = dict(
-            num_heads="model_dim",
-            num_kv_heads="num_heads",
-            block_size="train_seq_len",
-            score_block_size="train_seq_len",
+            num_heads="model_dim", num_kv_heads="num_heads", block_size="train_seq_len"
         )
         for part, whole in divisors.items():
             if getattr(self, part) and getattr(self, whole) % getattr(self, part):
@@ -414,6 +417,7 @@ PRESETS = {
 
 
 KNOBS = dataclasses.fields(Hyperparameters)
+PREDICTOR = [spec.name for spec in KNOBS if spec.metadata["group"] == "model"]
 
 
 def choices_of(spec: dataclasses.Field) -> list[str]:
@@ -496,7 +500,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def run_collective(collective: Callable, *arguments, **options) -> None:
+def run_collective(collective: Callable, *arguments, **options):
     """Runs it if there are several processes; InputError if another one is lost."""
     try:
         if world_size() > 1:
@@ -508,7 +512,7 @@ def run_collective(collective: Callable, *arguments, **options) -> None:
         raise InputError(f"another process of the group is lost: {first_line}") from None
 
 
-def all_reduce(tensor: Tensor) -> Tensor:
+def all_reduce(tensor):
     """Adds `tensor` up over all processes, in place."""
     run_collective(dist.all_reduce, tensor)
     return tensor
@@ -593,7 +597,7 @@ def start_processes() -> torch.device:
     return device
 
 
-def on_signals(handler) -> None:
+def on_signals(handler):
     """Sets the handler of the signals that end a run, unless nohup has switched them off."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -622,10 +626,11 @@ class Clock:
         ms, stopped = all_reduce(torch.tensor(own, dtype=torch.float64)).tolist()
         return ms / world_size(), stopped > 0
 
-    def stop(self, *signal_and_frame) -> None:
-        """A signal handler: the step is finished first, but for a second signal. (torchrun passes
-        on the first one again.)"""
-        if self.stopped and time.perf_counter() > self.stopped + 1:
+    def stop(self, *signal_and_frame):
+        """A signal handler: the step is finished first, but for a second signal."""
+        if (
+            self.stopped and time.perf_counter() > self.stopped + 1
+        ):  # torchrun sends the first twice
             raise KeyboardInterrupt
         self.stopped = self.stopped or time.perf_counter()
 
@@ -645,7 +650,7 @@ class Log:
         self.path = path
         self.lock = None  # the open file of `path`, locked while this process lives
 
-    def __call__(self, line: str, screen: bool = True, every_rank: bool = False) -> None:
+    def __call__(self, line: str, screen: bool = True, every_rank: bool = False):
         if screen and rank() == 0:
             with contextlib.suppress(OSError):  # a run outlives the screen that it was started from
                 print(line, flush=True)
@@ -653,7 +658,7 @@ class Log:
             with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
 
-    def budget(self, name: str, value: float, limit: float, unit: str, note: str = "") -> None:
+    def budget(self, name: str, value: float, limit: float, unit: str, note: str = ""):
         """A line on what the challenge limits, and one more if it is over."""
         self(f"{name}: {round(value, 1)} {unit}{note}")
         if value > limit:
@@ -689,7 +694,7 @@ def read_file(path: str | Path) -> bytes:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes):
     """All of it or nothing: under another name first. InputError if that fails."""
     part = path.with_name(path.name + ".part")
     try:
@@ -764,7 +769,7 @@ class TokenStream:
             count -= size
         return np.concatenate(parts)
 
-    def windows(self, numbers: Iterable[int], length: int, stride: int = 0) -> Tensor:
+    def windows(self, numbers: Iterable[int], length: int, stride: int = 0):
         """(B, 1 + length) int64: row n has token n·(stride or length) and the `length` after it."""
         if isinstance(numbers, range) and not stride:  # consecutive, as in training
             tokens = self.read(numbers.start * length, 1 + len(numbers) * length)
@@ -782,7 +787,7 @@ class TokenStream:
 
     def measure(
         self, vocab_size: int, first_tokens: float = math.inf, luts: ByteTables | None = None
-    ) -> None:
+    ):
         """Reads the shards of the first tokens, shared among the processes, and notes in `facts`
         what verified.json should say of them: bytes and documents if `luts` are given. InputError
         for a foreign token."""
@@ -872,7 +877,7 @@ class DocumentStream(TokenStream):
         place = int(order[number - self.first_chunks[visit]])
         return shard[starts[place] : starts[place + 1]]
 
-    def windows(self, numbers: Iterable[int], length: int, stride: int = 0) -> Tensor:
+    def windows(self, numbers: Iterable[int], length: int, stride: int = 0):
         """(B, 1 + length) int64: PAD, then the tokens of a chunk, then PAD."""
         rows = torch.full((len(numbers), 1 + length), self.pad_id)
         for row, number in zip(rows, numbers, strict=True):
@@ -911,7 +916,7 @@ def build_sentencepiece_luts(sp, vocab_size: int, device: torch.device | str = "
     return ByteTables(*tables, bool(keeps_space))
 
 
-def token_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
+def token_bytes(tokens, prev: Tensor | int, luts: ByteTables):
     """(…, L) int64: UTF-8 bytes of tokens (…, L), after the token `prev` (…)."""
     device = luts.base_bytes.device
     tokens = torch.as_tensor(tokens, dtype=torch.int64, device=device)
@@ -921,7 +926,7 @@ def token_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
     return luts.base_bytes[tokens] + (luts.has_leading_space[tokens] & space_stays)
 
 
-def count_bytes(tokens: Tensor, prev: Tensor | int, luts: ByteTables) -> Tensor:
+def count_bytes(tokens, prev: Tensor | int, luts: ByteTables):
     """(…) int64: UTF-8 bytes of the text of tokens (…, L), after the token `prev` (…)."""
     return token_bytes(tokens, prev, luts).sum(-1)
 
@@ -997,7 +1002,7 @@ def check_verified(hp, stream: TokenStream, split: str) -> bool:
     return True
 
 
-def check_data(hp, stream: TokenStream, split: str, sp, luts: ByteTables) -> None:
+def check_data(hp, stream: TokenStream, split: str, sp, luts: ByteTables):
     """Against verified.json or, without it, against the text: all of the validation split, and the
     beginning of every training shard."""
     if check_verified(hp, stream, split):
@@ -1048,14 +1053,14 @@ def open_validation(hp, sp, luts: ByteTables) -> Split:
 # processes, restarts and micro-batches make no difference.
 
 
-def stratified_times(u: Tensor) -> Tensor:
+def stratified_times(u):
     """One time in each of B equal strata, all at the same place in it (Sahoo et al. 2024),
     dealt out so that neighbouring rows are spread evenly too."""
     strata = ranks(golden_sequence(torch.arange(len(u), device=u.device)))
     return (strata + u[0]) / len(u)
 
 
-def antithetic_times(u: Tensor) -> Tensor:
+def antithetic_times(u):
     """Pairs u, 1 − u."""
     return torch.stack([u, 1 - u], dim=1).flatten()[: len(u)]
 
@@ -1068,7 +1073,7 @@ TIME_SAMPLINGS = {
 }
 
 
-def normal_probability(hp, t: Tensor) -> Tensor:
+def normal_probability(hp, t):
     quantile = hp.mask_mean + hp.mask_std * torch.special.ndtri(t)
     return quantile.clamp(hp.mask_eps, hp.mask_max)
 
@@ -1080,31 +1085,26 @@ MASK_DISTS = {
 }
 
 
-def mask_probability(hp, u: Tensor) -> Tensor:
+def mask_probability(hp, u):
     """(B,) for the tokens of a row, from uniform draws u (B,)."""
     return MASK_DISTS[hp.mask_dist](hp, TIME_SAMPLINGS[hp.time_sampling](u))
 
 
-def maskable(hp, x: Tensor) -> Tensor:
+def maskable(hp, x):
     """(B, L) bool: all of x (B, L) but PAD and, with ANCHOR_BOS, <s>."""
     not_pad = x != hp.pad_id
     return not_pad & (x != BOS_ID) if hp.anchor_bos else not_pad
 
 
-def mask_exactly(k: Tensor, keys: Tensor) -> Tensor:
-    """(B, L) bool: the k (B,) smallest keys (B, L) of each row."""
-    return ranks(keys) < k[:, None]
-
-
-def bernoulli_mask(probability: Tensor, keys: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+def bernoulli_mask(probability, keys, allowed) -> tuple[Tensor, Tensor]:
     mask = keys < probability[:, None]
     return mask & allowed, probability
 
 
-def count_mask(probability: Tensor, keys: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+def count_mask(probability, keys, allowed) -> tuple[Tensor, Tensor]:
     count = allowed.sum(1).clamp(min=1)
     k = (probability * count).ceil().clamp(min=1)
-    mask = mask_exactly(k, torch.where(allowed, keys, 2))
+    mask = ranks(torch.where(allowed, keys, 2)) < k[:, None]
     return mask & allowed, k / count
 
 
@@ -1127,12 +1127,12 @@ MASKINGS = {
 }
 
 
-def elbo_weight(hp, probability: Tensor, share: Tensor) -> Tensor:
+def elbo_weight(hp, probability, share):
     """For uniform probabilities the loss is then the any-order bound."""
     return 1 / share
 
 
-def dsigma_weight(hp, probability: Tensor, share: Tensor) -> Tensor:
+def dsigma_weight(hp, probability, share):
     """PR 1106's σ′(t): the fewer tokens are visible, the more a masked one counts. No bound."""
     return (hp.mask_max - hp.mask_eps) / (1 - probability)
 
@@ -1145,15 +1145,19 @@ LOSS_WEIGHTS = {
 }
 
 
-def draw_noise(hp, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mask probabilities (B·L/b,) and keys (B, L) of a global batch in blocks of b tokens."""
+def draw_noise(hp, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a global batch with n noisy blocks of b tokens in each window: mask probabilities (B·n,),
+    keys (B, n·b), and columns (n·b,) of the noisy tokens, the same in all windows."""
     draw = functools.partial(torch.rand, generator=generator, device=generator.device)
+    length, blocks = hp.noise_length, hp.noisy_blocks
     probability = mask_probability(hp, draw(hp.noise_rows))
-    keys = draw(hp.batch_rows, hp.train_seq_len)
-    return probability, keys
+    keys = draw(hp.batch_rows, blocks * length)
+    chosen = draw(hp.train_seq_len // length).topk(blocks).indices.sort().values
+    columns = chosen[:, None] * length + torch.arange(length, device=chosen.device)
+    return probability, keys, columns.flatten()
 
 
-def apply_noise(hp, x0: Tensor, probability: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def apply_noise(hp, x0, probability, keys) -> tuple[Tensor, Tensor, Tensor]:
     """Mask (B, L), weight (B,) of its tokens, and masked share (B,), of x0 (B, L)."""
     mask, share = MASKINGS[hp.masking].mask(probability, keys, maskable(hp, x0))
     weight = LOSS_WEIGHTS[hp.loss_weight](hp, probability, share)
@@ -1168,7 +1172,8 @@ def scored_capacity(hp, rows: int) -> int:
     if hp.causal:
         return tokens
     length = hp.noise_length
-    rows = tokens // length
+    rows *= hp.noisy_blocks
+    tokens = rows * length
     draws = (torch.full((hp.noise_rows,), u) for u in (0.0, 0.5, 1.0))
     most = max(mask_probability(hp, u).view(-1, rows).sum(1).max().item() for u in draws)
     slack = MASKINGS[hp.masking].slack(rows, length)
@@ -1187,25 +1192,26 @@ COND_DIM = 128  # width of the noise condition of the DiT, as published
 Positions = Tensor | None  # flat positions (N,) of a batch that are wanted; None: all
 
 
-def norm(x: Tensor) -> Tensor:
+def norm(x):
     """RMS normalisation of the last axis."""
     return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
 
 
 class View(NamedTuple):
-    """Where the L positions of an input are, and what they see."""
+    """Where L positions are, and what they see."""
 
     place: Tensor  # (L,) in the text
     neighbors: Tensor  # (offsets, L): columns of their tokens; −1: none
     causal: bool = False  # only what is to the left
     mask: Tensor | None = None  # (L, L) bool, or these
+    tiles: BlockMask | None = None  # the same for `flex_attention`, which leaves out empty ones
     rotary: tuple[Tensor, ...] = ()  # cos and sin, (L, head_dim/2) each, of these places
 
 
-def neighbor_places(hp, place: Tensor) -> Tensor:
+def neighbor_places(hp, place):
     """(offsets, L) of places (L,)."""
-    offsets = torch.tensor(hp.neighbor_offsets, dtype=torch.int64, device=place.device)
-    return place + offsets[:, None]
+    rows = [place[None] + offset for offset in hp.neighbor_offsets]
+    return torch.cat([place[None][:0], *rows])
 
 
 def plain_view(hp, length: int, causal: bool, device: torch.device) -> View:
@@ -1216,32 +1222,46 @@ def plain_view(hp, length: int, causal: bool, device: torch.device) -> View:
     return View(place, torch.where(seen, wanted, -1), causal=causal)
 
 
-def block_view(hp, block: int, length: int, device: torch.device) -> View:
-    """Of [noisy x_1 … x_L, clean x_0 … x_{L−1}] for x_0, which is before the window of L tokens.
+def block_view(hp, block: int, columns, length: int) -> View:
+    """Of [noisy x_i at the `columns` i − 1 of a window, whole blocks; clean x_0 … x_{L−1}] for x_0,
+    which is before the window of L tokens.
 
     A noisy token sees its own block, and the clean tokens before that block; a clean one itself and
     the clean ones before it. Neighbours are what is seen.
     """
-    place = torch.arange(length, device=device)
-    noisy = torch.arange(2 * length, device=device) < length
-    first = place // block * block + 1  # place of the first token of the block
-    last_clean = torch.cat([first - 1, place])
-    first = torch.cat([first, torch.full_like(place, 2 * length)])
-    place = torch.cat([place + 1, place])
+    clean = torch.arange(length, device=columns.device)
+    index = torch.arange(len(columns) + length, device=columns.device)
+    noisy = index < len(columns)
+    first = columns // block * block + 1  # place of the first token of the block
+    last_clean = torch.cat([first - 1, clean])
+    first = torch.cat([first, torch.full_like(clean, 2 * length)])
+    place = torch.cat([columns + 1, clean])
     mask = torch.where(noisy, first[:, None] == first, place <= last_clean[:, None])
     wanted = neighbor_places(hp, place)
     in_block = noisy & (wanted >= first) & (wanted < first + block)
-    clean = torch.where((wanted >= 0) & (wanted <= last_clean), length + wanted, -1)
-    return View(place, torch.where(in_block, wanted - 1, clean), mask=mask)
+    in_clean = torch.where((wanted >= 0) & (wanted <= last_clean), len(columns) + wanted, -1)
+    return View(place, torch.where(in_block, neighbor_places(hp, index), in_clean), mask=mask)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def attend(q, k, v, view: View):
+    """(B, H, L, head_dim) of queries like it, and keys and values with fewer heads."""
+    if view.tiles is not None:
+        return flex_attention(q, k, v, block_mask=view.tiles, enable_gqa=True)
+    if view.mask is not None:  # fast kernels with masks know no groups
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    grouped = k.shape[1] < q.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=view.mask, is_causal=view.causal, enable_gqa=grouped
+    )
+
+
+def rotate(x, cos, sin):
     """Half-split rotary embedding of x (…, L, head_dim)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
-def select_positions(x: Tensor, positions: Positions) -> Tensor:
+def select_positions(x, positions: Positions):
     """x (B, L, D) at the flat positions, (N, D); for None all of x."""
     return x if positions is None else x.flatten(0, 1).index_select(0, positions)
 
@@ -1249,7 +1269,7 @@ def select_positions(x: Tensor, positions: Positions) -> Tensor:
 class Linear(nn.Linear):
     """A matrix, kept in float32 and applied in the dtype of its input."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -1266,21 +1286,18 @@ class Attention(nn.Module):
         self.proj = Linear(hp.model_dim, hp.model_dim, bias=False)
         self.q_gain = None  # (H,) in a UNetBlock
 
-    def heads(self, x: Tensor) -> Tensor:
+    def heads(self, x):
         """(B, L, heads · head_dim) → (B, heads, L, head_dim)."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def forward(self, x: Tensor, view: View, positions: Positions) -> Tensor:
+    def forward(self, x, view: View, positions: Positions):
         """(B, L, D) → (B, L, D), or (N, D) at the positions."""
         q = rotate(norm(self.heads(self.c_q(x))), *view.rotary)
         k = rotate(norm(self.heads(self.c_k(x))), *view.rotary)
         v = self.heads(self.c_v(x))
         if self.q_gain is not None:
             q = q * self.q_gain.to(x.dtype)[:, None, None]
-        grouped = k.shape[1] < q.shape[1]
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=view.mask, is_causal=view.causal, enable_gqa=grouped
-        )
+        y = attend(q, k, v, view)
         return self.proj(select_positions(y.transpose(1, 2).flatten(2), positions))
 
 
@@ -1292,7 +1309,7 @@ class MLP(nn.Module):
         self.fc = Linear(hp.model_dim, hp.mlp_mult * hp.model_dim, bias=False)
         self.proj = Linear(hp.mlp_mult * hp.model_dim, hp.model_dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.proj(F.relu(self.fc(x)).square())
 
 
@@ -1310,7 +1327,7 @@ class UNetBlock(nn.Module):
         for starts_at_zero in (self.resid_mix[1], self.attn.proj.weight, self.mlp.proj.weight):
             nn.init.zeros_(starts_at_zero)
 
-    def forward(self, x: Tensor, x_emb: Tensor, view: View, positions: Positions) -> Tensor:
+    def forward(self, x, x_emb, view: View, positions: Positions):
         """(B, L, D) → (B, L, D), or (N, D) at the positions; attention sees all of x."""
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x_emb
@@ -1329,7 +1346,7 @@ class DiTBlock(nn.Module):
         self.attn_mod = nn.Linear(COND_DIM, 2 * hp.model_dim)
         self.mlp_mod = nn.Linear(COND_DIM, 2 * hp.model_dim)
 
-    def forward(self, x: Tensor, cond: Tensor, view: View, positions: Positions) -> Tensor:
+    def forward(self, x, cond, view: View, positions: Positions):
         """As UNetBlock, with the noise (B, COND_DIM) in place of the embedding."""
         attn_mod = self.attn_mod(cond)[:, None]  # (B, 1, 2D): scale, then shift
         mlp_mod = self.mlp_mod(cond)[:, None]
@@ -1355,7 +1372,7 @@ class Model(nn.Module):
         super().__init__()
         self.hp = hp
         self.compute_dtype = torch.float32
-        self.block_size = hp.block_size  # a score may choose another one
+        self.block_size = hp.block_size  # a score may have another one
         std = hp.tied_embed_init_std if hp.tie_embeddings else 1.0
         shape = (hp.embedding_rows, hp.model_dim)
         self.tok_emb = nn.Embedding.from_pretrained(torch.randn(shape).mul_(std), freeze=False)
@@ -1375,7 +1392,7 @@ class Model(nn.Module):
         self.compute_dtype = getattr(torch, resolve_dtype(self.hp, device))
         return self.to(device)
 
-    def embed(self, z: Tensor, view: View) -> Tensor:
+    def embed(self, z, view: View):
         """(B, L, D): embeddings of tokens z and of their NEIGHBORS."""
         x = self.tok_emb(z)
         if self.normalize_embedding:
@@ -1386,32 +1403,39 @@ class Model(nn.Module):
 
     def hidden(
         self,
-        z: Tensor,
+        z,
         masked_fraction: Tensor | None = None,
         positions: Positions = None,
         view: View | None = None,
-    ) -> Tensor:
+    ):
         """Normalised last hidden state (B, L, D) of tokens z (B, L), or (N, D) at the positions.
         `masked_fraction` (B,) is what a DiT is told of the noise; by default the truth."""
-        hp, columns = self.hp, z.shape[1]
+        hp, length = self.hp, z.shape[1]
         if view is None and self.block_size:
-            view = block_view(hp, self.block_size, columns // 2, z.device)
+            columns = torch.arange(length // 2, device=z.device)
+            view = block_view(hp, self.block_size, columns, length // 2)
         elif view is None:
-            view = plain_view(hp, columns, hp.causal, z.device)
+            view = plain_view(hp, length, hp.causal, z.device)
         x = self.embed(z, view)
         exponent = torch.arange(0, hp.head_dim, 2, dtype=torch.float32, device=z.device)
         angle = torch.outer(view.place.float(), hp.rope_base ** -(exponent / hp.head_dim))
         view = view._replace(rotary=(angle.cos().to(x.dtype), angle.sin().to(x.dtype)))
+        mask = view.mask
+        if mask is not None and z.is_cuda and torch.compiler.is_compiling():
+            tiles = create_block_mask(
+                lambda b, h, q, k: mask[q, k], None, None, *mask.shape, z.device
+            )
+            view = view._replace(tiles=tiles)
         return norm(self.trunk(x, z, masked_fraction, view, positions))
 
-    def head(self, h: Tensor) -> Tensor:
+    def head(self, h):
         """Logits (…, V) float32 of hidden states (…, D)."""
         weight = (self.lm_head or self.tok_emb).weight[: self.hp.vocab_size]
         logits = F.linear(h, weight.to(h.dtype)).float()
         cap = self.hp.logit_softcap
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
-    def forward(self, z: Tensor, masked_fraction: Tensor | None = None) -> Tensor:
+    def forward(self, z, masked_fraction: Tensor | None = None):
         return self.head(self.hidden(z, masked_fraction))
 
 
@@ -1421,13 +1445,11 @@ class UNet(Model):
     normalize_embedding = True
     zero_head = True
 
-    def build_trunk(self, hp) -> None:
+    def build_trunk(self, hp):
         self.blocks = nn.ModuleList(UNetBlock(hp) for _ in range(hp.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(hp.num_layers // 2, hp.model_dim))
 
-    def trunk(
-        self, x: Tensor, z: Tensor, masked_fraction: Tensor | None, view: View, positions: Positions
-    ) -> Tensor:
+    def trunk(self, x, z, masked_fraction: Tensor | None, view: View, positions: Positions):
         x_emb = x
         half = len(self.blocks) // 2
         skips = []
@@ -1440,7 +1462,7 @@ class UNet(Model):
         return x
 
 
-def noise_features(masked_fraction: Tensor) -> Tensor:
+def noise_features(masked_fraction):
     """(B, COND_DIM): sines and cosines of σ = −ln(1 − masked_fraction) ≤ 6.9."""
     sigma = -(1 - masked_fraction).clamp(min=1e-3).log()
     half = torch.arange(COND_DIM // 2, dtype=torch.float32, device=sigma.device)
@@ -1453,15 +1475,13 @@ class DiT(Model):
 
     told_noise = True
 
-    def build_trunk(self, hp) -> None:
+    def build_trunk(self, hp):
         self.blocks = nn.ModuleList(DiTBlock(hp) for _ in range(hp.num_layers))
         self.time_embed = nn.Sequential(
             nn.Linear(COND_DIM, 4 * COND_DIM), nn.SiLU(), nn.Linear(4 * COND_DIM, COND_DIM)
         )
 
-    def trunk(
-        self, x: Tensor, z: Tensor, masked_fraction: Tensor | None, view: View, positions: Positions
-    ) -> Tensor:
+    def trunk(self, x, z, masked_fraction: Tensor | None, view: View, positions: Positions):
         if masked_fraction is None:
             masked = (z == self.hp.mask_id).sum(1)
             masked_fraction = masked / maskable(self.hp, z).sum(1).clamp(min=1)
@@ -1522,7 +1542,7 @@ def kind_of(name: str) -> Kind:
     raise InputError(f"parameter {name} fits no pattern in the table KINDS")
 
 
-def by_kind(model: Model) -> dict[Kind, dict[str, nn.Parameter]]:
+def by_kind(model) -> dict[Kind, dict[str, nn.Parameter]]:
     """The parameters by kind and name, in the order of an artifact."""
     groups = {kind: {} for kind in KINDS}
     for name, parameter in sorted(model.named_parameters()):
@@ -1546,9 +1566,10 @@ class Batch(NamedTuple):
     tokens: Tensor  # () int64, all that are not PAD
     dropped: Tensor  # () int64, masked tokens that found no place among the N; has to be 0
     masked_fraction: Tensor | None  # (B,) float32, share that is masked; None for a causal model
+    columns: Tensor | None = None  # of the noisy tokens in z, with BLOCK_SIZE
 
 
-def compact(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+def compact(mask, capacity: int) -> tuple[Tensor, Tensor]:
     """Flat indices (N,) of N = `capacity` elements of `mask`, True first; their values."""
     positions = (~mask.flatten()).byte().argsort(stable=True)[:capacity]
     return positions, mask.flatten()[positions]
@@ -1564,14 +1585,14 @@ def training_batch(
         window = window.pin_memory().to(device, non_blocking=True)
     if hp.causal:
         return causal_batch(window)
-    probability, keys = draw_noise(hp, seeded(device, hp.seed, "train", step))
-    probability = probability.view(hp.batch_rows, -1)[rows.start : rows.stop].flatten()
-    keys = keys[rows.start : rows.stop]
-    batch = masked_batch(hp, window[:, 1:], probability, keys, capacity)
-    return with_clean_half(hp, batch, window) if hp.block_size else batch
+    probability, keys, columns = draw_noise(hp, seeded(device, hp.seed, "train", step))
+    own = slice(rows.start, rows.stop)
+    probability = probability.view(hp.batch_rows, -1)[own].flatten()
+    batch = masked_batch(hp, window[:, 1 + columns], probability, keys[own], capacity)
+    return with_clean_half(hp, batch, columns, window) if hp.block_size else batch
 
 
-def causal_batch(window: Tensor) -> Batch:
+def causal_batch(window) -> Batch:
     """Every token of window (B, 1 + L) but the first, given those before it."""
     targets = window[:, 1:].flatten()
     return Batch(
@@ -1585,7 +1606,7 @@ def causal_batch(window: Tensor) -> Batch:
     )
 
 
-def masked_batch(hp, x0: Tensor, probability: Tensor, keys: Tensor, capacity: int) -> Batch:
+def masked_batch(hp, x0, probability, keys, capacity: int) -> Batch:
     """The tokens of x0 (B, L) that the noise hides, given the others."""
     blocks, keys = x0.reshape(-1, hp.noise_length), keys.view(-1, hp.noise_length)
     mask, weight, share = apply_noise(hp, blocks, probability, keys)
@@ -1602,31 +1623,41 @@ def masked_batch(hp, x0: Tensor, probability: Tensor, keys: Tensor, capacity: in
     )
 
 
-def with_clean_half(hp, batch: Batch, window: Tensor) -> Batch:
+def with_clean_half(hp, batch: Batch, columns, window) -> Batch:
     """As `block_view` has it: also every token of window (B, 1 + L) but the first, given those
     before it."""
     clean = causal_batch(window)
     z, positions = beside_clean(batch.z, batch.positions, window)
-    columns = torch.arange(z.numel(), device=z.device).view(z.shape)
+    places = torch.arange(z.numel(), device=z.device).view(z.shape)
     return batch._replace(
         z=z,
-        positions=torch.cat([positions, columns[:, batch.z.shape[1] :].flatten()]),
+        columns=columns,
+        positions=torch.cat([positions, places[:, len(columns) :].flatten()]),
         targets=torch.cat([batch.targets, clean.targets]),
         weights=torch.cat([batch.weights, hp.causal_weight * clean.weights]),
+        tokens=clean.tokens,
     )
 
 
-def beside_clean(z: Tensor, positions: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
-    """Noisy tokens z (B, L) beside the clean ones of window (B, 1 + L), as `block_view` has them,
+def beside_clean(z, positions, window) -> tuple[Tensor, Tensor]:
+    """Noisy tokens z (B, n) beside the clean ones of window (B, 1 + L), as `block_view` has them,
     and flat positions (N,) of z in both together."""
-    length = z.shape[1]
-    return torch.cat([z, window[:, :-1]], dim=1), positions + positions // length * length
+    clean = window[:, :-1]
+    return torch.cat([z, clean], dim=1), positions + positions // z.shape[1] * clean.shape[1]
 
 
-def batch_loss(model: Model, batch: Batch) -> Tensor:
+def batch_hidden(model, batch: Batch):
+    """Hidden states (N, D) at the scored positions."""
+    view = None
+    if batch.columns is not None:
+        length = batch.z.shape[1] - len(batch.columns)
+        view = block_view(model.hp, model.block_size, batch.columns, length)
+    return model.hidden(batch.z, batch.masked_fraction, batch.positions, view)
+
+
+def batch_loss(model, batch: Batch):
     """Σ weight · nll in nats; a step divides it by the tokens of the global batch."""
-    h = model.hidden(batch.z, batch.masked_fraction, batch.positions)
-    nll = F.cross_entropy(model.head(h), batch.targets, reduction="none")
+    nll = F.cross_entropy(model.head(batch_hidden(model, batch)), batch.targets, reduction="none")
     return (nll * batch.weights).sum()
 
 
@@ -1637,7 +1668,7 @@ def batch_loss(model: Model, batch: Batch) -> Tensor:
 # is noted there until `Trainer.check` looks.
 
 
-def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
+def orthogonalize(matrices, steps: int):
     """Pushes the singular values of matrices (n, rows, cols) into about [0.7, 1.2]: the
     quintic Newton-Schulz iteration of Muon (Jordan et al. 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -1651,7 +1682,7 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     return x.mT if tall else x
 
 
-def orthogonalize_shared(matrices: Tensor, steps: int) -> Tensor:
+def orthogonalize_shared(matrices, steps: int):
     """Each process orthogonalizes its share of the n matrices, all get the whole."""
     share = ceil_div(len(matrices), world_size())
     own = slice(rank() * share, (rank() + 1) * share)
@@ -1693,21 +1724,21 @@ class ParameterGroup(NamedTuple):
     first: Tensor  # first moment
     second: Tensor  # second moment, of AdamW only
 
-    def muon_update(self, hp, now: StepSettings) -> Tensor:
+    def muon_update(self, hp, now: StepSettings):
         self.first.mul_(now.momentum).add_(self.grads)
         nesterov = self.grads.addcmul(self.first, now.momentum)
         update = orthogonalize_shared(nesterov, hp.muon_backend_steps).float()
         rows, columns = update.shape[-2:]
         return update * max(1.0, rows / columns) ** 0.5
 
-    def adamw_update(self, hp, now: StepSettings) -> Tensor:
+    def adamw_update(self, hp, now: StepSettings):
         self.first.lerp_(self.grads, 1 - now.beta1)
         self.second.lerp_(self.grads.square(), 1 - now.beta2)
         mean = self.first / (1 - hp.beta1**now.steps_taken)
         square = self.second / (1 - hp.beta2**now.steps_taken)
         return mean / (square.sqrt() + hp.adam_eps)
 
-    def step(self, hp, now: StepSettings) -> None:
+    def step(self, hp, now: StepSettings):
         update = self.muon_update(hp, now) if self.muon else self.adamw_update(hp, now)
         decay = 1 - self.lr * self.weight_decay * now.scale
         self.weights.mul_(decay).sub_(update.mul_(self.lr * now.scale))
@@ -1716,7 +1747,7 @@ class ParameterGroup(NamedTuple):
 class Optimizer:
     """Muon and AdamW over flat buffers, and the average of the weights."""
 
-    def __init__(self, model: Model, hp):
+    def __init__(self, model, hp):
         self.hp = hp
         self.averages = 0  # updates of the average so far
 
@@ -1776,11 +1807,11 @@ class Optimizer:
             second=second.view(shape),
         )
 
-    def add_sums(self, batch: Batch, loss: Tensor) -> None:
+    def add_sums(self, batch: Batch, loss):
         """What a micro-batch adds to a step besides its gradients."""
         self.sums += torch.stack([batch.tokens, loss.detach(), batch.dropped])
 
-    def step(self, step: int, lr_scale: float) -> Tensor:
+    def step(self, step: int, lr_scale: float):
         """Adds up loss and gradients of all processes, clips them and moves the weights, or nothing
         if they are not finite: `first_bad` says why. Returns the loss per token."""
         hp = self.hp
@@ -1809,12 +1840,12 @@ class Optimizer:
         self.grads.zero_()
         return norms[-1]
 
-    def update_average(self) -> None:
+    def update_average(self):
         """Begins with the weights; then d · average + (1 − d) · weights for d = EMA_DECAY."""
         self.average.lerp_(self.weights, 1 - self.hp.ema_decay if self.averages else 1.0)
         self.averages += 1
 
-    def swap_average(self) -> None:
+    def swap_average(self):
         """Exchanges the weights with their average; a second call restores both."""
         if self.averages:
             self.state[[0, 3]] = self.state[[3, 0]]
@@ -1850,7 +1881,7 @@ QUANTIZERS = {
 }
 
 
-def to_codes(x: Tensor, quantizer: Quantizer) -> Tensor:
+def to_codes(x, quantizer: Quantizer):
     """The nearest codes. They saturate, so e4m3 never becomes NaN."""
     x = x.clamp(-quantizer.largest, quantizer.largest)
     if quantizer.dtype == torch.int8:
@@ -1858,7 +1889,7 @@ def to_codes(x: Tensor, quantizer: Quantizer) -> Tensor:
     return x.to(quantizer.dtype)
 
 
-def row_scales(rows: Tensor, quantizer: Quantizer, clip: float) -> Tensor:
+def row_scales(rows, quantizer: Quantizer, clip: float):
     """Scales (R, 1) of rows (R, C): the largest code stands for clip · RMS of the row; for clip 0,
     the one of 40 ever smaller scales with the least squared error."""
     reach = rows.abs().amax(1, keepdim=True)
@@ -1876,7 +1907,7 @@ def row_scales(rows: Tensor, quantizer: Quantizer, clip: float) -> Tensor:
     return best
 
 
-def feed_back(rows: Tensor, scales: Tensor, quantizer: Quantizer, moments: Tensor) -> Tensor:
+def feed_back(rows, scales, quantizer: Quantizer, moments):
     """Codes (R, C) of rows (R, C), rounded column by column, those with the largest inputs first:
     later ones make up for the error of each, given `moments` Σ x xᵀ (C, C) of the inputs x (GPTQ,
     Frantar et al. 2022)."""
@@ -1896,7 +1927,7 @@ def feed_back(rows: Tensor, scales: Tensor, quantizer: Quantizer, moments: Tenso
 
 
 def quantize(
-    weights: Tensor, quantizer: Quantizer, clip: float, moments: Tensor | None
+    weights, quantizer: Quantizer, clip: float, moments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Codes (R, C) and scales (R, 1) of weights (…, C): the nearest codes, or with moments (C, C)
     of the inputs those that change the outputs least."""
@@ -1912,12 +1943,12 @@ def quantize(
 
 
 @torch.no_grad()
-def input_moments(model: Model, batches: Iterable[Batch]) -> dict[str, Tensor]:
+def input_moments(model, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """Σ x xᵀ (C, C) of the inputs x of every matrix (…, C), by its name, over all processes."""
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
     moments = {}
 
-    def add(module: nn.Module, inputs: Sequence[Tensor]) -> None:
+    def add(module: nn.Module, inputs: Sequence[Tensor]):
         x = inputs[0].flatten(0, -2).float()
         name = names[module]
         moments[name] = moments.get(name, 0) + x.T @ x
@@ -1925,8 +1956,7 @@ def input_moments(model: Model, batches: Iterable[Batch]) -> dict[str, Tensor]:
     matrices = (module for module in names if isinstance(module, nn.Linear))
     hooks = [module.register_forward_pre_hook(add) for module in matrices]
     for batch in batches:
-        h = model.hidden(batch.z, batch.masked_fraction, batch.positions)
-        add(model.lm_head or model.tok_emb, [h])
+        add(model.lm_head or model.tok_emb, [batch_hidden(model, batch)])
     for hook in hooks:
         hook.remove()
     return {name: all_reduce(moment) for name, moment in moments.items()}
@@ -1972,7 +2002,7 @@ def to_planes(tensors: Iterable[Tensor]) -> np.ndarray:
     return np.ascontiguousarray(elements.numpy().T)
 
 
-def from_planes(raw: bytes, dtype: torch.dtype, count: int) -> Tensor:
+def from_planes(raw: bytes, dtype: torch.dtype, count: int):
     """(count,) float32; ValueError if `raw` is not as long as that."""
     planes = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, count)
     return torch.from_numpy(planes.T.copy()).view(-1).view(dtype).float()
@@ -2061,10 +2091,8 @@ class Artifact(NamedTuple):
 
 def stored_fields(hp) -> list[str]:
     """The hyperparameters in an artifact: those that define the predictor."""
-    names = [spec.name for spec in KNOBS if spec.metadata["group"] == "model"]
-    if not (hp.block_size or "block_size" in PRESETS[hp.preset]):
-        names.remove("block_size")  # artifacts without blocks are older than blocks
-    return ["preset", *names]
+    has_blocks = hp.block_size or "block_size" in PRESETS[hp.preset]  # else as before there were
+    return ["preset"] + [name for name in PREDICTOR if name != "block_size" or has_blocks]
 
 
 def storage_label(header: Mapping) -> str:
@@ -2074,9 +2102,7 @@ def storage_label(header: Mapping) -> str:
     return "+".join(sorted(set(storages)) + sorted(set(packers)))
 
 
-def save_artifact(
-    model: Model, hp, path: str | Path, moments: Mapping[str, Tensor] | None = None
-) -> dict:
+def save_artifact(model, hp, path: str | Path, moments: Mapping[str, Tensor] | None = None) -> dict:
     """Packs and writes the model; its artifact_bytes, label and kinds. `input_moments` let rounding
     errors cancel. InputError if something is not finite or not written."""
     for name, tensor in [*model.named_parameters(), *(moments or {}).items()]:
@@ -2120,7 +2146,7 @@ def unpack_artifact(data: bytes, path: str | Path) -> Artifact:
     raise InputError(" ".join(message.split()))
 
 
-def _require(holds: bool, otherwise: str) -> None:
+def _require(holds: bool, otherwise: str):
     if not holds:
         raise InputError(otherwise)
 
@@ -2183,13 +2209,13 @@ def predicted_bytes(hp) -> int:
 
 @torch.no_grad()
 def token_nll(
-    model: Model,
-    z: Tensor,
-    window: Tensor,
-    scored: Tensor,
+    model,
+    z,
+    window,
+    scored,
     masked_fraction: Tensor | None = None,
     view: View | None = None,
-) -> Tensor:
+):
     """(B, L) nats of the tokens of window (B, 1 + L) given z (B, L), at the positions `scored`
     (B, L), 0 elsewhere. A block model also sees clean tokens."""
     x0 = window[:, 1:]
@@ -2201,25 +2227,25 @@ def token_nll(
     return nll.new_zeros(x0.numel()).index_copy_(0, positions, nll).view(x0.shape)
 
 
-def with_before(x0: Tensor, before: Tensor | int = BOS_ID) -> Tensor:
+def with_before(x0, before: Tensor | int = BOS_ID):
     """(B, 1 + L): the token before the window, then x0 (B, L)."""
     before = torch.as_tensor(before, device=x0.device).expand(len(x0))
     return torch.cat([before[:, None], x0], dim=1)
 
 
 def masked_nll(
-    model: Model,
-    window: Tensor,
-    mask: Tensor,
+    model,
+    window,
+    mask,
     scored: Tensor | None = None,
     masked_fraction: Tensor | None = None,
-) -> Tensor:
+):
     """(B, L) nats of the `scored`, by default of all masked tokens of window (B, 1 + L)."""
     z = torch.where(mask, model.hp.mask_id, window[:, 1:])
     return token_nll(model, z, window, mask if scored is None else scored, masked_fraction)
 
 
-def causal_nll(model: Model, window: Tensor, scored: Tensor | None = None) -> Tensor:
+def causal_nll(model, window, scored: Tensor | None = None):
     """(B, L) nats: −ln p(x_i | x_<i) for window (B, 1 + L), the token before it first."""
     z = window[:, :-1]
     if scored is None:
@@ -2232,7 +2258,7 @@ def causal_nll(model: Model, window: Tensor, scored: Tensor | None = None) -> Te
 WeightedMasks = Iterator[tuple[Tensor, Tensor | float]]
 
 
-def weighted_nll(model: Model, window: Tensor, masks: WeightedMasks) -> Tensor:
+def weighted_nll(model, window, masks: WeightedMasks):
     """(B,) float64 nats: Σ weight · nll of masked tokens; anchors and PAD stay visible."""
     allowed = maskable(model.hp, window[:, 1:])
     nats = 0.0
@@ -2256,7 +2282,7 @@ def random_keys(shape: Sequence[int], generator: Generators) -> Iterator[Tensor]
             yield torch.rand(shape, generator=generator, device=device)
 
 
-def nelbo_masks(passes: int, times: Tensor, keys: Tensor, allowed: Tensor) -> WeightedMasks:
+def nelbo_masks(passes: int, times, keys, allowed) -> WeightedMasks:
     """Masks of k of the n `allowed` (B, L) positions, and weights: the weighted nll is an unbiased
     estimate of E_k E_mask (n/k)·nll for k uniform on 1 … n (docs/scores.md).
 
@@ -2279,9 +2305,7 @@ def nelbo_masks(passes: int, times: Tensor, keys: Tensor, allowed: Tensor) -> We
         masked_before = masked_before + k[:, None]
 
 
-def any_order_nll(
-    model: Model, window: Tensor, passes: int, numbers: Tensor, offset: Tensor, keys: Tensor
-) -> Tensor:
+def any_order_nll(model, window, passes: int, numbers, offset, keys):
     """(B,) float64 nats: the NELBO of window (B, 1 + L), block by block, with the masks of
     `nelbo_masks` for the numbers (B,) of a golden sequence."""
     length = model.block_size or keys.shape[1]
@@ -2291,9 +2315,7 @@ def any_order_nll(
     return weighted_nll(model, window, nelbo_masks(passes, times, keys.view(-1, length), allowed))
 
 
-def nelbo(
-    model: Model, x0: Tensor, passes: int = 4, generator: torch.Generator | None = None
-) -> Tensor:
+def nelbo(model, x0, passes: int = 4, generator: torch.Generator | None = None):
     """(B,) float64 nats: an unbiased estimate of the any-order bound of x0 (B, L)."""
     device = generator.device if generator else "cpu"
     offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
@@ -2311,9 +2333,7 @@ def tstep_masks(steps: int, keys: Iterator[Tensor]) -> WeightedMasks:
         yield next(keys) < (1 - TSTEP_EPS) * i / steps, 1 / i
 
 
-def discrete_elbo(
-    model: Model, x0: Tensor, steps: int = 128, generator: Generators = None
-) -> Tensor:
+def discrete_elbo(model, x0, steps: int = 128, generator: Generators = None):
     """(B,) float64 nats: an unbiased estimate of the T-step bound of x0 (B, L): ε·L·ln V, for what
     the last step leaves visible, plus Σ_i Σ_masked nll / i (Austin et al. 2021)."""
     terminal = TSTEP_EPS * math.log(model.hp.vocab_size) * maskable(model.hp, x0).sum(1)
@@ -2330,9 +2350,7 @@ def tgrid_masks(points: int, keys: Iterator[Tensor]) -> WeightedMasks:
         yield mask, (1 - TSTEP_EPS) / points / t
 
 
-def ordered_nll(
-    model: Model, window: Tensor, place: Tensor, group: int = 1, context: Tensor | int = 0
-) -> Tensor:
+def ordered_nll(model, window, place, group: int = 1, context: Tensor | int = 0):
     """(B, L) nats of the tokens of window (B, 1 + L), revealed in each block by `place` (L,) or
     (B, L), the smallest first, `group` by one call; the first `context` (B, 1) and anchors are
     visible and free. Each (row, step) is one masked input, and many share a forward pass."""
@@ -2354,7 +2372,7 @@ def ordered_nll(
 
 @torch.no_grad()
 def reveal_surest(
-    model: Model, z: Tensor, group: int = 1, window: Tensor | None = None
+    model, z, group: int = 1, window: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Reveals z (n, length), MASK but for anchors, `group` positions a call, the surest first: the
     largest probability of any token, and of those within 2^-13 nats the leftmost.
@@ -2379,7 +2397,7 @@ def reveal_surest(
         yield candidates.gather(1, chosen), logp.take_along_dim(chosen[..., None], 1)
 
 
-def confidence_nll(model: Model, window: Tensor, group: int = 1) -> Tensor:
+def confidence_nll(model, window, group: int = 1):
     """(B, L) nats of the tokens of window (B, 1 + L) in the order of `reveal_surest`."""
     x0 = window[:, 1:].reshape(-1, model.block_size or window.shape[1] - 1)
     nats = torch.zeros(x0.shape, device=x0.device)
@@ -2395,13 +2413,13 @@ def confidence_nll(model: Model, window: Tensor, group: int = 1) -> Tensor:
 
 
 def chain_rule(
-    model: Model,
-    x0: Tensor,
+    model,
+    x0,
     order: str | Tensor = "l2r",
     group: int = 1,
     seed: int = 0,
     before: Tensor | int = BOS_ID,
-) -> Tensor:
+):
     """(B, L) nats by position: −ln p(x_i | what was revealed before the group of i), of x0 (B, L)
     after the token `before` (B,). InputError for an order that the model does not have.
 
@@ -2410,8 +2428,7 @@ def chain_rule(
     window, length = with_before(x0, before), x0.shape[1]
     if model.hp.causal:
         if str(order) != "l2r" or group != 1:
-            remedy = "order l2r, group 1"
-            raise InputError(f"a causal model predicts one token after the other: {remedy}")
+            raise InputError("a causal model has order l2r and group 1 only")
         return causal_nll(model, window)
     if isinstance(order, Tensor):
         place = order.argsort(-1)
@@ -2435,7 +2452,7 @@ class Windows(NamedTuple):
     places: range  # which windows of the score these are; seeds their random numbers
 
     @property
-    def x0(self) -> Tensor:
+    def x0(self):
         return self.tokens[:, 1:]
 
     def generators(self, score: str) -> list[torch.Generator]:
@@ -2445,7 +2462,7 @@ class Windows(NamedTuple):
         return random_keys(self.x0.shape, self.generators(score))
 
 
-def score_nelbo(model: Model, windows: Windows) -> Tensor:
+def score_nelbo(model, windows: Windows):
     hp = windows.hp
     generator = seeded("cpu", hp.seed, "nelbo offset")
     offset = torch.rand((), generator=generator, dtype=torch.float64)
@@ -2453,33 +2470,33 @@ def score_nelbo(model: Model, windows: Windows) -> Tensor:
     return any_order_nll(model, windows.tokens, hp.nelbo_passes, numbers, offset, keys)
 
 
-def score_in_order(model: Model, windows: Windows, place: Tensor) -> Tensor:
+def score_in_order(model, windows: Windows, place):
     context = (~windows.scored).sum(1, keepdim=True)
     return ordered_nll(model, windows.tokens, place, windows.hp.chain_group, context)
 
 
-def score_left_to_right(model: Model, windows: Windows) -> Tensor:
+def score_left_to_right(model, windows: Windows):
     return score_in_order(model, windows, torch.arange(windows.hp.train_seq_len))
 
 
-def score_random_order(model: Model, windows: Windows) -> Tensor:
+def score_random_order(model, windows: Windows):
     return score_in_order(model, windows, next(windows.keys("random")))
 
 
-def score_by_confidence(model: Model, windows: Windows) -> Tensor:
+def score_by_confidence(model, windows: Windows):
     return confidence_nll(model, windows.tokens, windows.hp.chain_group)
 
 
-def score_tstep(model: Model, windows: Windows) -> Tensor:
+def score_tstep(model, windows: Windows):
     return discrete_elbo(model, windows.x0, windows.hp.tstep_steps, windows.generators("tstep"))
 
 
-def score_tgrid(model: Model, windows: Windows) -> Tensor:
+def score_tgrid(model, windows: Windows):
     points = windows.hp.final_eval_t_samples or 256
     return weighted_nll(model, windows.tokens, tgrid_masks(points, windows.keys("tgrid")))
 
 
-def score_causally(model: Model, windows: Windows) -> Tensor:
+def score_causally(model, windows: Windows):
     return causal_nll(model, windows.tokens, windows.scored)
 
 
@@ -2525,7 +2542,7 @@ def boundary_bits(count: int, length: int) -> float:
     return math.log2(length + 1) + math.log2(math.comb(length, count))
 
 
-def bits_per_byte(bits: Tensor, nbytes: Tensor) -> tuple[float, float]:
+def bits_per_byte(bits, nbytes) -> tuple[float, float]:
     """Σ bits / Σ bytes over windows (n,), and its standard error with windows as clusters; paired
     if the bits are differences between two models."""
     bpb = bits.sum() / nbytes.sum()
@@ -2599,7 +2616,7 @@ class WindowPlan:
 
 
 def score_windows(
-    name: str, model: Model, hp, split: Split, seqs: int, told_to_stop: Callable = bool
+    name: str, model, hp, split: Split, seqs: int, told_to_stop: Callable = bool
 ) -> tuple[Score, Tensor]:
     """The score `name` of `seqs` evenly spaced windows (0: all), shared among the processes.
 
@@ -2665,9 +2682,9 @@ def final_scores(hp) -> dict[str, int]:
     return found
 
 
-def score_model(artifact: Artifact, hp, val: Split, log: Log) -> None:
+def score_model(artifact: Artifact, hp, val: Split, log: Log):
     model = artifact.model.on(val.luts.base_bytes.device)
-    model.block_size = hp.block_size and (hp.score_block_size or hp.block_size)
+    model.block_size = hp.block_size
     label = artifact.storage.replace("+", "_")
     scores = final_scores(hp)
     for name in hp.requested_scores:
@@ -2815,7 +2832,7 @@ def micro_batches(hp) -> list[range]:
     return [range(start, start + size) for start in range(first, first + rows, size)]
 
 
-def check_memory(hp, device: torch.device) -> None:
+def check_memory(hp, device: torch.device):
     """InputError if a run cannot fit; counts what it takes at least, before it is built."""
     rows = len(micro_batches(hp)[0])
     per_token = (2 if hp.compute_dtype == "bfloat16" else 4) * hp.model_dim * (4 + hp.mlp_mult)
@@ -2866,7 +2883,7 @@ class Trainer:
         for rows in self.micros:
             yield training_batch(self.hp, self.stream, step, rows, self.capacity, self.device)
 
-    def step(self, step: int, scale: float) -> Tensor:
+    def step(self, step: int, scale: float):
         """One step on the global batch of `step`; its loss, () on the device."""
         for batch in self.batches(step):
             loss = self.loss(self.model, batch)
@@ -2878,7 +2895,7 @@ class Trainer:
             self.step_done.record()
         return mean_loss
 
-    def average_if_due(self) -> None:
+    def average_if_due(self):
         fraction = run_fraction(self.hp, self.progress.step, self.progress.train_ms)
         if not self.hp.ema_decay or fraction < self.hp.ema_start_frac:
             return
@@ -2886,7 +2903,7 @@ class Trainer:
             self.log(f"ema:started step:{self.progress.step} decay:{self.hp.ema_decay}")
         self.optimizer.update_average()
 
-    def check(self) -> None:
+    def check(self):
         """InputError for dropped tokens, too many steps that were not finite, bad weights."""
         optimizer, where = self.optimizer, f"step:{self.progress.step}"
         if optimizer.dropped > 0:
@@ -2907,7 +2924,7 @@ class Trainer:
         if not optimizer.state.isfinite().all():
             raise InputError(f"{where} the weights are not finite; lower the learning rates")
 
-    def warm_up(self) -> None:
+    def warm_up(self):
         """Compiles everything on real batches, then puts everything back."""
         opt = self.optimizer
         kept = [(x, x.clone()) for x in (opt.state, opt.counts, opt.dropped, opt.first_bad)]
@@ -2933,12 +2950,12 @@ class Trainer:
         self.log_step(f"{score.figures()} seqs:{score.seqs}")
         return score
 
-    def log_step(self, figures: str) -> None:
+    def log_step(self, figures: str):
         step, ms = self.progress.step, self.progress.train_ms
         times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
         self.log(f"step:{step}/{self.hp.iterations} {figures} {times}")
 
-    def save(self) -> None:
+    def save(self):
         self.check()
         started = time.perf_counter()
         checkpoint = Checkpoint(
@@ -2952,7 +2969,7 @@ class Trainer:
         path = on_first_process(write_checkpoint, checkpoint)
         self.log(f"checkpoint:{path} time:{1000 * (time.perf_counter() - started):.0f}ms")
 
-    def resume(self) -> None:
+    def resume(self):
         """Goes on from the newest sound checkpoint of this run, else from RESUME=path; InputError
         if its settings or data were others."""
         hp = self.hp
@@ -3082,8 +3099,9 @@ def resolve_hyperparameters(
     if `env` asks for another predictor."""
     hp = asked
     if artifact:
-        names = [spec.name for spec in KNOBS if spec.metadata["group"] == "model"]
-        fixed = {name.upper(): getattr(artifact.hp, name) for name in names}
+        fixed = {name.upper(): getattr(artifact.hp, name) for name in PREDICTOR}
+        if artifact.hp.block_size and asked.block_size and "BLOCK_SIZE" in env:
+            del fixed["BLOCK_SIZE"]  # scores may have other blocks than training
         for name in fixed.keys() & env.keys():
             if getattr(asked, name.lower()) not in ("auto", fixed[name]):
                 made_with = f"{asked.eval_only} was made with {artifact.hp.shown(name.lower())}"
@@ -3097,11 +3115,7 @@ def resolve_hyperparameters(
     return dataclasses.replace(hp, run_id=hp.run_id or stamp, compute_dtype=dtype)
 
 
-def artifact_path(hp) -> Path:
-    return Path("logs") / f"{hp.run_id}.mdlm"
-
-
-def claim_run(hp, log: Log) -> None:
+def claim_run(hp, log: Log):
     """Locks the log of this RUN_ID, and begins it with the source of this file; InputError if
     another process has it, or if the run is finished or may not go on."""
     path = log.path
@@ -3122,13 +3136,12 @@ def claim_run(hp, log: Log) -> None:
     may_not_go_on = hp.resume == "never" or hp.eval_only
     if finished or (may_not_go_on and (text or checkpoint_paths(hp.run_id))):
         raise InputError(f"{hp.shown('run_id')} was used before: see {path}; choose another")
-    artifact = artifact_path(hp)
+    artifact = path.with_suffix(".mdlm")
     if not begun and (not source.startswith(text) or (artifact.exists() and not hp.eval_only)):
         foreign = path if text else artifact
         raise InputError(f"{foreign}: is not of this run; choose another RUN_ID than {hp.run_id}")
-    half_written = checkpoint_paths(hp.run_id, ".part")
-    for leftover in half_written + checkpoint_paths(hp.run_id)[2:]:
-        leftover.unlink()  # of a process that was killed while it wrote
+    for half_written in checkpoint_paths(hp.run_id, ".part"):
+        half_written.unlink()  # by a process that was killed
     if not begun:
         log.lock.truncate(0)
         text = ""
@@ -3153,7 +3166,7 @@ def open_log(hp, env: Mapping[str, str], device: torch.device) -> Log:
     return log
 
 
-def write_artifact(model: Model, moments: Mapping[str, Tensor], hp, path: Path, log: Log) -> None:
+def write_artifact(model, moments: Mapping[str, Tensor], hp, path: Path, log: Log):
     """Packs the model, and logs code + artifact against the limit."""
     info = on_first_process(save_artifact, model, hp, path, moments)
     label, kinds, artifact_bytes = info["label"], info["kinds"], info["artifact_bytes"]
@@ -3186,12 +3199,12 @@ def train_and_pack(trainer: Trainer, val: Split) -> Artifact:
     model = train(trainer, val)
     log(f"peak memory allocated: {peak_memory(trainer.device)}")
     batches = (batch for step in range(hp.quant_feedback) for batch in trainer.batches(step))
-    path = artifact_path(hp)
+    path = Path(f"logs/{hp.run_id}.mdlm")
     write_artifact(model, input_moments(model, batches), hp, path, log)
     return read_artifact(path)
 
 
-def run(env: Mapping[str, str]) -> None:
+def run(env: Mapping[str, str]):
     """The story at the top of this file, for the hyperparameters in `env`."""
     if env.get("RANK", "0") == "0":
         for warning in near_misses(env):  # first, because they may explain what goes wrong next
@@ -3227,7 +3240,7 @@ def run(env: Mapping[str, str]) -> None:
         raise
 
 
-def main() -> None:
+def main():
     arguments = sys.argv[1:]
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed

@@ -242,8 +242,8 @@ fault(
 
 fault(
     "every micro-batch has the masks of the first",
-    "keys = keys[rows.start : rows.stop]\n",
-    "keys = keys[: len(rows)]\n",
+    "probability, keys[own], capacity)",
+    "probability, keys[: len(rows)], capacity)",
     "test_noise.py::test_every_step_and_every_row_has_a_mask_of_its_own",
 )
 
@@ -362,8 +362,8 @@ fault(
 
 fault(
     "the loss is not told the noise",
-    "h = model.hidden(batch.z, batch.masked_fraction, batch.positions)\n    nll",
-    "h = model.hidden(batch.z, None, batch.positions)\n    nll",
+    "return model.hidden(batch.z, batch.masked_fraction, batch.positions, view)",
+    "return model.hidden(batch.z, None, batch.positions, view)",
     "test_noise.py::test_the_loss_is_the_weighted_nll_of_a_model_that_is_told_the_noise",
 )
 
@@ -857,8 +857,8 @@ fault(
 
 fault(
     "a noisy token sees the clean tokens of its own block",
-    "last_clean = torch.cat([first - 1, place])",
-    "last_clean = torch.cat([place, place])",
+    "last_clean = torch.cat([first - 1, clean])",
+    "last_clean = torch.cat([columns, clean])",
     "test_blocks.py::test_the_mask_is_that_of_the_definition",
 )
 
@@ -871,8 +871,8 @@ fault(
 
 fault(
     "a clean token is paid for where it is seen",
-    "columns[:, batch.z.shape[1] :]",
-    "columns[:, : batch.z.shape[1]]",
+    "places[:, len(columns) :]",
+    "places[:, : hp.train_seq_len]",
     "test_blocks.py::test_a_batch_scores_masked_tokens_and_every_clean_one",
 )
 
@@ -884,6 +884,27 @@ fault(
 )
 
 fault(
+    "the first blocks of a window are the noisy ones",
+    ".topk(blocks).indices.sort().values",
+    "[:blocks].argsort()",
+    "test_blocks.py::test_noisy_blocks_that_are_left_out_change_nothing_for_the_others",
+)
+
+fault(
+    "a loss with fewer noisy blocks is divided by fewer tokens",
+    "        tokens=clean.tokens,\n",
+    "",
+    "test_blocks.py::test_a_step_masks_a_share_of_the_blocks",
+)
+
+fault(
+    "a score may have blocks that the model knows nothing of",
+    "if artifact.hp.block_size and asked.block_size and",
+    "if asked.block_size and",
+    "test_blocks.py::test_an_artifact_has_blocks_or_none",
+)
+
+fault(
     "all blocks of a window have one mask size",
     "* len(blocks) + blocks)",
     "* len(blocks) + 0 * blocks)",
@@ -892,8 +913,8 @@ fault(
 
 fault(
     "a score has the blocks of training",
-    "(hp.score_block_size or hp.block_size)",
-    "hp.block_size",
+    "    model.block_size = hp.block_size\n",
+    "",
     "test_blocks.py::test_a_run_with_blocks_trains_packs_and_is_scored_again",
 )
 

@@ -24,7 +24,8 @@ CPU = torch.device("cpu")
 def masks_of(hp, step, seed=0):
     """Mask (B, L) and weights (B,) of a global batch without PAD and anchors."""
     x0 = torch.full((hp.batch_rows, hp.train_seq_len), 5)
-    mask, weight, _ = tm.apply_noise(hp, x0, *tm.draw_noise(hp, tm.seeded("cpu", seed, step)))
+    probability, keys, _ = tm.draw_noise(hp, tm.seeded("cpu", seed, step))
+    mask, weight, _ = tm.apply_noise(hp, x0, probability, keys)
     return mask, weight
 
 
@@ -146,9 +147,9 @@ def test_loss_weights_in_closed_form(clamp):
         assert torch.allclose(found, weights.clamp(max=clamp)), name
 
 
-def test_mask_exactly_masks_the_smallest_keys_even_with_ties():
+def test_the_smallest_keys_are_masked_even_with_ties():
     keys = torch.tensor([[0.3, 0.1, 0.2, 0.4], [0.5, 0.5, 0.5, 0.5]])
-    mask = tm.mask_exactly(torch.tensor([2, 3]), keys)
+    mask, _ = tm.count_mask(torch.tensor([0.5, 0.75]), keys, keys < 1)
     assert mask[0].tolist() == [False, True, True, False] and mask[1].sum() == 3
 
 
@@ -324,7 +325,7 @@ def test_the_loss_is_the_weighted_nll_of_a_model_that_is_told_the_noise(
     hp = hp_of(backbone=backbone, masking=masking, **small)
     model = random_model(hp, scale=0.3)
     batch = tm.training_batch(hp, stream, 0, range(4), 4 * 8, CPU)
-    told, _ = tm.draw_noise(hp, tm.seeded("cpu", hp.seed, "train", 0))
+    told, _, _ = tm.draw_noise(hp, tm.seeded("cpu", hp.seed, "train", 0))
     if masking == "count":
         told = (told * 8).ceil() / 8
     x0 = stream.windows(range(4), 8)[:, 1:]

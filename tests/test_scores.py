@@ -147,7 +147,7 @@ def test_unknown_orders_are_refused(model):
         tm.chain_rule(model, EVERY, "r2l")
     causal = random_model(tiny_hp(objective="ar"))
     for order in (dict(order="random"), dict(order=torch.arange(L)), dict(group=2)):
-        with pytest.raises(tm.InputError, match="l2r, group 1"):
+        with pytest.raises(tm.InputError, match="l2r and group 1"):
             tm.chain_rule(causal, EVERY, **order)
 
 

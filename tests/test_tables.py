@@ -63,7 +63,7 @@ def test_a_distribution_of_mask_probabilities(train, monkeypatch):
     assert offered("noise", "high")
     assert "final_" in train("high", MASK_DIST="high", LOSS_WEIGHT="flat")
     hp = tiny_hp(mask_dist="high", train_seq_len=64, train_batch_tokens=64 * 32)
-    probability, keys = tm.draw_noise(hp, tm.seeded("cpu", "high"))
+    probability, keys, _ = tm.draw_noise(hp, tm.seeded("cpu", "high"))
     mask, _, _ = tm.apply_noise(hp, torch.zeros(32, 64, dtype=torch.int64), probability, keys)
     assert 0.7 < mask.float().mean() < 0.8 and mask.sum() <= tm.scored_capacity(hp, 32)
 

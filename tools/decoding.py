@@ -109,8 +109,7 @@ class Past:
         recent = self.tokens[:, max(old - self.hp.neighbors, 0) :]
         column = torch.arange(recent.shape[1] + new, device=z.device)
         last = column if keep else column[-1]  # clean tokens have neighbours on their left alone
-        offsets = torch.tensor(self.hp.neighbor_offsets, dtype=torch.int64, device=z.device)
-        wanted = column + offsets[:, None]
+        wanted = tm.neighbor_places(self.hp, column)
         neighbors = torch.where((wanted >= 0) & (wanted <= last), wanted, -1)
         place = torch.arange(old, old + new, device=z.device)
         seen = Seen(place, recent, neighbors, mask, self.kept, keep)
