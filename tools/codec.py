@@ -25,7 +25,7 @@ import itertools
 import math
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +40,10 @@ import train_mdlm as tm
 from train_mdlm import InputError
 
 ORDERS = ("l2r", "random", "confidence")
-BATCH = 16  # windows of one model call; part of the format, because the arithmetic depends on it
+# Windows of one model call, without and with kept keys and values: part of the format, because the
+# arithmetic depends on it
+BATCH = 16
+CACHED_BATCH = 512
 BLOCK_FLOATS = 1 << 25  # probabilities in memory: as many batches advance together as have fewer
 KEPT_FLOATS = 1 << 28  # and keys and values that are kept
 PRECISION = 24  # bits of the probabilities of `constriction`: a token has at least 2^-24
@@ -142,12 +145,16 @@ class Predictor:
         self.seed = seed
         self.length = model.hp.train_seq_len
         self.twin = decoding.cached(self.model) if model.hp.system != "mdlm" else None
+        self.windows = CACHED_BATCH if self.twin else BATCH
 
     def batches(self, count: int) -> Iterator[Batch]:
         """The batches of a text of `count` tokens; a rest is a batch of its own."""
         whole, rest = divmod(count, self.length)
-        for window in range(0, whole, BATCH):
-            yield Batch(window * self.length, min(BATCH, whole - window), self.length)
+        rows = self.windows
+        if self.twin:  # batches of nearly the same size keep all threads busy
+            rows = max(tm.ceil_div(whole, tm.ceil_div(whole, rows)), 1) if whole else rows
+        for window in range(0, whole, rows):
+            yield Batch(window * self.length, min(rows, whole - window), self.length)
         if rest:
             yield Batch(whole * self.length, 1, rest)
 
@@ -203,57 +210,50 @@ class Predictor:
         one_thread()
         group = min(self.group, self.length)
         hp = self.model.hp
-        at_once = BLOCK_FLOATS // (BATCH * group * hp.vocab_size)
+        at_once = BLOCK_FLOATS // (self.windows * group * hp.vocab_size)
         if self.twin:
             token = 2 * hp.num_layers * hp.num_kv_heads * hp.head_dim
-            at_once = min(at_once, KEPT_FLOATS // (BATCH * self.length * token))
+            at_once = min(at_once, KEPT_FLOATS // (self.windows * self.length * token))
         at_once = max(at_once, 1)
         try:
             with ThreadPoolExecutor(workers, initializer=one_thread) as pool:
                 batches = self.batches(count)
+                done = 0
                 while block := list(itertools.islice(batches, at_once)):
-                    size = block[-1].first - block[0].first + block[-1].windows * block[-1].length
-                    for done in self.reveal(block, transfer, pool):
-                        note((block[0].first + done * size) / count)
+                    for tokens in self.reveal(block, transfer, pool):
+                        done += tokens
+                        note(done / count)
         finally:
             torch.set_num_threads(threads)
 
     def reveal(
         self, block: list[Batch], transfer: Callable, pool: ThreadPoolExecutor
-    ) -> Iterator[float]:
-        """Reveals some batches together, step by step; yields the share that is done."""
-        running: Iterable[Revelation] = map(self.begin, block)  # as late as possible
-        revealed = 0
-        while running:
-            unfinished, step = [], 0
-            for revelation, prediction in self.predictions(running, pool):
-                if prediction is None:
-                    continue
-                unfinished.append(revelation)
-                positions, logp = prediction
-                windows, length = revelation.z.shape
-                step = positions.shape[1]
-                window_starts = length * torch.arange(windows)[:, None]
-                index = revelation.first + window_starts + positions.cpu()
-                tokens = np.asarray(transfer(index.flatten().numpy(), logp), np.int64)
-                tokens = torch.from_numpy(tokens).view(positions.shape)
-                revelation.z.scatter_(1, positions, tokens.to(self.device))
-            running = unfinished
-            revealed += step
-            yield min(revealed / block[0].length, 1.0)
-
-    def predictions(
-        self, running: Iterable[Revelation], pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[Revelation, tuple | None]]:
-        """What `predict` gives for each, in turn, with few calls that nobody has asked for yet."""
-        waiting = collections.deque()
-        for revelation in running:
-            waiting.append((revelation, pool.submit(predict, revelation.steps)))
-            if len(waiting) > CALLS_AHEAD:
-                revelation, call = waiting.popleft()
-                yield revelation, call.result()
-        for revelation, call in waiting:
-            yield revelation, call.result()
+    ) -> Iterator[int]:
+        """Reveals some batches side by side, a step of each in turn; yields how many tokens that
+        were."""
+        fresh = map(self.begin, block)  # as late as possible
+        again, waiting = collections.deque(), collections.deque()
+        while True:
+            while len(waiting) <= CALLS_AHEAD:
+                revelation = next(fresh, None) or (again.popleft() if again else None)
+                if not revelation:
+                    break
+                waiting.append((revelation, pool.submit(predict, revelation.steps)))
+            if not waiting:
+                return
+            revelation, call = waiting.popleft()
+            prediction = call.result()
+            if prediction is None:
+                continue
+            positions, logp = prediction
+            windows, length = revelation.z.shape
+            window_starts = length * torch.arange(windows)[:, None]
+            index = revelation.first + window_starts + positions.cpu()
+            tokens = np.asarray(transfer(index.flatten().numpy(), logp), np.int64)
+            tokens = torch.from_numpy(tokens).view(positions.shape)
+            revelation.z.scatter_(1, positions, tokens.to(self.device))
+            again.append(revelation)
+            yield index.numel()
 
 
 @torch.no_grad()

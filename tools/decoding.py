@@ -28,33 +28,47 @@ class Seen(NamedTuple):
     recent: Tensor  # (B, r), the last tokens before the new ones
     neighbors: Tensor  # (offsets, r + new): columns among these
     mask: Tensor | None  # (new, all) bool; None: they see all
-    kept: dict[nn.Module, tuple[Tensor, Tensor]]  # keys and values (B, heads, n, head_dim)
-    keep: bool  # those of the new tokens too
+    kept: dict[nn.Module, Tensor]  # keys and values (2, B, heads, room, head_dim)
+    room: int  # for the tokens of a window, and the one before it
+    columns: slice  # of the new tokens in it
     rotary: tuple[Tensor, ...] = ()
 
 
 class CachedAttention(nn.Module):
-    """A `tm.Attention` of which the new tokens also see what was kept."""
+    """A `tm.Attention` of which the new tokens also see what was kept. Their own keys and values
+    are written behind that; whether they stay there is up to `Past`."""
 
     def __init__(self, attention: tm.Attention):
         super().__init__()
         self.attention = attention
 
-    def forward(self, x: Tensor, seen: Seen, positions: tm.Positions) -> Tensor:
-        """(B, new, D) → (B, new, D), or (N, D) at the positions."""
-        own = self.attention
-        q = tm.rotate(tm.norm(own.heads(own.c_q(x))), *seen.rotary)
-        k = tm.rotate(tm.norm(own.heads(own.c_k(x))), *seen.rotary)
+    def forward(self, x: Tensor, seen: Seen, positions: Tensor | None) -> Tensor:
+        """(B, new, D) → (B, new, D), or (N, D) at the positions, as many in every row."""
+        own, mask, rotary = self.attention, seen.mask, seen.rotary
+        k = tm.rotate(tm.norm(own.heads(own.c_k(x))), *rotary)
         v = own.heads(own.c_v(x))
-        if self in seen.kept:
-            k, v = (torch.cat(pair, 2) for pair in zip(seen.kept[self], (k, v), strict=True))
-        if seen.keep:
-            seen.kept[self] = k, v
+        if self not in seen.kept:
+            seen.kept[self] = k.new_empty(2, *k.shape[:2], seen.room, own.head_dim)
+        kept = seen.kept[self]
+        kept[0, :, :, seen.columns], kept[1, :, :, seen.columns] = k, v
+        k, v = kept[:, :, :, : seen.columns.stop]
+        if positions is not None:
+            x = tm.select_positions(x, positions).unflatten(0, (len(x), -1))
+            column = (positions % len(seen.place)).view(x.shape[:2])
+            rotary = [table[column][:, None] for table in rotary]
+            mask = None if mask is None else mask[column]
+        q = tm.rotate(tm.norm(own.heads(own.c_q(x))), *rotary)
         if own.q_gain is not None:
             q = q * own.q_gain.to(x.dtype)[:, None, None]
-        grouped = k.shape[1] < q.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen.mask, enable_gqa=grouped)
-        return own.proj(tm.select_positions(y.transpose(1, 2).flatten(2), positions))
+        heads, asked = k.shape[1], q.shape[2]
+        q = q.unflatten(1, (heads, -1)).flatten(2, 3)  # a group's queries as one head's: faster
+        if mask is not None:
+            mask = torch.cat([mask] * (q.shape[2] // asked), -2)
+            mask = mask if mask.dim() == 2 else mask[:, None]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = y.unflatten(2, (-1, asked)).flatten(1, 2)
+        y = own.proj(y.transpose(1, 2).flatten(2))
+        return y if positions is None else y.flatten(0, 1)
 
 
 def embed(twin: tm.Model, z: Tensor, seen: Seen) -> Tensor:
@@ -82,59 +96,66 @@ class Past:
 
     block_size = 0
 
-    def __init__(self, twin: tm.Model, before: Tensor):
-        """Of a `cached` model; `before` (B,) is the token before each window."""
+    def __init__(self, twin: tm.Model, before: Tensor, length: int):
+        """Of a `cached` model; `before` (B,) is the token before each window of that length."""
         self.twin, self.hp, self.head = twin, twin.hp, twin.head
         self.kept: dict = {}
-        self.tokens = before[:, None][:, :0]
-        self.first = self.append(before[:, None])  # hidden states (B, 1, D)
+        self.room = 1 + length
+        self.tokens = before[:, None]
+        self.old = 0  # so many of the tokens are kept, those behind them join the next call
 
-    def append(self, tokens: Tensor) -> Tensor:
-        """Hidden states (B, m, D) of clean tokens (B, m), which from now on are seen."""
-        old, new = self.tokens.shape[1], tokens.shape[1]
-        mask = torch.ones(new, old + new, dtype=torch.bool, device=tokens.device).tril(old)
-        h = self._run(tokens, mask if new > 1 else None, keep=True)
+    def append(self, tokens: Tensor) -> None:
+        """Clean tokens (B, m), which from now on are seen."""
         self.tokens = torch.cat([self.tokens, tokens], dim=1)
-        return h
 
-    def hidden(self, z: Tensor, positions: tm.Positions = None) -> Tensor:
-        """Hidden states (B, m, D) of a noisy block (B, m), or (N, D) at flat positions."""
-        return self._run(z, None, keep=False, positions=positions)
+    def next_hidden(self) -> Tensor:
+        """Hidden states (B, D) at the last of the clean tokens: what predicts the next one."""
+        clean = self.tokens.shape[1] - self.old
+        rows = torch.arange(len(self.tokens), device=self.tokens.device)
+        return self._run(self.tokens[:, :0], (rows + 1) * clean - 1)
+
+    def hidden(self, z: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states (N, D) at flat positions of a noisy block (B, m), as many in every row."""
+        clean, noisy = self.tokens.shape[1] - self.old, z.shape[1]
+        return self._run(z, positions + (positions // noisy + 1) * clean)
 
     @torch.no_grad()
-    def _run(
-        self, z: Tensor, mask: Tensor | None, keep: bool, positions: tm.Positions = None
-    ) -> Tensor:
-        old, new = self.tokens.shape[1], z.shape[1]
-        recent = self.tokens[:, max(old - self.hp.neighbors, 0) :]
-        column = torch.arange(recent.shape[1] + new, device=z.device)
-        last = column if keep else column[-1]  # clean tokens have neighbours on their left alone
-        wanted = tm.neighbor_places(self.hp, column)
-        neighbors = torch.where((wanted >= 0) & (wanted <= last), wanted, -1)
-        place = torch.arange(old, old + new, device=z.device)
-        seen = Seen(place, recent, neighbors, mask, self.kept, keep)
-        return self.twin.hidden(z, None, positions, seen)
+    def _run(self, z: Tensor, positions: Tensor) -> Tensor:
+        """Of the clean tokens that are not kept yet, and a noisy block behind them."""
+        old, all_clean, device = self.old, self.tokens.shape[1], z.device
+        total = all_clean + z.shape[1]
+        first = max(old - self.hp.neighbors, 0)
+        place = torch.arange(first, total, device=device)
+        last = torch.where(place < all_clean, place, total - 1)  # that each token sees
+        wanted = tm.neighbor_places(self.hp, place)
+        neighbors = torch.where((wanted >= first) & (wanted <= last), wanted - first, -1)
+        mask = None
+        if all_clean - old > 1 or (old < all_clean < total):
+            mask = torch.arange(total, device=device) <= last[old - first :, None]
+        new = torch.cat([self.tokens[:, old:], z], dim=1)
+        recent = self.tokens[:, first:old]
+        columns = slice(old, total)
+        seen = Seen(place[old - first :], recent, neighbors, mask, self.kept, self.room, columns)
+        self.old = all_clean
+        return self.twin.hidden(new, None, positions, seen)
 
 
 def reveal_causally(twin: tm.Model, z: Tensor, before: Tensor) -> Steps:
     """Position after position of z (B, L), into which the caller writes the tokens."""
-    past = Past(twin, before)
-    h = past.first
+    past = Past(twin, before, z.shape[1])
     for done in range(z.shape[1]):
-        if done:
-            h = past.append(z[:, done - 1 : done])
-        logp = twin.head(h).log_softmax(-1).detach()
-        yield torch.full_like(z[:, :1], done), logp
+        logp = twin.head(past.next_hidden()).log_softmax(-1).detach()
+        yield torch.full_like(z[:, :1], done), logp[:, None]
+        past.append(z[:, done : done + 1])
 
 
 def reveal_blocks(
     twin: tm.Model, z: Tensor, before: Tensor, begin: Callable[[Past, Tensor, slice], Steps]
 ) -> Steps:
     """Block after block of z (B, L), each as begin(past, z of the block, its columns) says."""
-    past = Past(twin, before)
+    past = Past(twin, before, z.shape[1])
     for start in range(0, z.shape[1], twin.block_size):
         columns = slice(start, min(start + twin.block_size, z.shape[1]))
         for positions, logp in begin(past, z[:, columns], columns):
             yield start + positions, logp
-        if columns.stop < z.shape[1]:
-            past.append(z[:, columns])
+        past.append(z[:, columns])
