@@ -387,7 +387,9 @@ DEMO = GOLF | dict(  # for two CPU cores and some minutes, on the text of the in
     train_log_every=100, val_loss_every=200, eval_max_seqs=256,
     scores="nelbo,l2r:32", nelbo_passes=1, val_batch_size=2048,
 )
-BLOCK = GOLF | dict(block_size=4, mask_dist="uniform", loss_weight="elbo")
+BLOCK = GOLF | dict(
+    block_size=4, block_share=0.5, causal_weight=2.0, mask_dist="uniform", loss_weight="elbo",
+)
 LLADA = dict(  # PR 1106
     backbone="dit", num_layers=11, model_dim=512, num_kv_heads=8, mlp_mult=3,
     tie_embeddings=False, logit_softcap=0.0, train_seq_len=2048,
@@ -407,7 +409,7 @@ PRESETS = {
     "mdlm": {},
     "mdlm16": MDLM16,  # as many layers as fit if a weight takes fewer bits
     "golf": GOLF,  # the better recipe: docs/recipe.md
-    "block": BLOCK,  # autoregression over blocks: docs/blocks.md
+    "block": BLOCK,  # docs/blocks.md
     "llada": LLADA,
     "eos": EOS,
     "ar": AR,
