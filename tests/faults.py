@@ -920,16 +920,16 @@ fault(
 
 fault(
     "kept keys are all at the start of the text",
-    "torch.arange(old, old + new, device=z.device)",
-    "torch.arange(new, device=z.device)",
+    "seen = Seen(place[old - first :],",
+    "seen = Seen(place[old - first :] - old,",
     "test_decoding.py::test_causal_predictions",
     file="tools/decoding.py",
 )
 
 fault(
     "a kept token has neighbours on its right",
-    "last = column if keep else column[-1]",
-    "last = column[-1]",
+    "last = torch.where(place < all_clean, place, total - 1)",
+    "last = torch.full_like(place, total - 1)",
     "test_decoding.py::test_blocks_are_predicted_as_they_are_scored",
     file="tools/decoding.py",
 )

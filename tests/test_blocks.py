@@ -96,6 +96,7 @@ def test_noisy_blocks_that_are_left_out_change_nothing_for_the_others(share):
     assert len(seen) == math.comb(4, round(4 * share))
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("heads", [2, 4])
 def test_the_attention_of_gpus_sees_the_same(heads):
     """`flex_attention`, here not compiled and without gradients, against the masked product."""
@@ -269,7 +270,8 @@ def test_the_bound_spreads_its_mask_sizes_over_all_blocks(monkeypatch):
 def hp_of(**overrides):
     shape = dict(vocab_size=7, train_seq_len=16, train_batch_tokens=24 * 16)
     widths = dict(num_layers=2, model_dim=8, num_heads=2, num_kv_heads=1)
-    return tm.Hyperparameters(**(dict(preset="block") | shape | widths | overrides))
+    whole = dict(preset="block", block_share=1.0, causal_weight=1.0)
+    return tm.Hyperparameters(**(whole | shape | widths | overrides))
 
 
 @pytest.fixture
@@ -436,7 +438,7 @@ def body_of(path):
     return path.read_text(encoding="utf-8").partition(run_log.SEPARATOR)[2]
 
 
-BLOCKS = dict(PRESET="block", BLOCK_SIZE="4", NEIGHBORS="1", QUANT_FEEDBACK="1")
+BLOCKS = dict(PRESET="block", BLOCK_SIZE="4", NEIGHBORS="1", QUANT_FEEDBACK="1", MATRIX_LR="0.1")
 
 
 def score_lines(text):
