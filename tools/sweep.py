@@ -581,13 +581,18 @@ def choose_lanes(arguments: argparse.Namespace) -> list[str | None]:
     return [str(gpu) for gpu in gpus]
 
 
+def check_readme(out: Path, begins: str) -> None:
+    """InputError if --out has a README.md that does not begin as ours does."""
+    readme = out / "README.md"
+    if readme.exists() and not common.read_small(readme).startswith(begins.encode()):
+        raise InputError(f"--out {out}: has a README.md that no sweep wrote; give another folder")
+
+
 def check_folder(out: Path) -> None:
     """InputError if --out has something that a sweep would replace, and none wrote."""
     if (out / "results.json").exists():
         read_results(out / "results.json")
-    readme = out / "README.md"
-    if readme.exists() and not common.read_small(readme).startswith(TABLE_BEGINS.encode()):
-        raise InputError(f"--out {out}: has a README.md that no sweep wrote; give another folder")
+    check_readme(out, TABLE_BEGINS)
     common.check_picture(out / "plot.png")
 
 

@@ -1,0 +1,96 @@
+"""tools/frontier.py: the plans, the times, and a frontier of a few steps."""
+
+import functools
+import json
+import os
+import re
+
+import frontier
+import pytest
+import sweep
+from conftest import clean_env
+
+import train_mdlm as tm
+
+
+def test_the_models_differ_in_their_recipe_alone():
+    golf, one, four, causal = frontier.compared([1, 4])
+    hp = {model.name: tm.Hyperparameters.from_env(model.row) for model in (golf, one, four, causal)}
+    assert list(hp) == ["golf", "1", "4", "ar"]
+    block = tm.Hyperparameters(preset="block")
+    for name, size in (("1", 1), ("4", 4)):
+        assert hp[name].system == "block" and hp[name].block_size == size
+        for knob in ("block_share", "causal_weight", "mask_dist", "loss_weight"):
+            assert getattr(hp[name], knob) == getattr(block, knob)
+    assert hp["golf"].system == "mdlm" and hp["golf"].mask_dist == "normal" and hp["ar"].causal
+    assert [model.calls(128) for model in (golf, one, four, causal)] == [
+        1,
+        1 / 128,
+        1 / 32,
+        1 / 128,
+    ]
+
+
+def test_times_are_measured_once_and_believed_only_if_they_are_times(tmp_path, monkeypatch):
+    models = frontier.compared([2])
+    monkeypatch.setattr(frontier, "measure_times", lambda models, out: dict(golf=1.0, ar=1.5))
+    with pytest.raises(tm.InputError, match="times.json: has not the times"):
+        frontier.step_times(models, tmp_path)
+    for damaged in ("[]", '{"golf": 1.0, "2": "fast", "ar": 1.0}', "{"):
+        (tmp_path / "times.json").write_text(damaged)
+        with pytest.raises(tm.InputError, match="times.json"):
+            frontier.step_times(models, tmp_path)
+    times = {"golf": 1.0, "2": 2.0, "ar": 1.0}
+    (tmp_path / "times.json").write_text(json.dumps(times))
+    assert frontier.step_times(models, tmp_path) == times
+
+
+@pytest.fixture
+def draw(tool, tiny_env, monkeypatch):
+    """Calls the tool in the environment of a tiny run."""
+    monkeypatch.setattr(os, "environ", clean_env(**tiny_env))
+    return functools.partial(tool, frontier)
+
+
+def test_a_frontier_is_trained_at_equal_steps_and_at_equal_time(draw, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "times.json").write_text('{"golf": 10.0, "4": 20.0, "ar": 8.0}')
+    arguments = ("--steps", 8, "--blocks", 4, "--seeds", "1,2", "--seqs", 4, "--out", out)
+    done = draw(*arguments)
+    assert done.returncode == 0, done.stderr
+    parts = json.loads((out / "frontier.json").read_text())
+    steps = {title: [row["steps"] for row in rows] for title, rows in parts.items()}
+    assert steps == {"Equal steps": [8, 8, 8], "Equal time": [8, 4, 10]}
+    assert len(list((out / "logs").glob("*.txt"))) == 2 * 5 and (out / "frontier.png").exists()
+    for rows in parts.values():
+        golf, block, causal = (row["scores"] for row in rows)
+        assert set(golf["l2r"]) == set(block["l2r"]) == set(causal["ar"]) == {"1", "2"}
+        assert golf["nelbo"] and block["nelbo"] and block["ar"]
+        assert not golf["ar"] and not causal["l2r"] and not causal["nelbo"]
+        for row, values in ((1, block["l2r"]), (2, causal["ar"])):
+            expected = sum(values[seed] - golf["l2r"][seed] for seed in ("1", "2")) / 2
+            assert rows[row]["left_to_right"]["difference"] == pytest.approx(expected)
+    log = next((out / "logs").glob("BLOCK_SIZE=4+*ITERATIONS=8_seed1.txt")).read_text()
+    l2r = re.search(r"^score:l2r bpb:(\S+) .* seqs:4 ", log, re.MULTILINE)
+    assert float(l2r[1]) == pytest.approx(parts["Equal steps"][1]["scores"]["l2r"]["1"], abs=1e-4)
+    table = (out / "README.md").read_text()
+    assert done.stdout.endswith(table) and "| 4 | 4 | 2.00 | 0.125 |" in table
+    again = draw(*arguments, "--report")
+    assert again.returncode == 0 and again.stdout == table
+
+
+def test_what_it_did_not_make_is_left_alone(tmp_path, draw):
+    (tmp_path / "README.md").write_text("mine")
+    done = draw("--steps", 8, "--out", tmp_path)
+    assert done.returncode == 2 and "README.md" in done.stderr
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_times_of_real_steps(tiny_env, tmp_path, monkeypatch):
+    for name, value in tiny_env.items():
+        monkeypatch.setenv(name, value)
+    models = frontier.compared([4])
+    times = frontier.measure_times(models, tmp_path)
+    assert list(times) == ["golf", "4", "ar"] and min(times.values()) > 0
+    assert sweep.Job(models[1].row, 1, tmp_path).hyperparameters().block_size == 4
