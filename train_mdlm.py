@@ -775,7 +775,7 @@ class TokenStream:
         """(B, 1 + length) int64: row n has token n·(stride or length) and the `length` after it."""
         if isinstance(numbers, range) and not stride:  # consecutive, as in training
             tokens = self.read(numbers.start * length, 1 + len(numbers) * length)
-            return torch.from_numpy(tokens).long().unfold(0, 1 + length, length)
+            return torch.from_numpy(tokens).long().unfold(0, 1 + length, length).contiguous()
         rows = [self.read(number * (stride or length), 1 + length) for number in numbers]
         return torch.from_numpy(np.stack(rows)).long()
 
@@ -1148,8 +1148,8 @@ LOSS_WEIGHTS = {
 
 
 def draw_noise(hp, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a global batch with n noisy blocks of b tokens in each window: mask probabilities (B·n,),
-    keys (B, n·b), and columns (n·b,) of the noisy tokens, the same in all windows."""
+    """Mask probabilities (B·n,), keys (B, n·b) and columns (n·b,) of the n noisy blocks of b tokens
+    in each window of a global batch; columns are the same in all."""
     draw = functools.partial(torch.rand, generator=generator, device=generator.device)
     length, blocks = hp.noise_length, hp.noisy_blocks
     probability = mask_probability(hp, draw(hp.noise_rows))

@@ -704,3 +704,10 @@ def test_documentation_is_sorted_by_hash_and_counted_once(tmp_path, monkeypatch)
     assert texts[0] == texts[1] and len(texts[0]) == len(names)
     hashes = [hashlib.sha256(text.encode()).digest() for text in texts[0]]
     assert hashes == sorted(hashes) and fractions[-1] == 1
+
+
+def test_the_windows_of_a_step_are_contiguous(tmp_path):
+    """Else their pinned copy is not, and goes to a GPU by way of memory that is not pinned."""
+    prepare_text.write_shard(tmp_path / "fineweb_train_000000.bin", np.arange(100) % 7)
+    rows = tm.TokenStream(tmp_path, "train").windows(range(3, 8), 9)
+    assert rows.is_contiguous() and rows[1].tolist() == [i % 7 for i in range(36, 46)]

@@ -60,7 +60,7 @@ def draw(curves: list[Curve], out: Path) -> None:
             label = f"{curve.storage} read back from disk: {curve.final:.3f}"
             star = dict(marker="*", markersize=12, color=line.get_color(), label=label)
             axes.plot(curve.seconds[-1], curve.final, **star)
-    axes.set(xlabel="training time, s", ylabel="validation, bits per byte (any-order NELBO)")
+    axes.set(xlabel="training time, s", ylabel="validation, bits per byte")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     common.save_figure(figure, out)
