@@ -116,24 +116,20 @@ def seeded(device: torch.device | str, *key) -> torch.Generator:
 # A knob is a field here and an environment variable, with the challenge's name, so that published
 # commands run; a preset is nothing but values for knobs.
 
-
-def knob(group: str, default, meaning: str, low=0, high=1e12, choices=()):
-    """A hyperparameter; `choices` may be a function."""
-    about = dict(group=group, meaning=meaning, low=low, high=high, choices=choices)
-    return dataclasses.field(default=default, metadata=about)
+GROUPS: dict[str, str] = {}  # what the knobs of each group are about, for --help
 
 
-GROUPS = {
-    "run": "what to do",
-    "data": "where the text is",
-    "model": "what the predictor is; the artifact carries these values",
-    "noise": "what is masked in training, and how much a masked token counts",
-    "training": "how long, how much at a time, and how fast",
-    "execution": "how the work is done; the result is the same up to rounding",
-    "optimizer": "how gradients move the weights",
-    "export": "how the weights become bytes",
-    "scoring": "which code lengths are measured, and on how much text",
-}
+def group(name: str, about: str) -> Callable:
+    """Begins a group; the function that makes a knob of it. Its `choices` may be a function."""
+    GROUPS[name] = about
+
+    def knob(default, meaning: str, low=0, high=1e12, choices=()):
+        told = dict(group=name, meaning=meaning, low=low, high=high, choices=choices)
+        return dataclasses.field(default=default, metadata=told)
+
+    return knob
+
+
 RESULT_GROUPS = ("model", "noise", "training", "optimizer")  # the same when a run is resumed
 
 
@@ -143,123 +139,132 @@ class Hyperparameters:
     """The defaults, changed by the preset, changed by the values that are given; InputError if
     they are unknown, out of range, or do not fit together."""
 
-    preset: str = knob("run", "mdlm", "values to start from", choices=lambda: PRESETS)
-    run_id: str = knob("run", "", "name of logs/<RUN_ID>.txt and .mdlm; empty: time and preset")
-    eval_only: str = knob("run", "", "artifact to score instead of training")
+    knob = group("run", "what to do")
+    preset: str = knob("mdlm", "values to start from", choices=lambda: PRESETS)
+    run_id: str = knob("", "name of logs/<RUN_ID>.txt and .mdlm; empty: time and preset")
+    eval_only: str = knob("", "artifact to score instead of training")
 
-    data_path: str = knob("data", "./data/datasets/fineweb10B_sp1024",
+    knob = group("data", "where the text is")
+    data_path: str = knob("./data/datasets/fineweb10B_sp1024",
         "folder with fineweb_train_*.bin and fineweb_val_*.bin")
-    tokenizer_path: str = knob("data", "./data/tokenizers/fineweb_1024_bpe.model",
+    tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model",
         "SentencePiece model that made them")
 
-    objective: str = knob("model", "mdlm", "masked diffusion, or causal", choices=("mdlm", "ar"))
-    block_size: int = knob("model", 0,
+    knob = group("model", "what the predictor is; the artifact carries these values")
+    objective: str = knob("mdlm", "masked diffusion, or causal", choices=("mdlm", "ar"))
+    block_size: int = knob(0,
         "tokens of a block: diffusion inside, autoregression over blocks; 0: no blocks", high=2**20)
-    backbone: str = knob("model", "unet", "trunk; dit is told the noise", choices=lambda: BACKBONES)
-    vocab_size: int = knob("model", 1024, "real tokens V; MASK is V, PAD V + 1", low=2, high=65_534)
-    doc_chunks: bool = knob("model", False, "train on documents, in chunks of L tokens and PAD")
-    anchor_bos: bool = knob("model", False, "never mask <s>; scores pay for where it stands")
-    train_seq_len: int = knob("model", 1024, "tokens L of a window", low=1, high=2**20)
-    num_layers: int = knob("model", 8, "blocks; half of the U-Net's feed skips", low=1, high=200)
-    model_dim: int = knob("model", 576, "width D of the residual stream", low=2, high=2**16)
-    num_heads: int = knob("model", 8, "attention heads H", low=1)
-    num_kv_heads: int = knob("model", 4, "key/value heads, each for an equal share of H", low=1)
-    mlp_mult: int = knob("model", 2, "hidden width of the MLP over MODEL_DIM", low=1, high=64)
-    tie_embeddings: bool = knob("model", True, "use the embedding as the output head too")
-    neighbors: int = knob("model", 0,
+    backbone: str = knob("unet", "trunk; dit is told the noise", choices=lambda: BACKBONES)
+    vocab_size: int = knob(1024, "real tokens V; MASK is V, PAD V + 1", low=2, high=65_534)
+    doc_chunks: bool = knob(False, "train on documents, in chunks of L tokens and PAD")
+    anchor_bos: bool = knob(False, "never mask <s>; scores pay for where it stands")
+    train_seq_len: int = knob(1024, "tokens L of a window", low=1, high=2**20)
+    num_layers: int = knob(8, "blocks; half of the U-Net's feed skips", low=1, high=200)
+    model_dim: int = knob(576, "width D of the residual stream", low=2, high=2**16)
+    num_heads: int = knob(8, "attention heads H", low=1)
+    num_kv_heads: int = knob(4, "key/value heads, each for an equal share of H", low=1)
+    mlp_mult: int = knob(2, "hidden width of the MLP over MODEL_DIM", low=1, high=64)
+    tie_embeddings: bool = knob(True, "use the embedding as the output head too")
+    neighbors: int = knob(0,
         "tokens on each side whose embeddings, from own tables, join a position's input", high=64)
-    rope_base: float = knob("model", 1e4, "base of the rotary frequencies", low=1)
-    logit_softcap: float = knob("model", 30.0, "logits become cap·tanh(logits/cap); 0: unchanged")
-    qk_gain_init: float = knob("model", 1.5, "initial gain of the normalised queries")
-    tied_embed_init_std: float = knob("model", 0.005, "standard deviation of a new tied embedding")
-    compute_dtype: str = knob("model", "auto", "of activations; auto: bfloat16 on GPUs",
+    rope_base: float = knob(1e4, "base of the rotary frequencies", low=1)
+    logit_softcap: float = knob(30.0, "logits become cap·tanh(logits/cap); 0: unchanged")
+    qk_gain_init: float = knob(1.5, "initial gain of the normalised queries")
+    tied_embed_init_std: float = knob(0.005, "standard deviation of a new tied embedding")
+    compute_dtype: str = knob("auto", "of activations; auto: bfloat16 on GPUs",
         choices=("auto", "float32", "bfloat16"))
 
-    masking: str = knob("noise", "bernoulli",
+    knob = group("noise", "what is masked in training, and how much a masked token counts")
+    masking: str = knob("bernoulli",
         "how a row is masked: each token by itself, or exactly so many", choices=lambda: MASKINGS)
-    time_sampling: str = knob("noise", "stratified",
+    time_sampling: str = knob("stratified",
         "how mask times are drawn: evenly spaced, in pairs t and 1 − t, or independently",
         choices=lambda: TIME_SAMPLINGS)
-    mask_dist: str = knob("noise", "uniform", "of mask probabilities", choices=lambda: MASK_DISTS)
-    mask_mean: float = knob("noise", 0.45, "mean of MASK_DIST=normal", high=1)
-    mask_std: float = knob("noise", 0.1, "its standard deviation", low=1e-6, high=10)
-    mask_eps: float = knob("noise", 0.001, "smallest mask probability", high=1)
-    mask_max: float = knob("noise", 1.0, "largest mask probability", high=1)
-    loss_weight: str = knob("noise", "elbo",
+    mask_dist: str = knob("uniform", "of mask probabilities", choices=lambda: MASK_DISTS)
+    mask_mean: float = knob(0.45, "mean of MASK_DIST=normal", high=1)
+    mask_std: float = knob(0.1, "its standard deviation", low=1e-6, high=10)
+    mask_eps: float = knob(0.001, "smallest mask probability", high=1)
+    mask_max: float = knob(1.0, "largest mask probability", high=1)
+    loss_weight: str = knob("elbo",
         "weight of a token masked with probability p: 1/p, about 1/(1 − p), or 1",
         choices=lambda: LOSS_WEIGHTS)
-    block_share: float = knob("noise", 1.0, "share of the blocks that a step masks", high=1)
-    causal_weight: float = knob("noise", 1.0, "weight of next-token losses with BLOCK_SIZE")
-    weight_clamp: float = knob("noise", 100.0, "largest weight of a masked token", low=1)
+    block_share: float = knob(1.0, "share of the blocks that a step masks", high=1)
+    causal_weight: float = knob(1.0, "weight of next-token losses with BLOCK_SIZE")
+    weight_clamp: float = knob(100.0, "largest weight of a masked token", low=1)
 
-    seed: int = knob("training", 1337, "seed of weights, mask times and masks", high=2**63 - 1)
-    iterations: int = knob("training", 20_000, "optimizer steps at most", high=2**24)
-    max_wallclock_seconds: float = knob("training", 600.0, "training time at most; 0: no limit")
-    train_batch_tokens: int = knob("training", 524_288, "tokens of a step", low=1, high=2**28)
-    lr_warmup_steps: int = knob("training", 0, "steps in which the learning rates rise at first")
-    warmdown_iters: int = knob("training", 1200, "steps in which they decay; 0: see WARMDOWN_FRAC")
-    warmdown_frac: float = knob("training", 0.0, "share of the run in which they decay", high=1)
-    warmdown_shape: str = knob("training", "linear", "of the decay", choices=("linear", "cosine"))
-    min_lr_frac: float = knob("training", 0.0, "share of them that is left at the end", high=1)
+    knob = group("training", "how long, how much at a time, and how fast")
+    seed: int = knob(1337, "seed of weights, mask times and masks", high=2**63 - 1)
+    iterations: int = knob(20_000, "optimizer steps at most", high=2**24)
+    max_wallclock_seconds: float = knob(600.0, "training time at most; 0: no limit")
+    train_batch_tokens: int = knob(524_288, "tokens of a step", low=1, high=2**28)
+    lr_warmup_steps: int = knob(0, "steps in which the learning rates rise at first")
+    warmdown_iters: int = knob(1200, "steps in which they decay; 0: see WARMDOWN_FRAC")
+    warmdown_frac: float = knob(0.0, "share of the run in which they decay", high=1)
+    warmdown_shape: str = knob("linear", "of the decay", choices=("linear", "cosine"))
+    min_lr_frac: float = knob(0.0, "share of them that is left at the end", high=1)
 
-    compile: str = knob("execution", "auto", "compile the loss with torch.compile; auto: on GPUs",
+    knob = group("execution", "how the work is done; the result is the same up to rounding")
+    compile: str = knob("auto", "compile the loss with torch.compile; auto: on GPUs",
         choices=("auto", "on", "off"))
-    warmup_steps: int = knob("execution", 20, "undone steps that warm the compiler up", high=1000)
-    micro_batch_tokens: int = knob("execution", 65_536, "most tokens of one pass of a process",
+    warmup_steps: int = knob(20, "undone steps that warm the compiler up", high=1000)
+    micro_batch_tokens: int = knob(65_536, "most tokens of one pass of a process",
         low=1, high=2**24)
-    train_log_every: int = knob("execution", 200,
+    train_log_every: int = knob(200,
         "steps between log lines, after the first ten; 0: no such lines")
-    val_loss_every: int = knob("execution", 1000, "steps between validations; 0: only at the end")
-    checkpoint_every: float = knob("execution", 300.0,
+    val_loss_every: int = knob(1000, "steps between validations; 0: only at the end")
+    checkpoint_every: float = knob(300.0,
         "seconds of training between checkpoints; 0: only when stopped")
-    resume: str = knob("execution", "auto",
+    resume: str = knob("auto",
         "auto: from the last checkpoint of RUN_ID, if any; never; or the path of a checkpoint")
-    skip_nonfinite: int = knob("execution", 0,
+    skip_nonfinite: int = knob(0,
         "steps with infinite or NaN gradients that are skipped before the run gives up")
 
-    optimizer: str = knob("optimizer", "muon", "for the block matrices; AdamW is for the rest",
+    knob = group("optimizer", "how gradients move the weights")
+    optimizer: str = knob("muon", "for the block matrices; AdamW is for the rest",
         choices=("muon", "adamw"))
-    matrix_lr: float = knob("optimizer", 0.02, "learning rate of the block matrices")
-    tied_embed_lr: float = knob("optimizer", 0.05, "learning rate of a tied embedding")
-    embed_lr: float = knob("optimizer", 0.6, "learning rate of an untied one, and of NEIGHBORS")
-    head_lr: float = knob("optimizer", 0.008, "learning rate of an untied output head")
-    scalar_lr: float = knob("optimizer", 0.04, "learning rate of gains, scales, skips and biases")
-    adam_batch_tokens: int = knob("optimizer", 0,
+    matrix_lr: float = knob(0.02, "learning rate of the block matrices")
+    tied_embed_lr: float = knob(0.05, "learning rate of a tied embedding")
+    embed_lr: float = knob(0.6, "learning rate of an untied one, and of NEIGHBORS")
+    head_lr: float = knob(0.008, "learning rate of an untied output head")
+    scalar_lr: float = knob(0.04, "learning rate of gains, scales, skips and biases")
+    adam_batch_tokens: int = knob(0,
         "batch that these rates, but MATRIX_LR, are for; they scale with its square root; 0: not")
-    weight_decay: float = knob("optimizer", 0.0, "decoupled, per step, times the learning rate")
-    weight_decay_on: str = knob("optimizer", "matrices",
+    weight_decay: float = knob(0.0, "decoupled, per step, times the learning rate")
+    weight_decay_on: str = knob("matrices",
         "what decays: block and head matrices, or all weights", choices=("matrices", "all"))
-    muon_momentum: float = knob("optimizer", 0.95, "Nesterov momentum of Muon", high=1)
-    muon_momentum_warmup_start: float = knob("optimizer", 0.85, "its momentum at step 0", high=1)
-    muon_momentum_warmup_steps: int = knob("optimizer", 500, "steps until it is MUON_MOMENTUM")
-    muon_backend_steps: int = knob("optimizer", 5, "Newton-Schulz iterations", low=1, high=99)
-    beta1: float = knob("optimizer", 0.9, "decay of AdamW's first moment", high=0.999999)
-    beta2: float = knob("optimizer", 0.95, "decay of AdamW's second moment", high=0.999999)
-    adam_eps: float = knob("optimizer", 1e-8, "ε of AdamW", low=1e-30)
-    grad_clip_norm: float = knob("optimizer", 1.0, "largest norm of the gradient; 0: no limit")
-    ema_decay: float = knob("optimizer", 0.999, "decay of averaged weights; 0: no average", high=1)
-    ema_start_frac: float = knob("optimizer", 0.1, "share of the run before averaging", high=1)
+    muon_momentum: float = knob(0.95, "Nesterov momentum of Muon", high=1)
+    muon_momentum_warmup_start: float = knob(0.85, "its momentum at step 0", high=1)
+    muon_momentum_warmup_steps: int = knob(500, "steps until it is MUON_MOMENTUM")
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", low=1, high=99)
+    beta1: float = knob(0.9, "decay of AdamW's first moment", high=0.999999)
+    beta2: float = knob(0.95, "decay of AdamW's second moment", high=0.999999)
+    adam_eps: float = knob(1e-8, "ε of AdamW", low=1e-30)
+    grad_clip_norm: float = knob(1.0, "largest norm of the gradient; 0: no limit")
+    ema_decay: float = knob(0.999, "decay of averaged weights; 0: no average", high=1)
+    ema_start_frac: float = knob(0.1, "share of the run before averaging", high=1)
 
-    quant_mode: str = knob("export", "fp8",
+    knob = group("export", "how the weights become bytes")
+    quant_mode: str = knob("fp8",
         "storage of all weights, or by kind of parameter: int7,embed:int8,gain:fp16")
-    quant_clip: float = knob("export", 0.0,
+    quant_clip: float = knob(0.0,
         "largest code, in root mean squares of its row; 0: that of least squared error", high=16)
-    quant_feedback: int = knob("export", 0,
+    quant_feedback: int = knob(0,
         "training batches for GPTQ, best with QUANT_CLIP of 10 or more; 0: to nearest", high=1000)
-    pack: str = knob("export", "auto", "compressor of each kind of parameter; auto: the smallest",
+    pack: str = knob("auto", "compressor of each kind of parameter; auto: the smallest",
         choices=lambda: ("auto", *PACKERS))
 
-    scores: str = knob("scoring", "nelbo,l2r",
+    knob = group("scoring", "which code lengths are measured, and on how much text")
+    scores: str = knob("nelbo,l2r",
         "final scores, each with a number of windows if wanted (0: all): nelbo,l2r:512")
-    nelbo_passes: int = knob("scoring", 4, "masks per window of the final NELBO", low=1, high=9999)
-    eval_max_seqs: int = knob("scoring", 4096, "windows of a validation in training; 0: all")
-    final_eval_max_seqs: int = knob("scoring", 0, "windows of the final val_bpb; 0: all")
-    final_eval_t_samples: int = knob("scoring", 0, "points of PR 1699's grid; adds the score tgrid",
+    nelbo_passes: int = knob(4, "masks per window of the final NELBO", low=1, high=9999)
+    eval_max_seqs: int = knob(4096, "windows of a validation in training; 0: all")
+    final_eval_max_seqs: int = knob(0, "windows of the final val_bpb; 0: all")
+    final_eval_t_samples: int = knob(0, "points of PR 1699's grid; adds the score tgrid",
         high=100_000)
-    tstep_steps: int = knob("scoring", 128, "T of the T-step bound", low=1, high=100_000)
-    stride: int = knob("scoring", 64, "tokens that a sliding window scores", low=1)
-    chain_group: int = knob("scoring", 1, "positions a chain rule reveals in one call", low=1)
-    val_batch_size: int = knob("scoring", 524_288, "tokens of one scoring pass, over all processes",
+    tstep_steps: int = knob(128, "T of the T-step bound", low=1, high=100_000)
+    stride: int = knob(64, "tokens that a sliding window scores", low=1)
+    chain_group: int = knob(1, "positions a chain rule reveals in one call", low=1)
+    val_batch_size: int = knob(524_288, "tokens of one scoring pass, over all processes",
         low=1, high=2**24)
 # fmt: on
 
