@@ -64,6 +64,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -587,6 +588,9 @@ def start_processes() -> torch.device:
         if device.index >= found:
             raise InputError(f"--nproc_per_node is more than {found}, the GPUs of this machine")
         torch.cuda.set_device(device)
+    elif os.path.exists("/dev/nvidiactl") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        remedy = "install one for its driver, or set CUDA_VISIBLE_DEVICES= to use CPUs"
+        raise InputError(f"torch {torch.__version__} cannot use the GPUs of this machine: {remedy}")
     if "RANK" not in os.environ:
         return device
     try:
@@ -1567,7 +1571,7 @@ class Batch(NamedTuple):
     """One micro-batch, with static shapes."""
 
     z: Tensor  # (B, L) int64, what the model sees
-    positions: Tensor  # (N,) int64, scored positions of the flattened batch
+    positions: Positions  # (N,) int64, scored positions of the flattened batch
     targets: Tensor  # (N,) int64, the tokens there
     weights: Tensor  # (N,) float32, of their nll; 0 fills up to N
     tokens: Tensor  # () int64, all that are not PAD
@@ -1604,7 +1608,7 @@ def causal_batch(window) -> Batch:
     targets = window[:, 1:].flatten()
     return Batch(
         z=window[:, :-1],
-        positions=torch.arange(len(targets), device=window.device),
+        positions=None,
         targets=targets,
         weights=torch.ones(len(targets), device=window.device),
         tokens=window.new_full((), len(targets)),
@@ -1664,7 +1668,8 @@ def batch_hidden(model, batch: Batch):
 
 def batch_loss(model, batch: Batch):
     """Σ weight · nll in nats; a step divides it by the tokens of the global batch."""
-    nll = F.cross_entropy(model.head(batch_hidden(model, batch)), batch.targets, reduction="none")
+    logits = model.head(batch_hidden(model, batch)).flatten(0, -2)
+    nll = F.cross_entropy(logits, batch.targets, reduction="none")
     return (nll * batch.weights).sum()
 
 
@@ -2002,6 +2007,9 @@ PACKERS = {
 }
 
 
+PART_BYTES = 1 << 18  # four parts of a kind are packed with all to see which packers may win
+
+
 def to_planes(tensors: Iterable[Tensor]) -> np.ndarray:
     """(bytes per element, elements) uint8: all first bytes, then all second bytes, …"""
     flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
@@ -2024,6 +2032,12 @@ def entropy_bits(planes: np.ndarray) -> float:
     return bits
 
 
+def pack_each(names: Sequence[str], raw: bytes) -> dict[str, bytes]:
+    """By each of these packers, side by side: they do not hold Python's lock."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(lambda name: PACKERS[name].pack(raw), names), strict=True))
+
+
 def pack_kind(
     weights: Mapping[str, Tensor], storage: str, hp, moments: Mapping[str, Tensor] | None = None
 ) -> tuple[bytes, dict]:
@@ -2041,7 +2055,12 @@ def pack_kind(
     names = [hp.pack]
     if hp.pack == "auto":
         names = [name for name in PACKERS if name != "zstd" or zstandard]
-    packed = {name: PACKERS[name].pack(raw) for name in names}
+    if len(names) > 1 and len(raw) > 4 * PART_BYTES:  # what cannot win would take a minute
+        starts = range(0, len(raw), len(raw) // 4)
+        tried = pack_each(names, b"".join(raw[i : i + PART_BYTES] for i in starts))
+        shortest = min(map(len, tried.values()))
+        names = [name for name, blob in tried.items() if len(blob) <= 1.01 * shortest]
+    packed = pack_each(names, raw)
     packer = min(packed, key=lambda name: len(packed[name]))
     facts = dict(
         storage=storage,
