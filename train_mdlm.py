@@ -117,11 +117,11 @@ def seeded(device: torch.device | str, *key) -> torch.Generator:
 # A knob is a field here and an environment variable, with the challenge's name, so that published
 # commands run; a preset is nothing but values for knobs.
 
-GROUPS: dict[str, str] = {}  # what the knobs of each group are about, for --help
+GROUPS = {}  # name → what its knobs are about
 
 
 def group(name: str, about: str) -> Callable:
-    """Begins a group; the function that makes a knob of it. Its `choices` may be a function."""
+    """Begins a group; what makes a knob of it. Its `choices` may be a function."""
     GROUPS[name] = about
 
     def knob(default, meaning: str, low=0, high=1e12, choices=()):
@@ -154,7 +154,7 @@ class Hyperparameters:
     knob = group("model", "what the predictor is; the artifact carries these values")
     objective: str = knob("mdlm", "masked diffusion, or causal", choices=("mdlm", "ar"))
     block_size: int = knob(0,
-        "tokens of a block: diffusion inside, autoregression over blocks; 0: no blocks", high=2**20)
+        "tokens of a block; blocks from left to right, diffusion inside; 0: none", high=2**20)
     backbone: str = knob("unet", "trunk; dit is told the noise", choices=lambda: BACKBONES)
     vocab_size: int = knob(1024, "real tokens V; MASK is V, PAD V + 1", low=2, high=65_534)
     doc_chunks: bool = knob(False, "train on documents, in chunks of L tokens and PAD")
@@ -210,15 +210,14 @@ class Hyperparameters:
     warmup_steps: int = knob(20, "undone steps that warm the compiler up", high=1000)
     micro_batch_tokens: int = knob(65_536, "most tokens of one pass of a process",
         low=1, high=2**24)
-    train_log_every: int = knob(200,
-        "steps between log lines, after the first ten; 0: no such lines")
+    train_log_every: int = knob(200, "steps between log lines, after the first ten; 0: none")
     val_loss_every: int = knob(1000, "steps between validations; 0: only at the end")
     checkpoint_every: float = knob(300.0,
         "seconds of training between checkpoints; 0: only when stopped")
     resume: str = knob("auto",
         "auto: from the last checkpoint of RUN_ID, if any; never; or the path of a checkpoint")
     skip_nonfinite: int = knob(0,
-        "steps with infinite or NaN gradients that are skipped before the run gives up")
+        "steps whose gradients are not finite, skipped before the run gives up")
 
     knob = group("optimizer", "how gradients move the weights")
     optimizer: str = knob("muon", "for the block matrices; AdamW is for the rest",
@@ -385,7 +384,7 @@ GOLF = MDLM16 | dict(
     warmdown_iters=0, warmdown_frac=0.5, ema_decay=0.0,
     adam_batch_tokens=524_288, embed_lr=0.2, tied_embed_init_std=0.05,
 )
-DEMO = GOLF | dict(  # for two CPU cores and some minutes, on the text of the installed packages
+DEMO = GOLF | dict(  # two CPU cores, the text of the installed packages
     data_path="./data/datasets/docs_sp1024",
     tokenizer_path="./data/tokenizers/docs_1024_bpe.model",
     num_layers=4, model_dim=128, num_heads=4, mlp_mult=2, train_seq_len=128, rope_base=100.0,
@@ -413,8 +412,8 @@ AR = dict(  # the challenge's causal baseline
 )
 PRESETS = {
     "mdlm": {},
-    "mdlm16": MDLM16,  # as many layers as fit if a weight takes fewer bits
-    "golf": GOLF,  # the better recipe: docs/recipe.md
+    "mdlm16": MDLM16,  # as many layers as fit
+    "golf": GOLF,  # docs/recipe.md
     "block": BLOCK,  # docs/blocks.md
     "llada": LLADA,
     "eos": EOS,
@@ -456,7 +455,7 @@ def checked_value(spec: dataclasses.Field, value):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.85)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
@@ -589,8 +588,8 @@ def start_processes() -> torch.device:
             raise InputError(f"--nproc_per_node is more than {found}, the GPUs of this machine")
         torch.cuda.set_device(device)
     elif os.path.exists("/dev/nvidiactl") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        remedy = "install one for its driver, or set CUDA_VISIBLE_DEVICES= to use CPUs"
-        raise InputError(f"torch {torch.__version__} cannot use the GPUs of this machine: {remedy}")
+        remedy = "install one for their driver, or give CUDA_VISIBLE_DEVICES= for CPUs"
+        raise InputError(f"this torch cannot use the GPUs here: {remedy}")
     if "RANK" not in os.environ:
         return device
     try:
@@ -639,9 +638,7 @@ class Clock:
 
     def stop(self, *signal_and_frame):
         """A signal handler: the step is finished first, but for a second signal."""
-        if (
-            self.stopped and time.perf_counter() > self.stopped + 1
-        ):  # torchrun sends the first twice
+        if self.stopped and time.perf_counter() > self.stopped + 1:
             raise KeyboardInterrupt
         self.stopped = self.stopped or time.perf_counter()
 
@@ -2007,7 +2004,7 @@ PACKERS = {
 }
 
 
-PART_BYTES = 1 << 18  # four parts of a kind are packed with all to see which packers may win
+SAMPLE_BYTES = 1 << 20  # of a kind, to see which packers can win
 
 
 def to_planes(tensors: Iterable[Tensor]) -> np.ndarray:
@@ -2033,7 +2030,7 @@ def entropy_bits(planes: np.ndarray) -> float:
 
 
 def pack_each(names: Sequence[str], raw: bytes) -> dict[str, bytes]:
-    """By each of these packers, side by side: they do not hold Python's lock."""
+    """By each of these packers, side by side."""
     with ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(lambda name: PACKERS[name].pack(raw), names), strict=True))
 
@@ -2052,15 +2049,13 @@ def pack_kind(
     if quantizer.scale:
         planes.append(to_planes(scales for _, scales in coded))
     raw = b"".join(part.tobytes() for part in planes)
-    names = [hp.pack]
-    if hp.pack == "auto":
-        names = [name for name in PACKERS if name != "zstd" or zstandard]
-    if len(names) > 1 and len(raw) > 4 * PART_BYTES:  # what cannot win would take a minute
-        starts = range(0, len(raw), len(raw) // 4)
-        tried = pack_each(names, b"".join(raw[i : i + PART_BYTES] for i in starts))
-        shortest = min(map(len, tried.values()))
-        names = [name for name, blob in tried.items() if len(blob) <= 1.01 * shortest]
-    packed = pack_each(names, raw)
+    names = [name for name in PACKERS if name != "zstd" or zstandard]
+    if hp.pack != "auto":
+        names = [hp.pack]
+    packed = pack_each(names, raw[:SAMPLE_BYTES])
+    if len(raw) > SAMPLE_BYTES:  # what cannot win would take a minute
+        best = min(map(len, packed.values()))
+        packed = pack_each([name for name in names if len(packed[name]) <= 1.01 * best], raw)
     packer = min(packed, key=lambda name: len(packed[name]))
     facts = dict(
         storage=storage,
@@ -3219,8 +3214,8 @@ def train_and_pack(trainer: Trainer, val: Split) -> Artifact:
     predicted = on_first_process(predicted_bytes, hp)
     note = " for normal weights"
     log.budget("Predicted submission size", predicted, SIZE_LIMIT_BYTES, "bytes", note)
-    accumulated = f"grad_accum_steps:{len(trainer.micros)}"
-    log(f"world_size:{world_size()} {accumulated} compute_dtype:{hp.compute_dtype}")
+    micros, dtype = len(trainer.micros), hp.compute_dtype
+    log(f"world_size:{world_size()} grad_accum_steps:{micros} compute_dtype:{dtype}")
     trainer.resume()
     model = train(trainer, val)
     log(f"peak memory allocated: {peak_memory(trainer.device)}")

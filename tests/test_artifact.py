@@ -655,3 +655,18 @@ def test_unpacking_asks_for_no_more_memory_than_the_content():
     wide_frame = bytes.fromhex("28b52ffd00a8") + bytes(64)  # with a window of 2 GiB
     with pytest.raises(tm.zstandard.ZstdError, match="memory"):
         tm.PACKERS["zstd"].unpack(wide_frame, 1000)
+
+
+def test_large_kinds_are_packed_only_by_what_can_win(monkeypatch):
+    """Which packers can, a sample says; the others would take a minute at full size."""
+    codes = torch.randn(300, 1000, generator=torch.Generator().manual_seed(0))
+    hp = tm.Hyperparameters(quant_clip=10.0)
+    whole, facts = tm.pack_kind({"": codes}, "int7", hp)
+    packed = facts["packed_bytes"]
+    assert set(packed) == {"zlib", "huffman", "lzma", "zstd"} and len(whole) == min(packed.values())
+    monkeypatch.setattr(tm, "SAMPLE_BYTES", 100_000)
+    best, facts = tm.pack_kind({"": codes}, "int7", hp)
+    near = {name for name, size in packed.items() if size < 1.005 * len(whole)}
+    far = {name for name, size in packed.items() if size > 1.02 * len(whole)}
+    assert best == whole and near <= set(facts["packed_bytes"]) and far
+    assert not far & set(facts["packed_bytes"])

@@ -870,3 +870,16 @@ def test_a_diverged_run_prints_no_score(tiny_env, tmp_path, monkeypatch, script)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "not finite" in done.stderr or "not a finite number" in done.stderr
     assert "val_bpb:nan" not in done.stdout and "final_" not in done.stdout
+
+
+def test_gpus_that_torch_cannot_use_are_not_passed_over(monkeypatch):
+    """A driver that is too old for torch would otherwise end in a run on CPUs."""
+    exists = os.path.exists
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os.path, "exists", lambda path: path == "/dev/nvidiactl" or exists(path))
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(tm.InputError, match="torch cannot use the GPUs here: .*CUDA_VISIBLE_DEV"):
+        tm.start_processes()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert tm.start_processes() == torch.device("cpu")
