@@ -318,7 +318,11 @@ def test_rows_on_another_text_are_not_compared(tmp_path, in_environment, monkeyp
     run = parse_log(LOG)._replace(val_bpb=2.0)
     text = sweep.text_of({1: run})
     assert text == dict(
-        dataset="docs_sp1024", tokenizer_sha256="", val_tokens=2194643, val_bytes=None
+        dataset="docs_sp1024",
+        tokenizer_sha256="",
+        val_tokens=2194643,
+        val_bytes=None,
+        score="nelbo",
     )
     assert sweep.text_of({}) is None
     assert sweep.text_of({1: run, 2: run._replace(val_tokens=5)}) is None
@@ -329,6 +333,8 @@ def test_rows_on_another_text_are_not_compared(tmp_path, in_environment, monkeyp
         (dict(val_bytes=7), True),  # an older log does not say
         (dict(val_tokens=5), False),
         (dict(dataset="fineweb"), False),
+        (dict(score=None), True),  # nor does an older results.json
+        (dict(score="l2r"), False),  # a model with blocks
     ]:
         before = summary(1.5, text | change) | dict(planned_tokens=32)
         found = sweep.summarize({}, [1], tmp_path, [before])

@@ -22,7 +22,7 @@ Afterwards, or at once with --report, there are three files:
     OUT/plot.png      a picture: of scores over training tokens if ITERATIONS is in the grid
 
 With --beside, the rows of an earlier results.json come first in the table, the picture and the
-comparisons. Rows that were scored on another text are not compared with each other.
+comparisons. Rows on another text, or with another score as val_bpb, are not compared with each other.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from pathlib import Path
 from queue import Queue
 
 import common
-from run_log import Run, parse_log
+from run_log import HEADLINES, Run, parse_log
 
 import train_mdlm as tm
 from train_mdlm import Hyperparameters, InputError
@@ -400,17 +400,23 @@ def summarize(row: Row, seeds: list[int], out: Path, before: list[dict]) -> dict
 
 
 def text_of(runs: dict[int, Run]) -> dict | None:
-    """What the runs of a row were scored on; None if that is nothing, or not one text."""
+    """What the runs of a row were scored on, and which score val_bpb is; None if there are no runs,
+    or if they differ in that."""
     names = ("dataset", "tokenizer_sha256", "val_tokens", "val_bytes")
-    texts = [{name: getattr(run, name) for name in names} for run in runs.values()]
+    texts = [
+        {name: getattr(run, name) for name in names} | dict(score=HEADLINES[run.system][0])
+        for run in runs.values()
+    ]
     return texts[0] if texts and all(text == texts[0] for text in texts) else None
 
 
 def same_text(first: dict | None, second: dict | None) -> bool:
-    """Whether two rows may be compared: as far as is known, on the same text."""
+    """Whether two rows may be compared: as far as is known, with the same score of one text."""
     if not first or not second:
         return True
-    return all(not first[name] or not second[name] or first[name] == second[name] for name in first)
+    return all(
+        not first[name] or not second.get(name) or first[name] == second[name] for name in first
+    )
 
 
 def scores_of_all(runs: dict[int, Run]) -> dict[str, Scores]:
@@ -470,7 +476,8 @@ def table(found: list[dict], failed: dict[str, str]) -> str:
         lines += ["", "Not all runs are of the same script: it was changed between them."]
     texts = [row["text"] for row in found if row.get("text")]
     if any(not same_text(first, second) for first, second in itertools.combinations(texts, 2)):
-        lines += ["", "Not all rows are scored on the same text: those are not compared."]
+        reason = "Not all rows are scored on the same text, or val_bpb is not the same score"
+        lines += ["", f"{reason}: those are not compared."]
     for name, reason in failed.items():
         lines += ["", f"Failed: {name}: {reason}"]
     return "\n".join(lines) + "\n"
