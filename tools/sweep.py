@@ -22,7 +22,7 @@ Afterwards, or at once with --report, there are three files:
     OUT/plot.png      a picture: of scores over training tokens if ITERATIONS is in the grid
 
 With --beside, the rows of an earlier results.json come first in the table, the picture and the
-comparisons. Rows on another text, or with another score as val_bpb, are not compared with each other.
+comparisons. Rows are compared only if val_bpb is the same score, of the same text.
 """
 
 from __future__ import annotations
