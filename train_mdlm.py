@@ -2004,9 +2004,6 @@ PACKERS = {
 }
 
 
-SAMPLE_BYTES = 1 << 20  # of a kind, to see which packers can win
-
-
 def to_planes(tensors: Iterable[Tensor]) -> np.ndarray:
     """(bytes per element, elements) uint8: all first bytes, then all second bytes, …"""
     flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
@@ -2027,6 +2024,9 @@ def entropy_bits(planes: np.ndarray) -> float:
         _, counts = np.unique(plane, return_counts=True)
         bits += float((counts * np.log2(counts.sum() / counts)).sum())
     return bits
+
+
+SAMPLE_BYTES = 1 << 20  # of a kind, to see which packers can win
 
 
 def pack_each(names: Sequence[str], raw: bytes) -> dict[str, bytes]:

@@ -151,8 +151,8 @@ class Predictor:
         """The batches of a text of `count` tokens; a rest is a batch of its own."""
         whole, rest = divmod(count, self.length)
         rows = self.windows
-        if self.twin:  # batches of nearly the same size keep all threads busy
-            rows = max(tm.ceil_div(whole, tm.ceil_div(whole, rows)), 1) if whole else rows
+        if self.twin and whole:  # batches of nearly the same size keep all threads busy
+            rows = tm.ceil_div(whole, tm.ceil_div(whole, rows))
         for window in range(0, whole, rows):
             yield Batch(window * self.length, min(rows, whole - window), self.length)
         if rest:
