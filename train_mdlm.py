@@ -205,7 +205,7 @@ class Hyperparameters:
     min_lr_frac: float = knob(0.0, "share of them that is left at the end", high=1)
 
     knob = group("execution", "how the work is done; the result is the same up to rounding")
-    compile: str = knob("auto", "compile the loss with torch.compile; auto: on GPUs",
+    compile: str = knob("auto", "torch.compile for the loss and the scores; auto: on GPUs",
         choices=("auto", "on", "off"))
     warmup_steps: int = knob(20, "undone steps that warm the compiler up", high=1000)
     micro_batch_tokens: int = knob(65_536, "most tokens of one pass of a process",
@@ -355,10 +355,8 @@ class Hyperparameters:
         if self.mask_eps >= self.mask_max:
             yield f"{self.shown('mask_eps')} must be smaller than {self.shown('mask_max')}"
         masks_only = BACKBONES[self.backbone].told_noise or self.doc_chunks or self.anchor_bos
-        if self.causal and masks_only:
-            yield "OBJECTIVE=ar does not go with BACKBONE=dit, DOC_CHUNKS=1 or ANCHOR_BOS=1"
-        if self.block_size and (self.causal or masks_only):
-            yield "BLOCK_SIZE does not go with OBJECTIVE=ar, BACKBONE=dit, DOC_CHUNKS or ANCHOR_BOS"
+        if self.causal + bool(self.block_size) + masks_only > 1:
+            yield "OBJECTIVE=ar, BLOCK_SIZE and (BACKBONE=dit, DOC_CHUNKS, ANCHOR_BOS) do not mix"
         scores = list(dict.fromkeys(itertools.chain(*ESTIMATORS.values())))
         for name in self.requested_scores:
             if name not in scores:
@@ -656,11 +654,11 @@ class Log:
 
     def __init__(self, path: Path | None = None):
         self.path = path
-        self.lock = None  # the open file of `path`, locked while this process lives
+        self.lock = None  # its open file, locked while this process lives
 
     def __call__(self, line: str, screen: bool = True, every_rank: bool = False):
         if screen and rank() == 0:
-            with contextlib.suppress(OSError):  # a run outlives the screen that it was started from
+            with contextlib.suppress(OSError):  # a run outlives its screen
                 print(line, flush=True)
         if self.path and (every_rank or rank() == 0):
             with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -865,7 +863,7 @@ class DocumentStream(TokenStream):
         """A shard's tokens, where its chunks begin (and the last one ends), and their order."""
         epoch, place = divmod(visit, len(self.files))
         path = self.files[self.order(epoch)[place]]
-        shard = np.array(open_shard(path))  # in memory
+        shard = np.array(open_shard(path))
         documents = np.union1d([0], np.flatnonzero(shard == BOS_ID))  # the first may lack its <s>
         chunks = ceil_div(np.diff(documents, append=len(shard)), self.length)  # of each document
         first_of_document = np.repeat(chunks.cumsum() - chunks, chunks)
@@ -1187,7 +1185,7 @@ def scored_capacity(hp, rows: int) -> int:
     slack = MASKINGS[hp.masking].slack(rows, length)
     if hp.time_sampling == "antithetic" and rows % 2:  # a row may lack its other half
         slack += length
-    return min(tokens, math.ceil(most * length + slack))
+    return min(tokens, 128 * math.ceil((most * length + slack) / 128))  # whole tiles of a product
 
 
 # ---- Model
@@ -1208,12 +1206,11 @@ def norm(x):
 class View(NamedTuple):
     """Where L positions are, and what they see."""
 
-    place: Tensor  # (L,) in the text
+    rotary: tuple[Tensor, Tensor]  # of their places in the text
     neighbors: Tensor  # (offsets, L): columns of their tokens; −1: none
     causal: bool = False  # only what is to the left
     mask: Tensor | None = None  # (L, L) bool, or these
     tiles: BlockMask | None = None  # the same for `flex_attention`, which leaves out empty ones
-    rotary: tuple[Tensor, ...] = ()  # cos and sin, (L, head_dim/2) each, of these places
 
 
 def neighbor_places(hp, place):
@@ -1222,12 +1219,19 @@ def neighbor_places(hp, place):
     return torch.cat([place[None][:0], *rows])
 
 
+def rotary_table(hp, place) -> tuple[Tensor, Tensor]:
+    """What `rotate` needs at places (L,): (L, 1, head_dim) each."""
+    exponent = torch.arange(0, hp.head_dim, 2, dtype=torch.float32, device=place.device)
+    angle = torch.outer(place.float(), hp.rope_base ** -(exponent / hp.head_dim))[:, None]
+    return torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin(), -angle.sin()], -1)
+
+
 def plain_view(hp, length: int, causal: bool, device: torch.device) -> View:
     """Of a row of tokens that see one another or, if causal, those to their left."""
     place = torch.arange(length, device=device)
     wanted = neighbor_places(hp, place)
     seen = (wanted >= 0) & (wanted <= (place if causal else length - 1))
-    return View(place, torch.where(seen, wanted, -1), causal=causal)
+    return View(rotary_table(hp, place), torch.where(seen, wanted, -1), causal=causal)
 
 
 def block_view(hp, block: int, columns, length: int) -> View:
@@ -1248,7 +1252,8 @@ def block_view(hp, block: int, columns, length: int) -> View:
     wanted = neighbor_places(hp, place)
     in_block = noisy & (wanted >= first) & (wanted < first + block)
     in_clean = torch.where((wanted >= 0) & (wanted <= last_clean), len(columns) + wanted, -1)
-    return View(place, torch.where(in_block, neighbor_places(hp, index), in_clean), mask=mask)
+    neighbors = torch.where(in_block, neighbor_places(hp, index), in_clean)
+    return View(rotary_table(hp, place), neighbors, mask=mask)
 
 
 def attend(q, k, v, view: View):
@@ -1257,16 +1262,13 @@ def attend(q, k, v, view: View):
         return flex_attention(q, k, v, block_mask=view.tiles, enable_gqa=True)
     if view.mask is not None:  # fast kernels with masks know no groups
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    grouped = k.shape[1] < q.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=view.mask, is_causal=view.causal, enable_gqa=grouped
-    )
+    options = dict(attn_mask=view.mask, is_causal=view.causal)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=k.shape[1] < q.shape[1], **options)
 
 
 def rotate(x, cos, sin):
-    """Half-split rotary embedding of x (…, L, head_dim)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    """Half-split rotary embedding of x (…, L, heads, head_dim)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def select_positions(x, positions: Positions):
@@ -1277,8 +1279,12 @@ def select_positions(x, positions: Positions):
 class Linear(nn.Linear):
     """A matrix, kept in float32 and applied in the dtype of its input."""
 
-    def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x, *beside: Linear, scale: Tensor | None = None):
+        """Outputs of this matrix, times `scale`, and of those `beside` it, by one product."""
+        weight = self.weight if scale is None else scale[:, None] * self.weight
+        if beside:
+            weight = torch.cat([weight, *(matrix.weight for matrix in beside)])
+        return F.linear(x, weight.to(x.dtype))
 
 
 class Attention(nn.Module):
@@ -1287,6 +1293,7 @@ class Attention(nn.Module):
     def __init__(self, hp):
         super().__init__()
         self.head_dim = hp.head_dim
+        self.kv_heads = hp.num_kv_heads
         kv_dim = hp.num_kv_heads * hp.head_dim
         self.c_q = Linear(hp.model_dim, hp.model_dim, bias=False)
         self.c_k = Linear(hp.model_dim, kv_dim, bias=False)
@@ -1294,19 +1301,15 @@ class Attention(nn.Module):
         self.proj = Linear(hp.model_dim, hp.model_dim, bias=False)
         self.q_gain = None  # (H,) in a UNetBlock
 
-    def heads(self, x):
-        """(B, L, heads · head_dim) → (B, heads, L, head_dim)."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def forward(self, x, view: View, positions: Positions):
-        """(B, L, D) → (B, L, D), or (N, D) at the positions."""
-        q = rotate(norm(self.heads(self.c_q(x))), *view.rotary)
-        k = rotate(norm(self.heads(self.c_k(x))), *view.rotary)
-        v = self.heads(self.c_v(x))
+    def forward(self, x, view: View, positions: Positions, scale: Tensor | None = None):
+        """(B, L, D) → (B, L, D), or (N, D) at the positions; `scale` (D,) of the outputs."""
+        projected = self.c_q(x, self.c_k, self.c_v).unflatten(-1, (-1, self.head_dim))
+        q_and_k, v = projected.tensor_split([-self.kv_heads], dim=2)
+        q, k = rotate(norm(q_and_k), *view.rotary).tensor_split([-self.kv_heads], dim=2)
         if self.q_gain is not None:
-            q = q * self.q_gain.to(x.dtype)[:, None, None]
-        y = attend(q, k, v, view)
-        return self.proj(select_positions(y.transpose(1, 2).flatten(2), positions))
+            q = q * self.q_gain.to(x.dtype)[:, None]
+        y = attend(*(x.transpose(1, 2) for x in (q, k, v)), view).transpose(1, 2).flatten(2)
+        return self.proj(select_positions(y, positions), scale=scale)
 
 
 class MLP(nn.Module):
@@ -1317,8 +1320,8 @@ class MLP(nn.Module):
         self.fc = Linear(hp.model_dim, hp.mlp_mult * hp.model_dim, bias=False)
         self.proj = Linear(hp.mlp_mult * hp.model_dim, hp.model_dim, bias=False)
 
-    def forward(self, x):
-        return self.proj(F.relu(self.fc(x)).square())
+    def forward(self, x, scale: Tensor | None = None):
+        return self.proj(F.relu(self.fc(x)).square(), scale=scale)
 
 
 class UNetBlock(nn.Module):
@@ -1340,8 +1343,8 @@ class UNetBlock(nn.Module):
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x_emb
         kept = select_positions(x, positions)
-        x = kept + self.attn_scale.to(x.dtype) * self.attn(norm(x), view, positions)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
+        x = kept + self.attn(norm(x), view, positions, self.attn_scale)
+        return x + self.mlp(norm(x), self.mlp_scale)
 
 
 class DiTBlock(nn.Module):
@@ -1418,16 +1421,14 @@ class Model(nn.Module):
     ):
         """Normalised last hidden state (B, L, D) of tokens z (B, L), or (N, D) at the positions.
         `masked_fraction` (B,) is what a DiT is told of the noise; by default the truth."""
-        hp, length = self.hp, z.shape[1]
+        length = z.shape[1]
         if view is None and self.block_size:
             columns = torch.arange(length // 2, device=z.device)
-            view = block_view(hp, self.block_size, columns, length // 2)
+            view = block_view(self.hp, self.block_size, columns, length // 2)
         elif view is None:
-            view = plain_view(hp, length, hp.causal, z.device)
+            view = plain_view(self.hp, length, self.hp.causal, z.device)
         x = self.embed(z, view)
-        exponent = torch.arange(0, hp.head_dim, 2, dtype=torch.float32, device=z.device)
-        angle = torch.outer(view.place.float(), hp.rope_base ** -(exponent / hp.head_dim))
-        view = view._replace(rotary=(angle.cos().to(x.dtype), angle.sin().to(x.dtype)))
+        view = view._replace(rotary=[table.to(x.dtype) for table in view.rotary])
         mask = view.mask
         if mask is not None and z.is_cuda and torch.compiler.is_compiling():
             tiles = create_block_mask(
@@ -1439,9 +1440,9 @@ class Model(nn.Module):
     def head(self, h):
         """Logits (…, V) float32 of hidden states (…, D)."""
         weight = (self.lm_head or self.tok_emb).weight[: self.hp.vocab_size]
-        logits = F.linear(h, weight.to(h.dtype)).float()
         cap = self.hp.logit_softcap
-        return cap * torch.tanh(logits / cap) if cap > 0 else logits
+        logits = F.linear(h, (weight / (cap or 1)).to(h.dtype)).float()
+        return cap * logits.tanh() if cap else logits
 
     def forward(self, z, masked_fraction: Tensor | None = None):
         return self.head(self.hidden(z, masked_fraction))
@@ -1506,6 +1507,13 @@ def resolve_dtype(hp, device: torch.device) -> str:
     if hp.compute_dtype != "auto":
         return hp.compute_dtype
     return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def compiled(function: Callable, hp, device: torch.device, **options) -> Callable:
+    """By torch.compile, if COMPILE says so."""
+    if hp.compile == "on" or (hp.compile == "auto" and device.type == "cuda"):
+        return torch.compile(function, fullgraph=True, **options)
+    return function
 
 
 def build_model(hp) -> Model:
@@ -1574,7 +1582,7 @@ class Batch(NamedTuple):
     tokens: Tensor  # () int64, all that are not PAD
     dropped: Tensor  # () int64, masked tokens that found no place among the N; has to be 0
     masked_fraction: Tensor | None  # (B,) float32, share that is masked; None for a causal model
-    columns: Tensor | None = None  # of the noisy tokens in z, with BLOCK_SIZE
+    view: View | None = None  # of z; None: of a plain row
 
 
 def compact(mask, capacity: int) -> tuple[Tensor, Tensor]:
@@ -1591,13 +1599,17 @@ def training_batch(
     window = stream.windows(range(first + rows.start, first + rows.stop), hp.train_seq_len)
     if device.type == "cuda":
         window = window.pin_memory().to(device, non_blocking=True)
+    view = plain_view(hp, hp.train_seq_len, hp.causal, device)  # not in the compiled graph
     if hp.causal:
-        return causal_batch(window)
+        return causal_batch(window)._replace(view=view)
     probability, keys, columns = draw_noise(hp, seeded(device, hp.seed, "train", step))
     own = slice(rows.start, rows.stop)
     probability = probability.view(hp.batch_rows, -1)[own].flatten()
-    batch = masked_batch(hp, window[:, 1 + columns], probability, keys[own], capacity)
-    return with_clean_half(hp, batch, columns, window) if hp.block_size else batch
+    noisy = window[:, 1 + columns] if hp.block_size else window[:, 1:]
+    batch = masked_batch(hp, noisy, probability, keys[own], capacity)
+    if hp.block_size:
+        return with_clean_half(hp, batch, columns, window)
+    return batch._replace(view=view)
 
 
 def causal_batch(window) -> Batch:
@@ -1639,7 +1651,7 @@ def with_clean_half(hp, batch: Batch, columns, window) -> Batch:
     places = torch.arange(z.numel(), device=z.device).view(z.shape)
     return batch._replace(
         z=z,
-        columns=columns,
+        view=block_view(hp, hp.block_size, columns, hp.train_seq_len),
         positions=torch.cat([positions, places[:, len(columns) :].flatten()]),
         targets=torch.cat([batch.targets, clean.targets]),
         weights=torch.cat([batch.weights, hp.causal_weight * clean.weights]),
@@ -1656,11 +1668,7 @@ def beside_clean(z, positions, window) -> tuple[Tensor, Tensor]:
 
 def batch_hidden(model, batch: Batch):
     """Hidden states (N, D) at the scored positions."""
-    view = None
-    if batch.columns is not None:
-        length = batch.z.shape[1] - len(batch.columns)
-        view = block_view(model.hp, model.block_size, batch.columns, length)
-    return model.hidden(batch.z, batch.masked_fraction, batch.positions, view)
+    return model.hidden(batch.z, batch.masked_fraction, batch.positions, batch.view)
 
 
 def batch_loss(model, batch: Batch):
@@ -1683,22 +1691,23 @@ def orthogonalize(matrices, steps: int):
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    x = x.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    if x.is_cuda or (x.shape[-2] >= 64 and torch.cpu.get_capabilities().get("avx512_bf16")):
+        x = x.bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
 def orthogonalize_shared(matrices, steps: int):
     """Each process orthogonalizes its share of the n matrices, all get the whole."""
     share = ceil_div(len(matrices), world_size())
-    own = slice(rank() * share, (rank() + 1) * share)
-    part = orthogonalize(matrices[own], steps)
-    whole = part.new_zeros(matrices.shape)
-    whole[own] = part
-    return all_reduce(whole)
+    own = orthogonalize(matrices[rank() * share :][:share], steps)
+    own = F.pad(own, (0, 0, 0, 0, 0, share - len(own))).contiguous()
+    whole = torch.cat([own] * world_size())
+    run_collective(dist.all_gather_into_tensor, whole, own)
+    return whole[: len(matrices)]
 
 
 def learning_rate(hp, kind: Kind) -> float:
@@ -1816,10 +1825,6 @@ class Optimizer:
             second=second.view(shape),
         )
 
-    def add_sums(self, batch: Batch, loss):
-        """What a micro-batch adds to a step besides its gradients."""
-        self.sums += torch.stack([batch.tokens, loss.detach(), batch.dropped])
-
     def step(self, step: int, lr_scale: float):
         """Adds up loss and gradients of all processes, clips them and moves the weights, or nothing
         if they are not finite: `first_bad` says why. Returns the loss per token."""
@@ -1861,9 +1866,8 @@ class Optimizer:
 
 
 def muon_momentum(hp, step: int) -> float:
-    share = 1.0
-    if hp.muon_momentum_warmup_steps:
-        share = min(step / hp.muon_momentum_warmup_steps, 1.0)
+    steps = hp.muon_momentum_warmup_steps
+    share = min(step / steps, 1.0) if steps else 1.0
     return (1 - share) * hp.muon_momentum_warmup_start + share * hp.muon_momentum
 
 
@@ -1957,10 +1961,12 @@ def input_moments(model, batches: Iterable[Batch]) -> dict[str, Tensor]:
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
     moments = {}
 
-    def add(module: nn.Module, inputs: Sequence[Tensor]):
+    def add(module: nn.Module, inputs: Sequence):
         x = inputs[0].flatten(0, -2).float()
-        name = names[module]
-        moments[name] = moments.get(name, 0) + x.T @ x
+        moment = x.T @ x
+        for matrix in (module, *inputs[1:]):  # those beside it
+            name = names[matrix]
+            moments[name] = moments.get(name, 0) + moment
 
     matrices = (module for module in names if isinstance(module, nn.Linear))
     hooks = [module.register_forward_pre_hook(add) for module in matrices]
@@ -2049,13 +2055,14 @@ def pack_kind(
     if quantizer.scale:
         planes.append(to_planes(scales for _, scales in coded))
     raw = b"".join(part.tobytes() for part in planes)
-    names = [name for name in PACKERS if name != "zstd" or zstandard]
-    if hp.pack != "auto":
-        names = [hp.pack]
-    packed = pack_each(names, raw[:SAMPLE_BYTES])
-    if len(raw) > SAMPLE_BYTES:  # what cannot win would take a minute
-        best = min(map(len, packed.values()))
-        packed = pack_each([name for name in names if len(packed[name]) <= 1.01 * best], raw)
+    names = [hp.pack]
+    if hp.pack == "auto":
+        names = [name for name in PACKERS if name != "zstd" or zstandard]
+        if len(raw) > SAMPLE_BYTES:  # what cannot win would take a minute
+            sample = pack_each(names, raw[:SAMPLE_BYTES])
+            best = min(map(len, sample.values()))
+            names = [name for name in names if len(sample[name]) <= 1.01 * best]
+    packed = pack_each(names, raw)
     packer = min(packed, key=lambda name: len(packed[name]))
     facts = dict(
         storage=storage,
@@ -2096,7 +2103,8 @@ def unpack_kind(packed: bytes, storage: str, packer: str, shapes: list[torch.Siz
 # memory is taken only for weights that it has a bit for: spaces fill up what packs to less.
 
 ARTIFACT_MAGIC = b"MDLMgolf"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+STORED = ["preset", *PREDICTOR]  # hyperparameters in an artifact
 
 
 def least_bytes(weights: int) -> int:
@@ -2107,13 +2115,7 @@ def least_bytes(weights: int) -> int:
 class Artifact(NamedTuple):
     model: Model
     hp: Hyperparameters
-    storage: str  # of its weights, for example fp8+lzma
-
-
-def stored_fields(hp) -> list[str]:
-    """The hyperparameters in an artifact: those that define the predictor."""
-    has_blocks = hp.block_size or "block_size" in PRESETS[hp.preset]  # else as before there were
-    return ["preset"] + [name for name in PREDICTOR if name != "block_size" or has_blocks]
+    storage: str  # see `storage_label`
 
 
 def storage_label(header: Mapping) -> str:
@@ -2137,7 +2139,7 @@ def save_artifact(model, hp, path: str | Path, moments: Mapping[str, Tensor] | N
         kinds[kind.name] = facts
     header = dict(
         version=FORMAT_VERSION,
-        hyperparameters={field: getattr(hp, field) for field in stored_fields(hp)},
+        hyperparameters={field: getattr(hp, field) for field in STORED},
         kinds={
             name: [facts["storage"], facts["packer"], facts["bytes"]]
             for name, facts in kinds.items()
@@ -2180,7 +2182,7 @@ def _unpack_sound(data: bytes) -> Artifact:
     kinds, fields = header["kinds"], header["hyperparameters"]
     _require(header["version"] == FORMAT_VERSION, f"its format is version {header['version']}")
     hp = Hyperparameters(**fields)
-    _require(list(fields) == stored_fields(hp), "it has other hyperparameters")
+    _require(list(fields) == STORED, "it has other hyperparameters")
     model = outline_model(hp)
     groups = by_kind(model)
     weights = sum(parameter.numel() for parameter in model.parameters())
@@ -2345,7 +2347,7 @@ def nelbo(model, x0, passes: int = 4, generator: torch.Generator | None = None):
     return any_order_nll(model, with_before(x0), passes, numbers, offset, keys)
 
 
-TSTEP_EPS = 1e-3  # ε of the T-step bound and of the t-grid, as published
+TSTEP_EPS = 1e-3  # ε of the T-step bound and of the t-grid
 
 
 def tstep_masks(steps: int, keys: Iterator[Tensor]) -> WeightedMasks:
@@ -2526,8 +2528,7 @@ class Estimator(NamedTuple):
 
     nats: Callable[[Model, Windows], Tensor]  # (B,), or (B, L) by position
     windows: int = 0  # where SCORES gives no number; 0: all
-    rows: int | None = None  # windows of one call at most; None: as many as VAL_BATCH_SIZE has
-    same_rows: bool = False  # `rows` whatever VAL_BATCH_SIZE is: rounding could change the order
+    rows: int = 0  # windows of every call, where rounding matters; 0: as many as VAL_BATCH_SIZE has
     sliding: bool = False  # windows overlap, and score their last STRIDE tokens
     prefixes: bool = False  # log a line for each range of positions
     biased: bool = False  # not a code length, and its line says so
@@ -2537,10 +2538,10 @@ class Estimator(NamedTuple):
 ESTIMATORS = {
     "mdlm": {
         "nelbo": Estimator(score_nelbo),
-        "l2r": Estimator(score_left_to_right, windows=512, rows=16, prefixes=True),
-        "sliding": Estimator(score_left_to_right, windows=4096, rows=16, sliding=True),
-        "confidence": Estimator(score_by_confidence, windows=256, rows=16, same_rows=True),
-        "random": Estimator(score_random_order, windows=256, rows=16),
+        "l2r": Estimator(score_left_to_right, windows=512, prefixes=True),
+        "sliding": Estimator(score_left_to_right, windows=4096, sliding=True),
+        "confidence": Estimator(score_by_confidence, windows=256, rows=16),
+        "random": Estimator(score_random_order, windows=256),
         "tstep": Estimator(score_tstep, windows=1024),
         "tgrid": Estimator(score_tgrid, windows=256, biased=True),
     },
@@ -2552,7 +2553,7 @@ ESTIMATORS = {
         "l2r": Estimator(score_left_to_right, prefixes=True),
         "ar": Estimator(score_causally, prefixes=True),
         "nelbo": Estimator(score_nelbo),
-        "confidence": Estimator(score_by_confidence, windows=256, rows=16, same_rows=True),
+        "confidence": Estimator(score_by_confidence, windows=256, rows=16),
         "random": Estimator(score_random_order, windows=256),
     },
 }
@@ -2598,7 +2599,7 @@ class Score(NamedTuple):
 
 def evenly_spaced(total: int, wanted: int) -> list[int]:
     """`wanted` of the numbers 0 … total − 1, evenly spaced; all of them for 0."""
-    wanted = min(wanted, total) if wanted else total
+    wanted = min(wanted or total, total)
     return [i * total // wanted for i in range(wanted)]
 
 
@@ -2617,11 +2618,7 @@ class WindowPlan:
             self.length if number == 0 and whole_split else self.stride for number in self.numbers
         ]
         rows = min(hp.val_batch_size // self.length, len(self.numbers)) // world_size()
-        if estimator.same_rows:
-            rows = estimator.rows
-        elif estimator.rows:
-            rows = min(rows, estimator.rows)
-        self.rows = max(rows, 1)
+        self.rows = estimator.rows or max(rows, 1)
 
     def batches(self) -> Iterator[slice]:
         """The share of this process."""
@@ -2649,8 +2646,7 @@ def score_windows(
     estimator = ESTIMATORS[hp.system][name]
     plan = WindowPlan(estimator, hp, split.stream, seqs)
     bucket = torch.tensor([position.bit_length() for position in range(plan.length)])
-    table = torch.zeros(len(plan.numbers), int(bucket[-1]) + 1, 2, dtype=torch.float64)
-    boundaries = torch.zeros(len(plan.numbers), dtype=torch.float64)
+    table = torch.zeros(len(plan.numbers), int(bucket[-1]) + 1, 3, dtype=torch.float64)
     for batch in plan.batches():
         windows = plan.read(batch, split)
         nats = estimator.nats(model, windows).double()
@@ -2658,19 +2654,18 @@ def score_windows(
             nats = F.pad(nats[:, None], (0, plan.length - 1))
         nbytes = token_bytes(windows.x0, windows.tokens[:, 0], split.luts) * windows.scored
         columns = torch.stack([nats / math.log(2), nbytes], dim=2)
-        table[batch].index_add_(1, bucket, columns.cpu())
+        table[batch, :, :2].index_add_(1, bucket, columns.cpu())
         if hp.anchor_bos:
             anchors = (windows.scored & ~maskable(hp, windows.x0)).sum(1).tolist()
-            paid = map(boundary_bits, anchors, plan.scored_tokens[batch])
-            boundaries[batch] = torch.tensor([*paid], dtype=torch.float64)
+            paid = [*map(boundary_bits, anchors, plan.scored_tokens[batch])]
+            table[batch, 0, 2] = torch.tensor(paid, dtype=torch.float64)
         if told_to_stop():
             break
     if all_reduce(torch.tensor(float(bool(told_to_stop())))) > 0:
         raise KeyboardInterrupt
     all_reduce(table)
-    all_reduce(boundaries)
     ms = 1000 * (time.perf_counter() - started)
-    bits, nbytes = table.sum(1).unbind(1)
+    bits, nbytes, boundaries = table.sum(1).unbind(1)
     bits = bits + boundaries
     if nbytes.sum() == 0:
         raise InputError("the validation windows hold no bytes of text to divide by")
@@ -2679,7 +2674,7 @@ def score_windows(
     bpb, stderr = bits_per_byte(bits, nbytes)
     tokens, paid = sum(plan.scored_tokens), boundaries.sum().item()
     loss = bits.sum().item() * math.log(2) / tokens
-    return Score(bpb, stderr, loss, len(bits), tokens, int(nbytes.sum()), ms, paid), table
+    return Score(bpb, stderr, loss, len(bits), tokens, int(nbytes.sum()), ms, paid), table[..., :2]
 
 
 def bucket_name(bucket: int, length: int) -> str:
@@ -2704,8 +2699,10 @@ def final_scores(hp) -> dict[str, int]:
 
 
 def score_model(artifact: Artifact, hp, val: Split, log: Log):
-    model = artifact.model.on(val.luts.base_bytes.device)
+    device = val.luts.base_bytes.device
+    model = artifact.model.on(device)
     model.block_size = hp.block_size
+    model.hidden = compiled(model.hidden, hp, device)
     label = artifact.storage.replace("+", "_")
     scores = final_scores(hp)
     for name in hp.requested_scores:
@@ -2873,10 +2870,9 @@ def check_memory(hp, device: torch.device):
         there_are /= max(environ_number("LOCAL_WORLD_SIZE", 1), 1)
     if sum(needed.values()) > there_are:
         parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in needed.items())
-        names = ("model_dim", "num_layers", "train_batch_tokens", "micro_batch_tokens")
-        given = ", ".join(map(hp.shown, names))
         memory = f"more GiB than the {there_are / 2**30:.1f} there are: {parts}"
-        raise InputError(f"{memory}; lower one of {given}")
+        names = ("model_dim", "num_layers", "train_batch_tokens", "micro_batch_tokens")
+        raise InputError(f"{memory}; lower one of {', '.join(map(hp.shown, names))}")
 
 
 class Trainer:
@@ -2894,10 +2890,7 @@ class Trainer:
         self.model = build_model(hp).on(device)
         self.optimizer = Optimizer(self.model, hp)
         self.step_done = torch.cuda.Event() if device.type == "cuda" else None
-        compiled = hp.compile == "on" or (hp.compile == "auto" and device.type == "cuda")
-        self.loss = batch_loss
-        if compiled:
-            self.loss = torch.compile(batch_loss, dynamic=False, fullgraph=True)
+        self.loss = compiled(batch_loss, hp, device, dynamic=False)
 
     def batches(self, step: int) -> Iterator[Batch]:
         """This process's micro-batches of a step."""
@@ -2909,7 +2902,7 @@ class Trainer:
         for batch in self.batches(step):
             loss = self.loss(self.model, batch)
             loss.backward()
-            self.optimizer.add_sums(batch, loss)
+            self.optimizer.sums += torch.stack([batch.tokens, loss.detach(), batch.dropped])
         mean_loss = self.optimizer.step(step, scale)
         if self.step_done:  # the host stays one step ahead at most, so that its clock is right
             self.step_done.synchronize()
@@ -3031,11 +3024,6 @@ class Trainer:
         )
 
 
-def due(every: int, step: int) -> bool:
-    """Whether something is to be done at this step; 0 means never."""
-    return every > 0 and step % every == 0
-
-
 def train(trainer: Trainer, val: Split) -> Model:
     """To the last iteration or the wall-clock cap; the model with its averaged weights. InputError
     after a signal, when the checkpoint is written."""
@@ -3060,7 +3048,8 @@ def train(trainer: Trainer, val: Split) -> Model:
         if stopped:
             remedy = f"the same command with RUN_ID={hp.run_id} goes on from here"
             raise InputError(f"{where} stopped by a signal; {remedy}")
-        validate = due(hp.val_loss_every, progress.step) and progress.step != progress.validated
+        every = hp.val_loss_every
+        validate = every and progress.step % every == 0 and progress.step != progress.validated
         if finished or validate:
             with clock.paused("validation"):
                 score = trainer.validate(val, lambda: clock.stopped)
@@ -3077,7 +3066,7 @@ def train(trainer: Trainer, val: Split) -> Model:
         progress.train_ms, stopped = clock.read()
         trainer.average_if_due()
         every = hp.train_log_every
-        if due(every, progress.step) or (every and progress.step <= 10):
+        if every and (progress.step <= 10 or progress.step % every == 0):
             trainer.check()
             if loss.isfinite():
                 trainer.log_step(f"train_loss:{loss:.4f}")
@@ -3266,7 +3255,7 @@ def main():
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed
             setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # for screens without Unicode
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # without Unicode
     on_signals(signal.default_int_handler)  # raises a KeyboardInterrupt
     try:
         if arguments and arguments[0] in ("-h", "--help"):

@@ -284,8 +284,8 @@ fault(
 
 fault(
     "a batch has no room for chance",
-    "return min(tokens, math.ceil(most * length + slack))",
-    "return min(tokens, math.ceil(most * length))",
+    "128 * math.ceil((most * length + slack) / 128)",
+    "math.ceil(most * length)",
     "test_noise.py::test_capacity_is_never_exceeded",
 )
 
@@ -295,8 +295,8 @@ fault(
 
 fault(
     "queries and keys turn the other way",
-    "return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)",
-    "return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)",
+    "return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)",
+    "return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), -sin)",
     "test_model.py::test_forward_equals_the_equations_in_float64",
 )
 
@@ -362,8 +362,8 @@ fault(
 
 fault(
     "the loss is not told the noise",
-    "return model.hidden(batch.z, batch.masked_fraction, batch.positions, view)",
-    "return model.hidden(batch.z, None, batch.positions, view)",
+    "return model.hidden(batch.z, batch.masked_fraction, batch.positions, batch.view)",
+    "return model.hidden(batch.z, None, batch.positions, batch.view)",
     "test_noise.py::test_the_loss_is_the_weighted_nll_of_a_model_that_is_told_the_noise",
 )
 
@@ -415,8 +415,8 @@ fault(
 
 fault(
     "a process keeps its own share of Muon's matrices",
-    "    return all_reduce(whole)\n",
-    "    return whole\n",
+    "    run_collective(dist.all_gather_into_tensor, whole, own)\n",
+    "",
     "test_train.py::test_two_processes_share_the_matrices_of_muon",
 )
 
@@ -475,8 +475,8 @@ fault(
 
 fault(
     "the log has half of the loss",
-    "            loss.backward()\n            self.optimizer.add_sums(batch, loss)",
-    "            loss.backward()\n            self.optimizer.add_sums(batch, loss / 2)",
+    "torch.stack([batch.tokens, loss.detach(), batch.dropped])",
+    "torch.stack([batch.tokens, loss.detach() / 2, batch.dropped])",
     "test_train.py::test_the_logged_loss_is_that_of_the_step",
 )
 
@@ -563,8 +563,8 @@ fault(
 
 fault(
     "a resumed run validates a step again",
-    "validate = due(hp.val_loss_every, progress.step) and progress.step != progress.validated",
-    "validate = due(hp.val_loss_every, progress.step)",
+    "validate = every and progress.step % every == 0 and progress.step != progress.validated",
+    "validate = every and progress.step % every == 0",
     "test_train.py::test_a_validation_is_not_repeated_after_a_restart",
 )
 
@@ -616,8 +616,8 @@ fault(
 
 fault(
     "second moments are those of the last batch",
-    "moments[name] = moments.get(name, 0) + x.T @ x",
-    "moments[name] = x.T @ x",
+    "moments[name] = moments.get(name, 0) + moment",
+    "moments[name] = moment",
     "test_quantize.py::test_moments_are_of_all_batches_as_the_model_is_told_of_their_noise",
 )
 
@@ -920,8 +920,8 @@ fault(
 
 fault(
     "kept keys are all at the start of the text",
-    "seen = Seen(place[old - first :],",
-    "seen = Seen(place[old - first :] - old,",
+    "rotary = tm.rotary_table(self.hp, place[old - first :])",
+    "rotary = tm.rotary_table(self.hp, place[old - first :] - old)",
     "test_decoding.py::test_causal_predictions",
     file="tools/decoding.py",
 )

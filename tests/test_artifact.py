@@ -55,7 +55,7 @@ def test_round_trip(tmp_path, pack, quant_mode):
         sizes = kind["packed_bytes"]
         assert kind["bytes"] == min(sizes.values()) == sizes[kind["packer"]]
     back, back_hp = tm.load_artifact(path)
-    assert all(getattr(back_hp, name) == getattr(hp, name) for name in tm.stored_fields(hp))
+    assert all(getattr(back_hp, name) == getattr(hp, name) for name in tm.STORED)
     for name, tensor in model.state_dict().items():
         storage = hp.storages[tm.kind_of(name).name]
         expected = reference.stored_weights(tensor, tm.QUANTIZERS[storage])
@@ -313,7 +313,7 @@ def any_hp(seed):
 
 def test_what_is_saved_is_read_whatever_the_knobs(tmp_path):
     """Of models that were not trained: many of their weights are zeros, which pack to nothing."""
-    stored = set(tm.stored_fields(tiny_hp(block_size=2)))
+    stored = set(tm.STORED)
     assert stored - {"preset", "compute_dtype"} <= KNOBS.keys()  # a new knob belongs into the table
     path, filled = tmp_path / "a.mdlm", 0
     for seed in range(40):
@@ -321,7 +321,7 @@ def test_what_is_saved_is_read_whatever_the_knobs(tmp_path):
         model = tm.build_model(hp)
         info = tm.save_artifact(model, hp, path)
         back, back_hp = tm.load_artifact(path)
-        assert all(getattr(back_hp, name) == getattr(hp, name) for name in tm.stored_fields(hp))
+        assert all(getattr(back_hp, name) == getattr(hp, name) for name in tm.STORED)
         for kind, named in tm.by_kind(model).items():
             quantizer = tm.QUANTIZERS[hp.storages[kind.name]]
             for name, weight in named.items():

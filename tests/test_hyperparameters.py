@@ -77,9 +77,12 @@ def test_what_follows_from_the_objective():
         ("MASK_EPS=0.5 MASK_MAX=0.5", "MASK_EPS=0.5 must be smaller than MASK_MAX=0.5"),
         (
             "OBJECTIVE=ar ANCHOR_BOS=1",
-            "OBJECTIVE=ar does not go with BACKBONE=dit, DOC_CHUNKS=1 or ANCHOR_BOS=1",
+            "OBJECTIVE=ar, BLOCK_SIZE and (BACKBONE=dit, DOC_CHUNKS, ANCHOR_BOS) do not mix",
         ),
-        ("PRESET=llada OBJECTIVE=ar", "OBJECTIVE=ar does not go with BACKBONE=dit"),
+        (
+            "PRESET=llada OBJECTIVE=ar",
+            "OBJECTIVE=ar, BLOCK_SIZE and (BACKBONE=dit, DOC_CHUNKS, ANCHOR_BOS) do not mix",
+        ),
         ("RUN_ID=../x", "RUN_ID=../x: letters"),
     ],
 )

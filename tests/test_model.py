@@ -169,7 +169,7 @@ def claiming(hp, size):
     kinds = ("matrix", "embed", "gain")
     header = dict(
         version=tm.FORMAT_VERSION,
-        hyperparameters={name: getattr(hp, name) for name in tm.stored_fields(hp)},
+        hyperparameters={name: getattr(hp, name) for name in tm.STORED},
         kinds={kind: ["int8", "zlib", size] for kind in kinds},
     )
     text = json.dumps(header).encode()

@@ -237,10 +237,8 @@ def test_sums_of_micro_batches_end_in_the_loss_a_token():
     hp = tiny_hp()
     optimizer = tm.Optimizer(tm.build_model(hp), hp)
     assert optimizer.sums.data_ptr() == optimizer.grads[-3:].data_ptr() and len(optimizer.sums) == 3
-    unused = dict.fromkeys(("z", "positions", "targets", "weights", "masked_fraction"))
-    for tokens, loss, dropped in ((8, 12.0, 0), (4, 6.0, 3)):
-        counts = dict(tokens=torch.tensor(tokens), dropped=torch.tensor(dropped))
-        optimizer.add_sums(tm.Batch(**counts, **unused), torch.tensor(loss))
+    for tokens_loss_dropped in ((8, 12.0, 0), (4, 6.0, 3)):
+        optimizer.sums += torch.tensor(tokens_loss_dropped)
     assert optimizer.sums.tolist() == [12, 18, 3]
     assert optimizer.step(0, 1.0) == 1.5 and optimizer.dropped == 3
     assert optimizer.sums.tolist() == [0, 0, 0]

@@ -137,7 +137,6 @@ def test_an_artifact_names_its_preset_and_what_defines_the_predictor(tmp_path):
     header = json.loads(data[12 : 12 + int.from_bytes(data[8:12], "little")])
     specs = dataclasses.fields(tm.Hyperparameters)
     names = ["preset", *(spec.name for spec in specs if spec.metadata["group"] == "model")]
-    names.remove("block_size")  # which only models with blocks have
     assert header["hyperparameters"] == {name: getattr(hp, name) for name in names}
     assert {"mask_mean", "seed", "matrix_lr", "data_path"}.isdisjoint(names)
 

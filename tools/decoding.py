@@ -24,14 +24,13 @@ Steps = Iterator[tuple[Tensor, Tensor]]  # positions (B, g), and log-probabiliti
 class Seen(NamedTuple):
     """A `tm.View` of new tokens, with what was kept of those before them."""
 
-    place: Tensor  # (new,)
+    rotary: tuple[Tensor, Tensor]  # of the new tokens
     recent: Tensor  # (B, r), the last tokens before the new ones
     neighbors: Tensor  # (offsets, r + new): columns among these
     mask: Tensor | None  # (new, all) bool; None: they see all
     kept: dict[nn.Module, Tensor]  # keys and values (2, B, heads, room, head_dim)
     room: int  # for the tokens of a window, and the one before it
     columns: slice  # of the new tokens in it
-    rotary: tuple[Tensor, ...] = ()
 
 
 class CachedAttention(nn.Module):
@@ -42,11 +41,14 @@ class CachedAttention(nn.Module):
         super().__init__()
         self.attention = attention
 
-    def forward(self, x: Tensor, seen: Seen, positions: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, seen: Seen, positions: Tensor | None, scale: Tensor | None = None
+    ) -> Tensor:
         """(B, new, D) → (B, new, D), or (N, D) at the positions, as many in every row."""
         own, mask, rotary = self.attention, seen.mask, seen.rotary
-        k = tm.rotate(tm.norm(own.heads(own.c_k(x))), *rotary)
-        v = own.heads(own.c_v(x))
+        new = x.shape[1]
+        k, v = own.c_k(x, own.c_v).unflatten(-1, (2, -1, own.head_dim)).unbind(2)
+        k, v = tm.rotate(tm.norm(k), *rotary).transpose(1, 2), v.transpose(1, 2)
         if self not in seen.kept:
             seen.kept[self] = k.new_empty(2, *k.shape[:2], seen.room, own.head_dim)
         kept = seen.kept[self]
@@ -54,12 +56,13 @@ class CachedAttention(nn.Module):
         k, v = kept[:, :, :, : seen.columns.stop]
         if positions is not None:
             x = tm.select_positions(x, positions).unflatten(0, (len(x), -1))
-            column = (positions % len(seen.place)).view(x.shape[:2])
-            rotary = [table[column][:, None] for table in rotary]
+            column = (positions % new).view(x.shape[:2])
+            rotary = [table[column] for table in rotary]
             mask = None if mask is None else mask[column]
-        q = tm.rotate(tm.norm(own.heads(own.c_q(x))), *rotary)
+        q = tm.rotate(tm.norm(own.c_q(x).unflatten(-1, (-1, own.head_dim))), *rotary)
         if own.q_gain is not None:
-            q = q * own.q_gain.to(x.dtype)[:, None, None]
+            q = q * own.q_gain.to(x.dtype)[:, None]
+        q = q.transpose(1, 2)
         heads, asked = k.shape[1], q.shape[2]
         q = q.unflatten(1, (heads, -1)).flatten(2, 3)  # a group's queries as one head's: faster
         if mask is not None:
@@ -67,7 +70,7 @@ class CachedAttention(nn.Module):
             mask = mask if mask.dim() == 2 else mask[:, None]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         y = y.unflatten(2, (-1, asked)).flatten(1, 2)
-        y = own.proj(y.transpose(1, 2).flatten(2))
+        y = own.proj(y.transpose(1, 2).flatten(2), scale=scale)
         return y if positions is None else y.flatten(0, 1)
 
 
@@ -135,7 +138,8 @@ class Past:
         new = torch.cat([self.tokens[:, old:], z], dim=1)
         recent = self.tokens[:, first:old]
         columns = slice(old, total)
-        seen = Seen(place[old - first :], recent, neighbors, mask, self.kept, self.room, columns)
+        rotary = tm.rotary_table(self.hp, place[old - first :])
+        seen = Seen(rotary, recent, neighbors, mask, self.kept, self.room, columns)
         self.old = all_clean
         return self.twin.hidden(new, None, positions, seen)
 

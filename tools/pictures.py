@@ -356,7 +356,7 @@ class Submission(NamedTuple):
 
 def header_bytes(hp: tm.Hyperparameters, kinds: dict[str, list]) -> int:
     """What an artifact has besides its weights: magic, length, header and checksum."""
-    fields = {field: getattr(hp, field) for field in tm.stored_fields(hp)}
+    fields = {field: getattr(hp, field) for field in tm.STORED}
     header = dict(version=tm.FORMAT_VERSION, hyperparameters=fields, kinds=kinds)
     return len(tm.sealed(tm.ARTIFACT_MAGIC + bytes(4) + json.dumps(header).encode()))
 
