@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import re
 import shlex
 import statistics
@@ -22,23 +21,19 @@ from pathlib import Path
 import common
 from run_log import (
     BIASED,
-    OWN_SETTINGS,
     SEPARATOR,  # noqa: F401 (for those who read logs through this file)
     Run,
     lives,  # noqa: F401
+    over_budget,
     parse_log,
+    parse_logs,
 )
 
 import train_mdlm as tm
-from train_mdlm import BUDGET_SECONDS, SIZE_LIMIT_BYTES, InputError
+from train_mdlm import SIZE_LIMIT_BYTES, InputError
 
 # All else in submission.json comes from the logs and from requirements.txt.
 TYPED = ("author", "github_id", "name", "blurb", "track")
-# What has to be the same for all seeds
-ONE_SYSTEM = """
-    source dataset tokenizer_sha256 val_tokens val_bytes hardware torch preset world_size params
-    estimator seqs tokens bytes
-""".split()
 # Of the requirements.txt that the records have whose submission.json does not name it
 EARLIER_REQUIREMENTS = "2e7b9d82a76672ac9745545231846afa0f5ef9553fc5e6a4cba43b1067ca15e7"
 
@@ -47,47 +42,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def parse_logs(paths: list[Path]) -> list[Run]:
-    """The runs, by seed; InputError unless they are those of one system with different seeds."""
-    runs = sorted((parse_log(path) for path in paths), key=lambda run: run.seed)
-    for name in ONE_SYSTEM:
-        if len({getattr(run, name) for run in runs}) > 1:
-            raise InputError(f"the logs differ in {name}: one record is one system")
-    settings = [run.settings for run in runs]
-    for name in sorted(set().union(*settings) - OWN_SETTINGS):
-        values = list(dict.fromkeys(each.get(name) for each in settings))
-        if len(values) > 1:
-            raise InputError(f"the logs differ in {name} ({values}): one record is one system")
-    if len({run.seed for run in runs}) < len(runs):
-        raise InputError("two of the logs have the same seed")
-    for run in runs:
-        if not math.isfinite(run.stderr):
-            remedy = "score more windows (FINAL_EVAL_MAX_SEQS)"
-            raise InputError(
-                f"run_id:{run.run_id} was scored on {run.seqs} window, so its score has no "
-                f"standard error: {remedy}"
-            )
-    return runs
-
-
 # ---- What follows from them
-
-
-def over_budget(runs: list[Run]) -> list[str]:
-    """What the challenge's rules would not allow, a sentence each."""
-    total_bytes = max(run.total_bytes for run in runs)
-    train_seconds = max(run.train_seconds for run in runs)
-    eval_seconds = max(run.eval_seconds for run in runs)
-    budgets = (
-        ("code + artifact", total_bytes, SIZE_LIMIT_BYTES, "bytes"),
-        ("training", train_seconds, BUDGET_SECONDS + 1, "s"),
-        ("evaluation", eval_seconds, BUDGET_SECONDS, "s"),
-    )
-    return [
-        f"{name} is {value:,.0f} {unit}, more than the {limit:,.0f} allowed"
-        for name, value, limit, unit in budgets
-        if value > limit
-    ]
 
 
 def seed_result(run: Run) -> dict:
