@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +47,19 @@ ORDERS = 16  # random ones, for every token of the passage
 SAMPLE_VERSION = 1
 ABSENT = "Not measured: this page was made without the artifact of the run, or without its text."
 MOST_TOKENS = 1 << 16  # of a sample, and of the calls that made it
+
+
+class Choice(NamedTuple):
+    """What a report is made from, beside logs."""
+
+    artifact: Path | None = None  # None: the one beside a log
+    model: bool = True  # whether anything is measured
+    data: str | None = None
+    tokenizer: str | None = None
+    seqs: int = WINDOWS
+    window: int | None = None  # None: in the middle of the split
+    samples: tuple[Path, ...] = ()
+
 
 # ---- Logs
 
@@ -119,12 +133,15 @@ def measure_shares(model: tm.Model, windows: torch.Tensor, seed: int) -> Iterato
 
 
 def piece_of(sp, token: int) -> str:
-    """A token as a reader knows it: bytes and control tokens between angle brackets."""
+    """A token as it reads; between angle brackets if it is no text by itself."""
     if not 0 <= token < sp.vocab_size():
         return f"⟨{token}⟩"
     piece = sp.id_to_piece(token)
-    if sp.is_control(token) or sp.is_unknown(token) or sp.is_byte(token):
-        return piece.replace("<", "⟨").replace(">", "⟩")
+    if sp.is_byte(token):
+        value = int(piece[1:-1], 16)
+        return chr(value) if value < 128 else f"⟨{value:02X}⟩"
+    if sp.is_control(token) or sp.is_unknown(token):
+        return f"⟨{piece.strip('<>')}⟩"
     return piece.replace("\u2581", " ")
 
 
@@ -223,8 +240,17 @@ class Opened(NamedTuple):
     val: tm.Split
 
 
-def open_artifact(artifact: Path, run: Run, data: str | None, tokenizer: str | None) -> Opened:
+def path_of(run: Run, name: str, given: str | None) -> str | None:
+    """The path that is given, else in the environment, else that of the run if it is here; None:
+    that of the preset."""
+    logged = run.settings.get(name, "")
+    return given or os.environ.get(name) or (logged if logged and Path(logged).exists() else None)
+
+
+def open_artifact(artifact: Path, run: Run, choice: Choice) -> Opened:
     """InputError if it is not the artifact of the run, or if the text is another one."""
+    data = path_of(run, "DATA_PATH", choice.data)
+    tokenizer = path_of(run, "TOKENIZER_PATH", choice.tokenizer)
     model, hp = common.load_model(artifact, data, tokenizer)
     check_belongs(artifact, hp, run)
     hp = with_run_settings(hp, run)
@@ -255,6 +281,7 @@ def measure(opened: Opened, seqs: int, window: int | None, has_positions: bool) 
         positions={} if has_positions else measure_positions(model, hp, val, seqs),
         passages=measure_passages(model, val, sp, numbers, common.Progress("passage")),
         orders=ORDERS,
+        block_size=model.block_size,
     )
 
 
@@ -364,18 +391,6 @@ def gather_samples(paths: list[Path], opened: Opened | None) -> list[Samples]:
 # ---- The report
 
 
-class Choice(NamedTuple):
-    """What a report is made from, beside logs."""
-
-    artifact: Path | None = None  # None: the one beside a log
-    model: bool = True  # whether anything is measured
-    data: str | None = None
-    tokenizer: str | None = None
-    seqs: int = WINDOWS
-    window: int | None = None  # None: in the middle of the split
-    samples: tuple[Path, ...] = ()
-
-
 def find_artifact(logs: list[RunLog], given: Path | None) -> tuple[Path | None, Run | None]:
     """An artifact, and the run that made it: of the runs whose artifact is as long, the first."""
     finished = [log for log in logs if log.run]
@@ -398,7 +413,7 @@ def open_chosen(logs: list[RunLog], choice: Choice) -> Opened | None:
     if not artifact:
         return None
     try:
-        return open_artifact(artifact, run, choice.data, choice.tokenizer)
+        return open_artifact(artifact, run, choice)
     except InputError as error:
         if choice.artifact:
             raise

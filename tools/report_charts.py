@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 WIDE, NARROW = 720, 340
-LETTER = 6.8  # width of a letter, on average
+LETTER = 7.7  # width of a letter of a label, on average
 LINE = 15  # from one label to the next
 HEIGHT = 300
 LEFT, TOP, BOTTOM = 44, 30, 40  # margins of a plot
@@ -31,6 +31,10 @@ class Series(NamedTuple):
     label: str
     points: list[Point]
     final: Point | None = None
+    short: str = ""  # label for phones
+
+    def named(self, width: int) -> str:
+        return self.short if self.short and width == NARROW else self.label
 
 
 class Axis(NamedTuple):
@@ -62,7 +66,9 @@ def number_axis(title: str, values: Sequence[float], most: int, low: float | Non
     begin = least - margin if low is None else low
     end = largest + margin if low is None else largest
     ticks = nice_ticks(begin, end, most)
-    return Axis(title, begin, max(end, begin + 1e-9), [(tick, f"{tick:,.6g}") for tick in ticks])
+    decimals = max(len(f"{tick:.6g}".partition(".")[2]) for tick in ticks)
+    labels = [f"{tick:,.{decimals}f}" for tick in ticks]
+    return Axis(title, begin, max(end, begin + 1e-9), list(zip(ticks, labels, strict=True)))
 
 
 def spread(places: list[float], gap: float, low: float, high: float) -> list[float]:
@@ -143,9 +149,13 @@ def draw_axes(plot: Plot) -> list[str]:
         parts.append(text(LEFT - 8, plot.at_y(value) + 4, label, "tick", "end"))
     floor = HEIGHT - BOTTOM
     parts.append(line(LEFT, floor, end, floor, "axis"))
+    free = -math.inf
     for value, label in plot.x.ticks:
-        parts.append(line(plot.at_x(value), floor, plot.at_x(value), floor + 4, "axis"))
-        parts.append(text(plot.at_x(value), floor + 17, label, "tick", "middle"))
+        x, half = plot.at_x(value), LETTER * len(label) / 2
+        parts.append(line(x, floor, x, floor + 4, "axis"))
+        if x - half > free:  # there is room for this label
+            parts.append(text(x, floor + 17, label, "tick", "middle"))
+            free = x + half
     parts.append(text(end, HEIGHT - 4, plot.x.title, "quiet", "end"))
     return parts
 
@@ -192,7 +202,7 @@ def end_labels(plot: Plot, chosen: Sequence[Series]) -> list[str]:
     parts = []
     for number, (series, y) in enumerate(zip(chosen, moved, strict=True)):
         x = plot.width - plot.right + 10
-        parts.append(text(x, y + 4, series.label, f"label s{number % COLORS}"))
+        parts.append(text(x, y + 4, series.named(plot.width), f"label s{number % COLORS}"))
     return parts
 
 
@@ -208,13 +218,14 @@ def line_chart(
     `values` says whether the values are written at the points."""
 
     def draw(width: int) -> str:
-        longest = max((len(series.label) for series in chosen), default=0)
+        longest = max((len(series.named(width)) for series in chosen), default=0)
         plot = Plot(width, 14 + LETTER * longest if longest else 8, x, y)
         parts = draw_axes(plot)
         if level:
             height, label = plot.at_y(level[0]), level[1]
-            parts.append(line(LEFT, height, width - plot.right, height, "level"))
-            parts.append(text(LEFT + 6, height - 6, label, "quiet"))
+            end = width - plot.right
+            parts.append(line(LEFT, height, end, height, "level"))
+            parts.append(text(end, height + 16, label, "quiet", "end"))
         parts += [draw_series(plot, series, number) for number, series in enumerate(chosen)]
         if values and width == WIDE:
             for point in chosen[0].points:
@@ -227,7 +238,7 @@ def line_chart(
 
 
 class Bar(NamedTuple):
-    """A share of something, in words at both ends of the line above it."""
+    """A share of something, with words at both ends of the line above it."""
 
     label: str
     share: float  # of the whole width; over 1: drawn as 1, in the colour of a warning
@@ -235,19 +246,36 @@ class Bar(NamedTuple):
     kind: str = "used"
 
 
-def bar_chart(about: str, bars: Sequence[Bar]) -> str:
-    """Bars below each other, each with its own line of text."""
+BAR_ROOM = 42  # of a bar and its words
+ZOOM_ROOM = 26
+
+
+def draw_bar(bar: Bar, top: float, width: int) -> list[str]:
+    kind = bar.kind if bar.share <= 1 else "over"
+    return [
+        text(0, top + 14, bar.label, "label"),
+        text(width, top + 14, bar.note, "tick", "end"),
+        box(0, top + 20, width, 10, "track"),
+        box(0, top + 20, max(width * min(bar.share, 1), 1), 10, kind),
+    ]
+
+
+def bar_chart(about: str, bars: Sequence[Bar], parts: Sequence[Bar] = ()) -> str:
+    """Bars below each other; `parts` are shares of what the last of the bars has filled."""
 
     def draw(width: int) -> str:
-        parts = []
+        drawn = []
         for number, bar in enumerate(bars):
-            top = 42 * number
-            parts.append(text(0, top + 14, bar.label, "label"))
-            parts.append(text(width, top + 14, bar.note, "tick", "end"))
-            parts.append(box(0, top + 20, width, 10, "track"))
-            kind = bar.kind if bar.share <= 1 else "over"
-            parts.append(box(0, top + 20, max(width * min(bar.share, 1), 1), 10, kind))
-        return svg(width, 42 * len(bars) - 8, about, parts)
+            drawn += draw_bar(bar, BAR_ROOM * number, width)
+        top = BAR_ROOM * len(bars)
+        if parts:
+            filled, start = width * min(bars[-1].share, 1), top - 12
+            path = f"M0 {start}H{filled:.1f}L{width} {top + ZOOM_ROOM - 8}H0z"
+            drawn.append(f'<path class="zoom" d="{path}"/>')
+            top += ZOOM_ROOM
+        for number, bar in enumerate(parts):
+            drawn += draw_bar(bar, top + BAR_ROOM * number, width)
+        return svg(width, top + BAR_ROOM * len(parts) - 8, about, drawn)
 
     return for_both(draw)
 

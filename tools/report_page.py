@@ -25,7 +25,7 @@ from train_mdlm import BUDGET_SECONDS, SIZE_LIMIT_BYTES
 
 BITS_STEPS = (0.5, 1, 2, 4, 6, 8, 12)  # between the shades of a token
 ORDER_SHADES = 6
-DEAREST = 10  # tokens that are named
+MOST_EXPENSIVE = 10  # tokens that are named
 
 
 class RunLog(NamedTuple):
@@ -74,7 +74,8 @@ class Measured(NamedTuple):
     shares: list[Share]
     positions: dict[str, list[Position]]  # where the log has none
     passages: list[Passage]
-    orders: int
+    orders: int  # random ones, of which a token has the mean
+    block_size: int  # 0: the model has no blocks
 
 
 class Sample(NamedTuple):
@@ -303,15 +304,20 @@ def curve_section(logs: list[RunLog]) -> str:
     for log in logs:
         curve, name = log.curve, name_of(log)
         points = [Point(x, y) for x, y in zip(curve.seconds, curve.bpb, strict=True)]
-        label, final = name[:14], None
+        label, short, final = name[:14], name[:14], None
         if log.run:
             final = Point(curve.seconds[-1], log.run.val_bpb, log.run.stderr)
             label = f"{name}: {log.run.val_bpb:.3f}"
-        chosen.append(Series(label, points, final))
+            short = f"{log.run.seed}: {log.run.val_bpb:.3f}"
+        chosen.append(Series(label, points, final, short))
         for step, seconds, bpb in zip(curve.steps, curve.seconds, curve.bpb, strict=True):
             rows.append([name, f"{step:,}", f"{seconds:,.1f}", f"{bpb:.4f}"])
         if log.run:
             rows.append([name, "read back from disk", "", plus_minus(final.y, final.error)])
+    data = table(["run", "step", "seconds", "bits per byte"], rows)
+    if all(len(one.points) == 1 for one in chosen):
+        text = "Validated only once, so there is no curve."
+        return section("curves", "Training", paragraph(text), data)
     x = charts.number_axis(
         "training time, s", [point.x for one in chosen for point in one.points], 5, low=0.0
     )
@@ -325,11 +331,10 @@ def curve_section(logs: list[RunLog]) -> str:
     chart = charts.line_chart(f"Validation score over training time, {steps}", x, y, chosen)
     caption = (
         "Validations during training. The diamond is the final score, of the weights read back "
-        "from disk and on more windows, with its standard error."
+        "from disk, on windows of its own and with its standard error."
     )
     if not scores:
         caption = "Validations during training."
-    data = table(["run", "step", "seconds", "bits per byte"], rows)
     return section("curves", "Training", figure(chart, caption, data))
 
 
@@ -410,7 +415,7 @@ def share_section(report: Report) -> str:
     points = [Point(share.masked / of, share.bits, share.stderr) for share in shares]
     mean = statistics.mean(share.bits for share in shares)
     ticks = [(k / 4, f"{25 * k} %") for k in range(5)]
-    unit = "window" if report.runs[0].system == "mdlm" else "block"
+    unit = "block" if measured.block_size else "window"
     x = Axis(f"masked share of the {unit}", 0.0, 1.04, ticks)
     highest = max(point.y + (point.error if point.error > 0 else 0) for point in points)
     y = charts.number_axis("bits of a masked token", [0.0, highest], 6, low=0.0)
@@ -420,7 +425,7 @@ def share_section(report: Report) -> str:
         x,
         y,
         [Series("", points)],
-        level=(mean, f"mean: {mean:.2f} bits per token"),
+        level=(mean, f"mean: {mean:.2f}"),
     )
     caption = (
         f"{measured.windows} windows, each masked at random. Averaged over all shares, a masked "
@@ -453,23 +458,22 @@ def bytes_section(logs: list[RunLog]) -> str:
     rest = run.artifact_bytes - sum(stored.bytes for stored in log.stored)
     parts.append(("header and checksum" if log.stored else "artifact", rest, "", 0))
     free = SIZE_LIMIT_BYTES - run.total_bytes
-    room = f"{free:,} bytes free" if free >= 0 else f"{-free:,} bytes too many"
-    bars = [Bar("all", run.total_bytes / SIZE_LIMIT_BYTES, f"{run.total_bytes:,} used, {room}")]
-    whole, rows = max(size for _, size, *_ in parts), []
+    room = f"{free:,} free" if free >= 0 else f"{-free:,} too many"
+    used = Bar("used", run.total_bytes / SIZE_LIMIT_BYTES, f"{run.total_bytes:,} bytes, {room}")
+    shares, rows = [], []
     for name, size, storage, weights in parts:
+        share = size / run.total_bytes
         bits = f", {8 * size / weights:.2f} bits a weight" if weights else ""
-        bars.append(Bar(name, size / whole, f"{size:,} bytes{bits}", "part"))
-        rows.append([name, f"{size:,}", storage, f"{weights:,}" if weights else ""])
-    rows += [["free", f"{free:,}", "", ""], ["limit", f"{SIZE_LIMIT_BYTES:,}", "", ""]]
-    about = f"{run.total_bytes:,} bytes: " + ", ".join(
-        f"{name} {size:,}" for name, size, *_ in parts
-    )
+        shares.append(Bar(name, share, f"{size:,} bytes{bits}", "part"))
+        each = f"{weights:,}" if weights else ""
+        rows.append([name, f"{size:,}", f"{share:.1%}", storage, each])
+    rows += [["free", f"{free:,}", "", "", ""], ["limit", f"{SIZE_LIMIT_BYTES:,}", "", "", ""]]
+    named = ", ".join(f"{name} {size:,}" for name, size, *_ in parts)
+    about = f"{run.total_bytes:,} bytes of {SIZE_LIMIT_BYTES:,}: {named}"
     seed = f"Seed {run.seed}, the largest" if len(finished) > 1 else "This run"
-    caption = (
-        f"{seed}: above, what is used of the limit; below, its parts, each beside the largest one."
-    )
-    data = table(["part", "bytes", "storage", "weights"], rows)
-    return section("bytes", title, figure(charts.bar_chart(about, bars), caption, data))
+    caption = f"{seed}: above, what is used of the limit; below, the parts of it."
+    data = table(["part", "bytes", "share of used", "storage", "weights"], rows)
+    return section("bytes", title, figure(charts.bar_chart(about, [used], shares), caption, data))
 
 
 # ---- Tokens
@@ -501,9 +505,11 @@ def token_span(token: Token, any_order: bool) -> str:
     return tag("span", escape(lines_shown(token.piece)), f"t b{shade(bits)}", title=note)
 
 
-def passage_view(passages: list[Passage], any_order: bool, orders: int) -> str:
+def passage_view(measured: Measured, any_order: bool) -> str:
     """The text, each token on a background that says how many bits it costs."""
-    name = f"any order, mean of {orders} random orders" if any_order else "left to right"
+    where = f" in each block of {measured.block_size}" if measured.block_size else ""
+    name = f"any order{where}, mean of {measured.orders}" if any_order else "left to right"
+    passages = measured.passages
     tokens = [token for passage in passages for token in passage.tokens]
     mean = statistics.mean(token_bits(token, any_order) for token in tokens)
     texts = [
@@ -537,12 +543,12 @@ def bits_legend() -> str:
     return legend([(f"b{n}", label) for n, label in enumerate(labels)], "Bits of a token")
 
 
-def dearest(tokens: list[Token]) -> str:
-    order = sorted(range(len(tokens)), key=lambda n: -tokens[n].left_to_right)[:DEAREST]
+def most_expensive(tokens: list[Token]) -> str:
+    order = sorted(range(len(tokens)), key=lambda n: -tokens[n].left_to_right)[:MOST_EXPENSIVE]
     named = [f"“{readable(tokens[n].piece)}” {tokens[n].left_to_right:.1f}" for n in order]
     total = sum(token.left_to_right for token in tokens)
     share = sum(tokens[n].left_to_right for n in order) / max(total, 1e-9)
-    text = f"The {len(order)} dearest tokens, left to right, have {share:.0%} of the bits: "
+    text = f"The {len(order)} most expensive tokens, left to right, have {share:.0%} of the bits: "
     return paragraph(text + ", ".join(named) + ".")
 
 
@@ -556,12 +562,9 @@ def token_section(report: Report) -> str:
     windows = ", ".join(f"{passage.window:,}" for passage in measured.passages)
     intro = (
         f"Held-out text that the model has not seen, {len(tokens)} tokens: window {windows} of the "
-        "validation split. The darker a token, the more bits it costs."
+        "validation split. The stronger its colour, the more bits a token costs."
     )
-    views = [
-        passage_view(measured.passages, any_order, measured.orders)
-        for any_order in (False, True)[: 1 + both]
-    ]
+    views = [passage_view(measured, any_order) for any_order in (False, True)[: 1 + both]]
     heads = ["token", "left to right"] + ["any order", "least", "most"] * both
     rows = [
         [readable(token.piece), f"{token.left_to_right:.2f}"]
@@ -578,7 +581,7 @@ def token_section(report: Report) -> str:
         bits_legend(),
         tag("div", "".join(views), "views"),
         note,
-        dearest(tokens),
+        most_expensive(tokens),
         details("Table", table(heads, rows)),
     )
 
