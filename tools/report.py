@@ -10,10 +10,12 @@ log: bits by share masked, the bits of every token of a held-out passage, and th
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -24,10 +26,12 @@ import torch
 from report_page import Measured, Passage, Report, RunLog, Sample, Samples, Share, Token
 from run_log import (
     HEADLINES,
+    Curve,
     LogLines,
     Position,
     Run,
     lives,
+    parse_log,
     parse_logs,
     read_curve,
     read_positions,
@@ -64,22 +68,21 @@ class Choice(NamedTuple):
 # ---- Logs
 
 
+def read_log(path: Path, curve: Curve) -> RunLog:
+    if curve.final is None:
+        return RunLog(curve, None, [], {}, [])
+    last = LogLines(lives(path)[1][-1], path)
+    scores = read_scores(last)
+    by_score = {score.name: read_positions(last, score.name) for score in scores}
+    positions = {name: parts for name, parts in by_score.items() if parts}
+    return RunLog(curve, parse_log(path), scores, positions, read_stored(last))
+
+
 def read_logs(paths: list[Path]) -> list[RunLog]:
     """By seed, runs that have not finished last; InputError as `parse_logs` has it."""
     curves = {path: read_curve(path) for path in paths}
-    finished = [path for path in paths if curves[path].final is not None]
-    runs = {run.run_id: run for run in parse_logs(finished)}
-    found = []
-    for path in paths:
-        if path not in finished:
-            found.append(RunLog(curves[path], None, [], {}, []))
-            continue
-        last = LogLines(lives(path)[1][-1], path)
-        run = runs[last.text(r"^run_id:(\S+)", "start line")]
-        scores = read_scores(last)
-        by_score = {score.name: read_positions(last, score.name) for score in scores}
-        positions = {name: parts for name, parts in by_score.items() if parts}
-        found.append(RunLog(curves[path], run, scores, positions, read_stored(last)))
+    parse_logs([path for path in paths if curves[path].final is not None])
+    found = [read_log(path, curves[path]) for path in paths]
     return sorted(found, key=lambda log: log.run.seed if log.run else math.inf)
 
 
@@ -417,7 +420,7 @@ def open_chosen(logs: list[RunLog], choice: Choice) -> Opened | None:
     except InputError as error:
         if choice.artifact:
             raise
-        print(f"not measured: {error}")
+        print(f"not measured: {common.one_line(str(error))}", file=sys.stderr)
         return None
 
 
@@ -433,15 +436,18 @@ def build(paths: list[Path], choice: Choice, title: str = "") -> Report:
     return Report(title or default_title(logs), logs, measured, ABSENT, samples)
 
 
+def add_samples_option(parser: argparse.ArgumentParser) -> None:
+    text = "what tools/sample.py --json wrote, to be shown; may be repeated"
+    parser.add_argument("--samples", action="append", default=[], type=Path, help=text)
+
+
 @common.run_tool
 def main() -> None:
     parser = common.argument_parser(__doc__)
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG")
     parser.add_argument("--artifact", type=Path, help="a .mdlm; default: the one beside a log")
     parser.add_argument("--logs-only", action="store_true", help="measure nothing")
-    parser.add_argument(
-        "--samples", action="append", default=[], type=Path, metavar="JSON", help="to be shown"
-    )
+    add_samples_option(parser)
     parser.add_argument("--window", type=int, help="first window of the passage; default: middle")
     common.add_seqs_option(parser, default=WINDOWS)
     common.add_data_options(parser)

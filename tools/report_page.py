@@ -523,10 +523,10 @@ def passage_view(measured: Measured, any_order: bool) -> str:
         role="group",
         aria_label=f"Passage, {name}. Arrow keys go from token to token; a table follows.",
     )
-    head = tag("h3", escape(name[0].upper() + name[1:])) + paragraph(
+    top = tag("h3", escape(name[0].upper() + name[1:])) + paragraph(
         f"{mean:.2f} bits per token", "quiet"
     )
-    return tag("div", head + text + tag("p", "", "readout", aria_live="polite"))
+    return tag("div", top + text + tag("p", "", "readout", aria_live="polite"))
 
 
 def legend(shades: Sequence[tuple[str, str]], name: str) -> str:
@@ -667,8 +667,8 @@ def sample_block(number: int, sample: Sample) -> str:
         for call, step in enumerate(sample.steps)
     ]
     data = details("Table", table(["call", "positions", "position:token"], rows))
-    head = tag("h4", escape(" · ".join(facts)))
-    body = head + slider(number, len(sample.steps)) + sample_text(sample)
+    top = tag("h4", escape(" · ".join(facts)))
+    body = top + slider(number, len(sample.steps)) + sample_text(sample)
     return tag("div", body + tag("figure", chart) + data, "sample")
 
 
@@ -772,7 +772,7 @@ def style() -> str:
     return f"{sheet}\n@media (prefers-color-scheme: dark) {{\n:root:not([data-theme]) {dark}\n}}\n"
 
 
-def source_hash(text: str) -> str:
+def digest_of(text: str) -> str:
     return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
 
 
@@ -791,7 +791,7 @@ def figures(logs: Sequence[RunLog]) -> list[dict]:
     found = []
     for log in logs:
         run, curve = log.run, log.curve
-        entry = dict(name=curve.name, steps=curve.steps, seconds=curve.seconds, bpb=curve.bpb)
+        entry = dict(steps=curve.steps, seconds=curve.seconds, bpb=curve.bpb)
         if run:
             names = "seed val_bpb val_loss seqs artifact_bytes code_bytes total_bytes".split()
             entry |= {name: getattr(run, name) for name in names}
@@ -801,11 +801,46 @@ def figures(logs: Sequence[RunLog]) -> list[dict]:
     return found
 
 
+def stated_figures(page: str) -> object:
+    """What a page says of each run; None if it says nothing."""
+    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page)
+    return json.loads(found[1]) if found else None
+
+
+def script() -> str:
+    return (common.TOOLS / "report.js").read_text(encoding="utf-8")
+
+
+def sample_steps(chosen: list[Samples]) -> list:
+    """What the slider needs: of each sample, the positions and pieces of every call."""
+    return [
+        [
+            [[at, None if piece is None else lines_shown(visible(piece))] for at, piece in step]
+            for step in sample.steps
+        ]
+        for samples in chosen
+        for sample in samples.samples
+    ]
+
+
+def head(title: str, sheet: str, program: str) -> str:
+    """Only what has these digests is applied or run, and nothing is fetched."""
+    policy = f"default-src 'none'; style-src {digest_of(sheet)}; script-src {digest_of(program)}"
+    return "\n".join(
+        [
+            '<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f'<meta name="generator" content="{common.MARK}">',
+            f"<title>{escape(title)}</title>",
+            f"<style>{sheet}</style>",
+        ]
+    )
+
+
 def page(report: Report) -> str:
     """The whole file."""
-    sheet = style()
-    script = (common.TOOLS / "report.js").read_text(encoding="utf-8")
-    policy = f"default-src 'none'; style-src {source_hash(sheet)}; script-src {source_hash(script)}"
+    program = script()
     links = "".join(tag("a", escape(label), href=f"#{name}") for name, label in SECTIONS.items())
     sections = [
         claim_section(report),
@@ -817,36 +852,15 @@ def page(report: Report) -> str:
         sample_section(report.samples),
         check_section(report),
     ]
-    steps = [sample.steps for samples in report.samples for sample in samples.samples]
-    steps = [
-        [
-            [[at, None if piece is None else lines_shown(visible(piece))] for at, piece in step]
-            for step in each
-        ]
-        for each in steps
+    body = [
+        tag("header", tag("h1", escape(report.title)) + theme_switch()),
+        tag("nav", links, aria_label="Sections"),
+        tag("main", "\n".join(sections)),
+        tag("footer", paragraph("Made by tools/report.py from the logs of train_mdlm.py.")),
+        embedded("figures", figures(report.logs)),
+        embedded("steps", sample_steps(report.samples)),
+        f"<script>{program}</script>",
     ]
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f'<meta name="generator" content="{common.MARK}">',
-            f"<title>{escape(report.title)}</title>",
-            f"<style>{sheet}</style>",
-            "</head>",
-            "<body>",
-            tag("header", tag("h1", escape(report.title)) + theme_switch()),
-            tag("nav", links, aria_label="Sections"),
-            tag("main", "\n".join(sections)),
-            tag("footer", paragraph("Made by tools/report.py from the logs of train_mdlm.py.")),
-            embedded("figures", figures(report.logs)),
-            embedded("steps", steps),
-            f"<script>{script}</script>",
-            "</body>",
-            "</html>",
-            "",
-        ]
-    )
+    top = tag("head", head(report.title, style(), program))
+    html_page = tag("html", top + "\n" + tag("body", "\n".join(body)), lang="en")
+    return f"<!doctype html>\n{html_page}\n"
