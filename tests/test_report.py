@@ -18,7 +18,7 @@ import report_page
 import torch
 from conftest import ROOT, random_model, run_python, tiny_hp, val_split
 from report_page import Measured, Passage, Report, RunLog, Sample, Samples, Share, Token
-from run_log import read_curve
+from run_log import parse_log, read_curve
 
 import train_mdlm as tm
 
@@ -516,6 +516,13 @@ def test_a_chart_of_one_value_has_an_axis():
 def test_bars_over_the_limit_are_full_and_marked():
     drawn = charts.bar_chart("about", [charts.Bar("a", 1.2, "b")])
     assert 'width="720.0" height="10.0" class="over"' in drawn and "used" not in drawn
+
+
+def test_a_step_that_was_begun_in_time_is_not_over_the_limit():
+    run = parse_log(LOG)
+    for seconds, marked in ((600.9, 0), (601.1, 2)):  # in the wide picture and the narrow one
+        drawn = report_page.budget_bars([run, run._replace(train_seconds=seconds)])
+        assert drawn.count('class="over"') == marked and "601 of 600 s" in drawn
 
 
 # ---- In a browser

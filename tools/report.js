@@ -74,6 +74,10 @@ function stepThrough(controls, steps) {
       token.classList.toggle("new", fresh.has(place) && done < steps.length);
     });
     text.classList.toggle("moving", done < steps.length);
+    sample.classList.toggle("stepping", done < steps.length);
+    for (const cursor of all(".cursor", sample)) {
+      cursor.setAttribute("transform", `translate(0 ${done * cursor.dataset.call})`);
+    }
     slider.value = done;
     told.textContent = `${done} of ${steps.length} calls`;
     slider.setAttribute("aria-valuetext", told.textContent);

@@ -37,6 +37,16 @@ class Series(NamedTuple):
         return self.short if self.short and width == NARROW else self.label
 
 
+def error_of(point: Point) -> float:
+    """0 if it is not known."""
+    return point.error if point.error > 0 else 0.0
+
+
+def reach(points: Sequence[Point]) -> list[float]:
+    """The values of points and the ends of their error bars."""
+    return [point.y + sign * error_of(point) for point in points for sign in (-1, 0, 1)]
+
+
 class Axis(NamedTuple):
     title: str
     low: float
@@ -171,7 +181,7 @@ def marker(x: float, y: float, number: int) -> str:
 
 
 def error_bar(plot: Plot, point: Point) -> str:
-    if not point.error > 0:
+    if not error_of(point):
         return ""
     low, high = plot.at_y(point.y - point.error), plot.at_y(point.y + point.error)
     return line(plot.at_x(point.x), low, plot.at_x(point.x), high, "error")
@@ -229,7 +239,7 @@ def line_chart(
         parts += [draw_series(plot, series, number) for number, series in enumerate(chosen)]
         if values and width == WIDE:
             for point in chosen[0].points:
-                above = plot.at_y(point.y + (point.error if point.error > 0 else 0)) - 8
+                above = plot.at_y(point.y + error_of(point)) - 8
                 parts.append(text(plot.at_x(point.x), above, f"{point.y:.2f}", "tick", "middle"))
         parts += end_labels(plot, [series for series in chosen if series.label])
         return svg(width, HEIGHT, about, parts)
@@ -306,6 +316,8 @@ def order_map(
         across, down = (width - LEFT) / length, height / max(calls, 1)
         parts = [text(0, 14, "model call", "quiet"), box(LEFT, TOP, width - LEFT, height, "track")]
         parts += [cells(spans, across, down, LEFT, kind) for kind, spans in layers]
+        cursor = f'data-call="{down:.3f}" d="M{LEFT - 4} {TOP}H{width}"'  # a script moves it
+        parts.append(f'<path class="cursor" {cursor}/>')
         for call in sorted({1, calls}):
             parts.append(text(LEFT - 8, TOP + down * (call - 0.5) + 4, f"{call}", "tick", "end"))
         floor = TOP + height + 17
