@@ -205,6 +205,10 @@ def test_a_page_needs_nothing_else(run, samples, tool, tmp_path):
     assert all(attributes["role"] == "img" for attributes in page.all("svg"))
     assert len(page.all("svg")) % 2 == 0 and len(page.all("svg")) >= 12
     assert len(page.all("details")) >= 6
+    scripted = [attributes for attributes in page.all("div") if "data-sample" in attributes]
+    for attributes in scripted + page.all("fieldset"):  # not there without a script
+        assert "hidden" in attributes
+    assert len(scripted) == 1
     assert "default-src 'none'" in page.all("meta")[1]["content"]
     assert len(text) < 1_500_000
 
@@ -383,7 +387,7 @@ def test_the_artifact_beside_the_log_is_measured(run, tool, tmp_path):
         r"scored again \(nelbo\) on (\S+) windows it has (\S+) ± .*? says (\S+)", page.words
     )
     assert again[2] == again[3]
-    assert "window 2, 3 of the validation split" in page.words
+    assert "windows 2, 3 of the validation split" in page.words
     assert "Bits of a token" in [attributes.get("aria-label") for attributes in page.all("ul")]
     done = tool(report, run, "--logs-only", "--out", tmp_path / "a.html")
     _, page = page_of(tmp_path / "a.html")
