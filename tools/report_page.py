@@ -555,8 +555,8 @@ def token_section(report: Report) -> str:
     windows = ", ".join(f"{passage.window:,}" for passage in measured.passages)
     plural = "s" if len(measured.passages) > 1 else ""
     intro = (
-        f"Held-out text, {len(tokens)} tokens: window{plural} {windows} of the validation split. The "
-        f"stronger its colour, the more bits a token costs with {measured.artifact}."
+        f"Held-out text, {len(tokens)} tokens: window{plural} {windows} of the validation split. "
+        f"The stronger its colour, the more bits a token costs with {measured.artifact}."
     )
     views = [passage_view(measured, any_order) for any_order in (False, True)[: 1 + both]]
     heads = ["token", "left to right"] + ["any order", "least", "most"] * both
