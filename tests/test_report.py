@@ -232,6 +232,17 @@ def test_text_is_only_text():
     assert json.loads(carried)[0][0] == [[0, HOSTILE]]
 
 
+def test_what_a_causal_model_has():
+    """No shares, and one order."""
+    whole = hostile_report()
+    passage = Passage(1, [Token("a", 1.5, None), Token("b", 2.5, None)])
+    measured = whole.measured._replace(shares=[], passages=[passage])
+    page = Page(report_page.page(whole._replace(measured=measured, samples=[])))
+    for words in ("nothing is masked", "no other order than left to right", "2.00 bits per token"):
+        assert words in page.words
+    assert "Any order" not in page.words and "No samples were given" in page.words
+
+
 def test_colours_are_there_in_both_themes():
     sheet = (common.TOOLS / "report.css").read_text(encoding="utf-8")
     blocks = re.findall(r"^:root.*?\{(.*?)^\}", sheet, re.MULTILINE | re.DOTALL)
