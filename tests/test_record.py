@@ -4,10 +4,13 @@ import hashlib
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import make_record
 import pytest
+import report
+import run_log
 from conftest import ROOT, run_python
 from make_record import commands, notes, over_budget, submission
 from run_log import SEPARATOR, parse_log
@@ -31,14 +34,23 @@ def logs(tiny_env, tmp_path_factory):
 
 
 @pytest.fixture
-def make(tool):
-    """Calls make_record.py on logs."""
+def make(tool, monkeypatch):
+    """Calls make_record.py on logs; its report measures little."""
+    monkeypatch.setattr(report, "ORDERS", 1)
+    monkeypatch.setattr(report, "PASSAGE_TOKENS", 32)
 
     def call(logs, out, *extra):
         typed = ["--name", "tiny", "--author", "A", "--github-id", "a", "--blurb", "A test."]
         return tool(make_record, *logs, *typed, "--out", out / "records", *extra)
 
     return call
+
+
+@pytest.fixture(scope="module")
+def record(logs, tmp_path_factory):
+    """The folder of a record, to be copied."""
+    typed = dict(author="A", github_id="a", name="tiny", blurb="A test.", track="track")
+    return make_record.make(logs, typed, tmp_path_factory.mktemp("made") / "records", [])
 
 
 def body_of(path):
@@ -85,6 +97,7 @@ def test_record_is_made_from_the_logs_and_checks(logs, tmp_path, make, tool, tin
     assert (tmp_path / "submission.json").read_bytes() == own
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
+        "report.html",
         "requirements.txt",
         "submission.json",
         "train_mdlm.py",
@@ -109,7 +122,7 @@ def test_sizes_and_times_of_a_record_are_the_largest_of_its_seeds():
         )
         for number, path in enumerate(sorted(SHIPPED.glob("*.log")))
     ]
-    facts = submission(runs, {}, "")
+    facts = submission(runs, {}, {})
     assert facts["bytes_total"] == 102 and facts["step_stop"] == 9
     assert facts["wallclock_seconds"] == 5.0 and facts["eval_seconds"] == 4.0
     assert facts["val_bpb"] == pytest.approx(sum(run.val_bpb for run in runs) / 3)
@@ -156,15 +169,46 @@ def test_what_is_over_the_limit_of_the_challenge(value, name, limit):
         ("requirements.txt", "torch==", "torch>=", "is not the file that the record was made with"),
         ("train_mdlm.py", r"\Z", "# better\n", "is not what the logs say"),
         ("README.md", "val_bpb ", "val_bpb 0", "is not what the logs say"),
+        ("report.html", "val_bpb ", "val_bpb 0", "is not the file that the record was made with"),
         ("train_seed1.log", "SEED=1", "SEED=3", "train_seed2.log, train_seed3.log"),
     ],
 )
-def test_an_edited_record_is_found_out(
-    logs, tmp_path, make, tool, name, pattern, replacement, message
-):
-    folder = Path(make(logs, tmp_path).stdout.strip())
+def test_an_edited_record_is_found_out(record, tmp_path, tool, name, pattern, replacement, message):
+    folder = shutil.copytree(record, tmp_path / record.name)
     edit(folder / name, (pattern, replacement), count=0 if "SEED" in pattern else 1)
     refused(tool(make_record, "--check", folder), message, str(folder))
+
+
+def test_a_report_belongs_to_its_record(record, tmp_path, tool):
+    """Named by its digest, with the figures of the logs; a folder without one is an earlier one."""
+    folder = shutil.copytree(record, tmp_path / "a")
+    page, facts = folder / "report.html", folder / "submission.json"
+    edit(page, (r'"val_bpb":\d', '"val_bpb":0'))
+    digest = hashlib.sha256(page.read_bytes()).hexdigest()
+    edit(facts, (r'"report_sha256": "\w+"', f'"report_sha256": "{digest}"'))
+    refused(tool(make_record, "--check", folder), "report.html: its figures are not those of the")
+    page.unlink()
+    refused(tool(make_record, "--check", folder), "report.html: is not the file that the record")
+    edit(facts, (r',\n  "report_sha256": "\w+"', ""))
+    edit(folder / "README.md", (r"\n\[report.html\].*\n", ""))
+    done = tool(make_record, "--check", folder)
+    assert done.returncode == 0, done.stderr
+    page.write_bytes((record / "report.html").read_bytes())
+    refused(tool(make_record, "--check", folder), "report.html: submission.json says nothing of it")
+
+
+def test_samples_are_shown_in_the_report_of_a_record(logs, tmp_path, make):
+    samples = tmp_path / "samples.json"
+    samples.write_text("{}")
+    refused(make(logs, tmp_path, "--samples", samples), "samples.json: its version is None, not 1")
+    assert not (tmp_path / "records").exists()
+    sample = dict(seed=5, prompt_or_template=[False], tokens=[7], pieces=["<b>"], text="<b>")
+    sample |= dict(calls=1, seconds=0.5, bits=None, steps=[dict(positions=[0], tokens=[7])])
+    value = dict(version=1, artifact="a.mdlm", preset="demo", sampler="entropy", settings={})
+    samples.write_text(json.dumps(value | dict(length=1, mask_id=384, samples=[sample])))
+    done = make(logs, tmp_path, "--samples", samples)
+    text = (Path(done.stdout.strip()) / "report.html").read_text(encoding="utf-8")
+    assert "entropy, a.mdlm" in text and "&lt;b&gt;" in text and "<b>" not in text
 
 
 def test_unusable_logs_are_refused(logs, tmp_path, make):
@@ -556,7 +600,7 @@ def test_the_last_line_on_skipped_steps_has_their_number(tmp_path):
 def test_one_window_makes_no_record(logs, tmp_path, make, monkeypatch):
     """Its standard error is not a number, which JSON does not have."""
     one = parse_log(logs[0])._replace(stderr=float("nan"), seqs=1)
-    monkeypatch.setattr(make_record, "parse_log", lambda path: one)
+    monkeypatch.setattr(run_log, "parse_log", lambda path: one)
     refused(make([logs[0]], tmp_path), "scored on 1 window", "FINAL_EVAL_MAX_SEQS")
     assert not (tmp_path / "records").exists()
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import make_record
 import numpy as np
-import plot_log
 import prepare_text
 import pytest
+import run_log
 import torch
 from conftest import torchrun
 
@@ -190,7 +190,7 @@ def check_records_and_plots(undisturbed, interrupted):
     assert one.lives == 1 and several.lives > 1
     for fact in "val_bpb val_loss artifact_bytes step_stop source others seqs bytes".split():
         assert getattr(one, fact) == getattr(several, fact)
-    one, several = plot_log.read_curve(undisturbed), plot_log.read_curve(interrupted)
+    one, several = run_log.read_curve(undisturbed), run_log.read_curve(interrupted)
     assert one.bpb == several.bpb and len(one.bpb) == 3 and one.final == several.final
     assert several.seconds == sorted(several.seconds)
 

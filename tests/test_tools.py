@@ -15,10 +15,10 @@ import common
 import compare
 import make_record
 import pictures
-import plot_log
 import published
 import pytest
 import quant_table
+import report
 import torch
 from conftest import ROOT, clean_env
 
@@ -112,7 +112,9 @@ def test_ctrl_c_while_packages_are_imported_is_one_line(path, tmp_path):
     assert done.stderr == f"{path.name}: error: stopped by Ctrl-C\n"
 
 
-@pytest.mark.parametrize("module", [bench, codec, compare, make_record, pictures, published])
+@pytest.mark.parametrize(
+    "module", [bench, codec, compare, make_record, pictures, published, report]
+)
 def test_wrong_arguments_are_one_line(module, tool):
     done = tool(module, "--no-such\noption")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
@@ -219,7 +221,7 @@ def test_only_pictures_of_the_tools_are_replaced(suffix, tmp_path):
 @pytest.mark.parametrize(
     "module, arguments",
     [
-        (plot_log, [LOG]),
+        (report, [LOG]),
         (compare, ["a.mdlm", "b.mdlm"]),
         (quant_table, ["a.mdlm"]),
     ],
@@ -259,39 +261,7 @@ def test_tables_of_quant_table_are_recognized(tmp_path):
     assert all(map(quant_table.made_table, (ROOT / "records/quant_tables").glob("*.json")))
 
 
-# ---- plot_log.py
-
-
-def test_curves_are_those_of_the_log(tmp_path, tool):
-    curve = plot_log.read_curve(LOG)
-    assert curve.name == "train_seed42" and curve.storage == "int7+int8+huffman+lzma"
-    assert curve.final == 2.36860086 and len(curve.bpb) == len(curve.seconds) == 7
-    assert (curve.seconds[0], curve.bpb[0]) == (22.416, 2.9764)
-    assert curve.seconds[-1] == 145.862
-    done = tool(plot_log, LOG, "--out", tmp_path / "a.svg")
-    assert done.returncode == 0 and done.stdout == f"{tmp_path / 'a.svg'}\n"
-    assert "read back from disk: 2.369" in (tmp_path / "a.svg").read_text(encoding="utf-8")
-
-
-def test_a_curve_forgets_what_was_done_again(tmp_path):
-    """A validation after the checkpoint from which the run went on did not lead to its end."""
-    text = LOG.read_text(encoding="utf-8")
-    at = text.index("step:1000/1300 train_loss", text.index("\nrun_id:"))
-    again = text[text.index("\nrun_id:") + 1 : text.index("step:1/1300 ")]
-    resumed = "resumed:logs/my runs/a.ckpt step:600/1300 train_time:70215ms best_val_bpb:2.7\n"
-    path = tmp_path / "again.txt"
-    path.write_text(text[:at] + again + resumed + text[at:], encoding="utf-8")
-    whole, curve = plot_log.read_curve(LOG), plot_log.read_curve(path)
-    kept = [bpb for bpb in whole.bpb if bpb != whole.bpb[3]]  # that of step 800
-    assert curve.bpb == kept and curve.final == whole.final
-
-
-def test_a_log_without_validation_is_one_line(tmp_path, tool):
-    source, end, _ = LOG.read_text(encoding="utf-8").partition("\nrun_id:")
-    path = tmp_path / "begun.txt"
-    path.write_text(f"{source}{end}begun started:now\n", encoding="utf-8")
-    done = tool(plot_log, path, "--out", tmp_path / "a.png")
-    assert done.returncode == 2 and "begun.txt: no validation in this log" in done.stderr
+# ---- All tools
 
 
 def test_labels_are_shown_as_they_are():
@@ -302,6 +272,8 @@ def test_every_program_here_is_run_by_run_tool():
     assert {path.stem for path in PROGRAMS} == {path.stem for path in TOOLS} - {
         "run_log",
         "decoding",
+        "report_page",
+        "report_charts",
     }
     for path in PROGRAMS:
         text = path.read_text(encoding="utf-8")

@@ -4,41 +4,41 @@
         --author "A. Name" --github-id name --blurb "what was done"
     python tools/make_record.py --check records/track_non_record_16mb/2026-01-31_MDLM_demo
 
-Writes <out>/<track>/<date>_<name>/ with README.md, submission.json, the logs, the script as it ran
-and requirements.txt, and the same submission.json beside <out>, at the root of the project. Every
-number is read from the logs.
+Writes <out>/<track>/<date>_<name>/ with README.md, submission.json, report.html, the logs, the
+script as it ran and requirements.txt, and the same submission.json beside <out>, at the root of the
+project. Every number is read from the logs; report.html is what tools/report.py makes of them, and
+of the artifact beside a log and of --samples, if there are any.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import re
 import shlex
 import statistics
 from pathlib import Path
 
 import common
+import report
+import report_page
 from run_log import (
     BIASED,
-    OWN_SETTINGS,
     SEPARATOR,  # noqa: F401 (for those who read logs through this file)
     Run,
     lives,  # noqa: F401
+    over_budget,
     parse_log,
+    parse_logs,
 )
 
 import train_mdlm as tm
-from train_mdlm import BUDGET_SECONDS, SIZE_LIMIT_BYTES, InputError
+from train_mdlm import SIZE_LIMIT_BYTES, InputError
 
 # All else in submission.json comes from the logs and from requirements.txt.
 TYPED = ("author", "github_id", "name", "blurb", "track")
-# What has to be the same for all seeds
-ONE_SYSTEM = """
-    source dataset tokenizer_sha256 val_tokens val_bytes hardware torch preset world_size params
-    estimator seqs tokens bytes
-""".split()
+# Fields of submission.json with the SHA-256 of files that do not follow from the logs
+DIGESTS = {"requirements.txt": "requirements_sha256", "report.html": "report_sha256"}
 # Of the requirements.txt that the records have whose submission.json does not name it
 EARLIER_REQUIREMENTS = "2e7b9d82a76672ac9745545231846afa0f5ef9553fc5e6a4cba43b1067ca15e7"
 
@@ -47,47 +47,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def parse_logs(paths: list[Path]) -> list[Run]:
-    """The runs, by seed; InputError unless they are those of one system with different seeds."""
-    runs = sorted((parse_log(path) for path in paths), key=lambda run: run.seed)
-    for name in ONE_SYSTEM:
-        if len({getattr(run, name) for run in runs}) > 1:
-            raise InputError(f"the logs differ in {name}: one record is one system")
-    settings = [run.settings for run in runs]
-    for name in sorted(set().union(*settings) - OWN_SETTINGS):
-        values = list(dict.fromkeys(each.get(name) for each in settings))
-        if len(values) > 1:
-            raise InputError(f"the logs differ in {name} ({values}): one record is one system")
-    if len({run.seed for run in runs}) < len(runs):
-        raise InputError("two of the logs have the same seed")
-    for run in runs:
-        if not math.isfinite(run.stderr):
-            remedy = "score more windows (FINAL_EVAL_MAX_SEQS)"
-            raise InputError(
-                f"run_id:{run.run_id} was scored on {run.seqs} window, so its score has no "
-                f"standard error: {remedy}"
-            )
-    return runs
-
-
 # ---- What follows from them
-
-
-def over_budget(runs: list[Run]) -> list[str]:
-    """What the challenge's rules would not allow, a sentence each."""
-    total_bytes = max(run.total_bytes for run in runs)
-    train_seconds = max(run.train_seconds for run in runs)
-    eval_seconds = max(run.eval_seconds for run in runs)
-    budgets = (
-        ("code + artifact", total_bytes, SIZE_LIMIT_BYTES, "bytes"),
-        ("training", train_seconds, BUDGET_SECONDS + 1, "s"),
-        ("evaluation", eval_seconds, BUDGET_SECONDS, "s"),
-    )
-    return [
-        f"{name} is {value:,.0f} {unit}, more than the {limit:,.0f} allowed"
-        for name, value, limit, unit in budgets
-        if value > limit
-    ]
 
 
 def seed_result(run: Run) -> dict:
@@ -108,9 +68,9 @@ def seed_result(run: Run) -> dict:
     return result
 
 
-def submission(runs: list[Run], typed: dict[str, str], requirements: str) -> dict:
-    """submission.json: the challenge's fields, and digests; `requirements` is that of the file, or
-    empty in an earlier record.
+def submission(runs: list[Run], typed: dict[str, str], files: dict[str, str]) -> dict:
+    """submission.json: the challenge's fields, and digests; `files` are those of the files that do
+    not follow from the logs, by field, without those that an earlier record lacks.
 
     Sizes and times are the largest of the seeds, scores their mean.
     """
@@ -120,8 +80,7 @@ def submission(runs: list[Run], typed: dict[str, str], requirements: str) -> dic
     if first.tokenizer_sha256:
         digests["tokenizer_sha256"] = first.tokenizer_sha256
         digests |= dict(val_tokens=first.val_tokens, val_bytes=first.val_bytes)
-    if requirements:
-        digests["requirements_sha256"] = requirements
+    digests |= files
     return typed | dict(
         date=max(run.date for run in runs),
         dataset=first.dataset,
@@ -218,13 +177,15 @@ def readme(runs: list[Run], facts: dict) -> str:
             f"| {run.step_stop} | {run.train_seconds:.0f} s | {run.eval_seconds:.0f} s "
             f"| {run.artifact_bytes:,} |"
         )
+    if "report_sha256" in facts:
+        lines += ["", "[report.html](report.html), opened in a browser, shows the runs."]
     lines += ["", notes(runs), "", "```bash", *commands(runs), "```", ""]
     return "\n".join(lines)
 
 
-def contents(runs: list[Run], typed: dict[str, str], requirements: str) -> dict[str, str]:
+def contents(runs: list[Run], typed: dict[str, str], files: dict[str, str]) -> dict[str, str]:
     """File name → text of everything in the folder that follows from the logs."""
-    facts = submission(runs, typed, requirements)
+    facts = submission(runs, typed, files)
     return {
         "submission.json": common.to_json(facts, indent=2) + "\n",
         "README.md": readme(runs, facts),
@@ -275,12 +236,10 @@ def write_folder(folder: Path, files: dict[str, str]) -> None:
         raise
 
 
-def make(logs: list[Path], typed: dict[str, str], out: Path) -> Path:
+def make(logs: list[Path], typed: dict[str, str], out: Path, samples: list[Path]) -> Path:
     """Writes the folder of a record; its place."""
     check_typed(typed)
     runs = parse_logs(logs)
-    requirements = (common.ROOT / "requirements.txt").read_text(encoding="utf-8")
-    files = contents(runs, typed, sha256(requirements.encode()))
     date = max(run.date for run in runs)
     folder = out / typed["track"] / f"{date}_{typed['name']}"
     if folder.exists():
@@ -288,9 +247,15 @@ def make(logs: list[Path], typed: dict[str, str], out: Path) -> Path:
     common.check_output(folder / "submission.json", lambda path: False)
     beside = out.parent / "submission.json"
     common.check_output(beside, made_submission)
+    shown = report.build(logs, report.Choice(samples=tuple(samples)), typed["name"])
+    kept = {
+        "requirements.txt": (common.ROOT / "requirements.txt").read_text(encoding="utf-8"),
+        "report.html": report_page.page(shown),
+    }
+    digests = {DIGESTS[name]: sha256(text.encode()) for name, text in kept.items()}
+    files = contents(runs, typed, digests) | kept
     for path in logs:
         files[log_name(parse_log(path))] = path.read_text(encoding="utf-8")
-    files["requirements.txt"] = requirements
     write_folder(folder, files)
     tm.write_file(beside, files["submission.json"].encode())
     return folder
@@ -307,6 +272,26 @@ def shown(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
+def check_digests(folder: Path, stated: dict) -> dict[str, str]:
+    """Those that submission.json has of DIGESTS; InputError if a file has another one."""
+    digests = {field: stated[field] for field in DIGESTS.values() if field in stated}
+    named = {"requirements_sha256": EARLIER_REQUIREMENTS} | digests
+    for name, field in DIGESTS.items():
+        path = folder / name
+        if field not in named and path.exists():
+            raise InputError(f"{path}: submission.json says nothing of it")
+        if field in named and (not path.is_file() or sha256(path.read_bytes()) != named[field]):
+            raise InputError(f"{path}: is not the file that the record was made with")
+    return digests
+
+
+def check_report(path: Path, logs: list[Path]) -> None:
+    """InputError if the page states other figures than the logs."""
+    stated = report_page.stated_figures(path.read_text(encoding="utf-8"))
+    if stated != report_page.figures(report.read_logs(logs)):
+        raise InputError(f"{path}: its figures are not those of the logs")
+
+
 def check(folder: Path) -> None:
     """InputError unless everything in the folder follows from its logs."""
     logs = sorted(folder.glob("train_seed*.log"))
@@ -321,19 +306,17 @@ def check(folder: Path) -> None:
     names = sorted(map(log_name, runs))
     if names != [log.name for log in logs]:
         raise InputError(f"{folder}: its logs are those of {', '.join(names)}")
-    requirements = folder / "requirements.txt"
-    named = stated.get("requirements_sha256", EARLIER_REQUIREMENTS)
-    if sha256(requirements.read_bytes()) != named:
-        raise InputError(f"{requirements}: is not the file that the record was made with")
+    digests = check_digests(folder, stated)
+    if "report_sha256" in digests:
+        check_report(folder / "report.html", logs)
     typed = {name: stated[name] for name in TYPED}
     check_typed(typed)
-    digest = named if "requirements_sha256" in stated else ""
-    derived = submission(runs, typed, digest)
+    derived = submission(runs, typed, digests)
     for name in derived.keys() | stated.keys():
         if stated.get(name) != derived.get(name):
             said = f"the logs say {shown(derived.get(name))}"
             raise InputError(f"{path}: {name} is {shown(stated.get(name))}, {said}")
-    for name, text in contents(runs, typed, digest).items():
+    for name, text in contents(runs, typed, digests).items():
         path = folder / name
         if not path.is_file() or path.read_bytes() != text.encode():
             raise InputError(f"{path}: is not what the logs say it was")
@@ -349,6 +332,7 @@ def main() -> None:
     parser.add_argument("--author", default="")
     parser.add_argument("--github-id", default="")
     parser.add_argument("--blurb", default="", help="a sentence or two on what was done")
+    report.add_samples_option(parser)
     parser.add_argument("--track", default="track_non_record_16mb")
     parser.add_argument("--out", type=Path, default=common.ROOT / "records")
     arguments = parser.parse_args()
@@ -361,7 +345,7 @@ def main() -> None:
     if not arguments.logs or not arguments.name:
         raise InputError("give logs and --name, or --check FOLDER")
     typed = {name: getattr(arguments, name) for name in TYPED}
-    folder = make(arguments.logs, typed, arguments.out)
+    folder = make(arguments.logs, typed, arguments.out, arguments.samples)
     check(folder)
     print(folder)
 

@@ -46,6 +46,11 @@ def settings_of(*groups: str) -> set[str]:
     return {spec.name.upper() for spec in specs if spec.metadata["group"] in groups}
 
 
+# What has to be the same for all seeds
+ONE_SYSTEM = """
+    source dataset tokenizer_sha256 val_tokens val_bytes hardware torch preset world_size params
+    estimator seqs tokens bytes
+""".split()
 # What may differ between runs of one system, and what between lives of a run
 OWN_SETTINGS = {"SEED", "RUN_ID"} | settings_of("data", "execution")
 RESULT_SETTINGS = settings_of(*tm.RESULT_GROUPS)
@@ -260,6 +265,49 @@ def read_dataset(life: LogLines) -> tuple[str, ...]:
     return life.find_only(pattern, "dataset line")
 
 
+class Stored(NamedTuple):
+    """A line on how a kind of parameter is stored."""
+
+    kind: str
+    storage: str
+    weights: int
+    bytes: int
+    bits: Printed  # of a weight
+    packed_bytes: dict[str, int]  # with each packer that was tried
+
+
+def read_stored(life: LogLines) -> list[Stored]:
+    """By kind of parameter; nothing in older logs."""
+    pattern = (
+        rf"^kind:(\w+) storage:(\S+) weights:({WHOLE}) bytes:({WHOLE}) bits_per_weight:({REAL}) "
+        rf"entropy:{REAL}((?: \w+:{WHOLE})+)$"
+    )
+    found = []
+    for kind, storage, weights, size, bits, packers in life.find_all(pattern):
+        sizes = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", packers)}
+        found.append(Stored(kind, storage, int(weights), int(size), Printed.of(bits), sizes))
+    return found
+
+
+class Position(NamedTuple):
+    """A score in a range of positions of the window, for example 4-7."""
+
+    positions: str
+    bpb: float
+    stderr: float
+
+
+def read_positions(life: LogLines, score: str) -> list[Position]:
+    """Of one score, from left to right; nothing for a score without positions."""
+    line = rf"prefix:(\S+) bpb:({REAL}) stderr:({REAL}|nan)\n"
+    lines = life.find_all(rf"^score:{score} .*\n((?:prefix:.*\n)+)")
+    return [
+        Position(positions, float(bpb), float(stderr))
+        for (text,) in lines
+        for positions, bpb, stderr in re.findall(line, text)
+    ]
+
+
 class Point(NamedTuple):
     """How far a run was at a line of its log."""
 
@@ -341,6 +389,84 @@ def parse_log(path: Path) -> Run:
     for fault in faults(run, all_lives, scores):
         raise InputError(f"{path}: {fault}")
     return run
+
+
+def parse_logs(paths: list[Path]) -> list[Run]:
+    """The runs, by seed; InputError unless they are those of one system with different seeds."""
+    runs = sorted((parse_log(path) for path in paths), key=lambda run: run.seed)
+    for name in ONE_SYSTEM:
+        if len({getattr(run, name) for run in runs}) > 1:
+            raise InputError(f"the logs differ in {name}: one record is one system")
+    settings = [run.settings for run in runs]
+    for name in sorted(set().union(*settings) - OWN_SETTINGS):
+        values = list(dict.fromkeys(each.get(name) for each in settings))
+        if len(values) > 1:
+            raise InputError(f"the logs differ in {name} ({values}): one record is one system")
+    if len({run.seed for run in runs}) < len(runs):
+        raise InputError("two of the logs have the same seed")
+    for run in runs:
+        if not math.isfinite(run.stderr):
+            remedy = "score more windows (FINAL_EVAL_MAX_SEQS)"
+            raise InputError(
+                f"run_id:{run.run_id} was scored on {run.seqs} window, so its score has no "
+                f"standard error: {remedy}"
+            )
+    return runs
+
+
+def over_budget(runs: list[Run]) -> list[str]:
+    """What the challenge's rules would not allow, a sentence each."""
+    total_bytes = max(run.total_bytes for run in runs)
+    train_seconds = max(run.train_seconds for run in runs)
+    eval_seconds = max(run.eval_seconds for run in runs)
+    budgets = (
+        ("code + artifact", total_bytes, SIZE_LIMIT_BYTES, "bytes"),
+        ("training", train_seconds, BUDGET_SECONDS + 1, "s"),
+        ("evaluation", eval_seconds, BUDGET_SECONDS, "s"),
+    )
+    return [
+        f"{name} is {value:,.0f} {unit}, more than the {limit:,.0f} allowed"
+        for name, value, limit, unit in budgets
+        if value > limit
+    ]
+
+
+class Curve(NamedTuple):
+    """What a log says about the course of its run."""
+
+    path: Path
+    planned: int  # steps
+    steps: list[int]  # of every validation
+    seconds: list[float]  # of training until then
+    bpb: list[float]
+    final: float | None  # bits per byte read back from disk; None if the run did not get there
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+
+def read_curve(path: Path) -> Curve:
+    """Of a log, also of a run that has not finished; InputError if nothing was validated."""
+    points: dict[int, tuple[int, float, float]] = {}  # steps planned, seconds and bpb by step
+    body = ""
+    for body in lives(path)[1]:
+        resumed = re.search(rf"^resumed:.+ step:({WHOLE})/", body, re.MULTILINE)
+        last_kept = int(resumed[1]) if resumed else -1
+        points = {step: point for step, point in points.items() if step <= last_kept}
+        pattern = (
+            rf"^step:({WHOLE})/({WHOLE}) val_loss:\S+ val_bpb:({REAL}) .*train_time:({WHOLE})ms"
+        )
+        for step, planned, bpb, ms in re.findall(pattern, body, re.MULTILINE):
+            points[int(step)] = (int(planned), int(ms) / 1000, float(bpb))
+    if not points:
+        raise InputError(f"{path}: no validation in this log")
+    planned, seconds, bpb = map(list, zip(*points.values(), strict=True))
+    final = re.search(
+        rf"^final_\S+_roundtrip_exact val_loss:\S+ val_bpb:({REAL})$", body, re.MULTILINE
+    )
+    exact = float(final[1]) if final else None
+    return Curve(path, planned[-1], [*points], seconds, bpb, exact)
 
 
 # ---- Whether the figures agree. A fault is a sentence on two figures that do not.
@@ -485,20 +611,17 @@ def faults_of_sizes(run: Run, last: LogLines) -> Iterator[str]:
         yield f"the artifact is called {run.storage}, {label} and {final}"
     if not writes(run, 'f"kind:{'):
         return
-    kinds = last.find_all(
-        rf"^kind:\w+ storage:\S+ weights:({WHOLE}) bytes:({WHOLE}) bits_per_weight:({REAL}) "
-        rf"entropy:{REAL}((?: \w+:{WHOLE})+)$"
-    )
-    if sum(int(weights) for weights, *_ in kinds) != run.params:
+    kinds = read_stored(last)
+    if sum(stored.weights for stored in kinds) != run.params:
         yield f"the kinds of parameters do not have model_params:{run.params} weights together"
         return
-    for weights, size, bits, packers in kinds:
-        if not Printed.of(bits).agrees(8 * int(size) / max(int(weights), 1)):
-            yield f"bytes:{size} of weights:{weights} are not bits_per_weight:{bits}"
-        if f":{size} " not in f"{packers} ":
+    for _, _, weights, size, bits, packed_bytes in kinds:
+        if not bits.agrees(8 * size / max(weights, 1)):
+            yield f"bytes:{size} of weights:{weights} are not bits_per_weight:{bits.value:.3f}"
+        if size not in packed_bytes.values():
             yield f"bytes:{size} of a kind of parameters is the size with none of its packers"
     least, most = HEADER_BYTES
-    header = run.artifact_bytes - sum(int(size) for _, size, *_ in kinds)
+    header = run.artifact_bytes - sum(stored.bytes for stored in kinds)
     bits = last.text(rf"^Serialized model .* \(({REAL}) bits per weight\)$", "artifact size")
     whole = 8 * run.artifact_bytes / max(run.params, 1)
     if not least <= header <= most or not Printed.of(bits).agrees(whole):
@@ -614,10 +737,7 @@ def faults_of_evaluation(run: Run, last: LogLines, scores: list[ScoreLine]) -> I
     if len(set(names)) < len(names):
         yield "two lines are on the same score"
     for score in scores:
-        prefixes = last.find_all(
-            rf"^score:{score.name} .*\n((?:prefix:\S+ bpb:{REAL} stderr:(?:{REAL}|nan)\n)+)"
-        )
-        bpbs = [float(bpb) for (lines,) in prefixes for bpb in re.findall(r"bpb:(\S+)", lines)]
+        bpbs = [part.bpb for part in read_positions(last, score.name)]
         whole = float(score.bpb) - float(score.boundary_bpb or 0)
         if bpbs and not min(bpbs) - 2e-4 <= whole <= max(bpbs) + 2e-4:
             yield f"score:{score.name} has bpb:{score.bpb}, but that of no position is as far off"

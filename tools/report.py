@@ -1,0 +1,474 @@
+"""Writes a page that shows a run: one HTML file for any browser, which needs no network.
+
+    python tools/report.py logs/a.txt logs/b.txt [--samples samples.json] [--out report.html]
+
+The logs are those of one system with several seeds; of a run that has not finished, only the
+curve is shown. What needs the model is measured with the artifact, by default the .mdlm beside a
+log: bits by share masked, the bits of every token of a held-out passage, and the score again.
+--samples takes what tools/sample.py --json writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import common
+import report_page
+import torch
+from report_page import Measured, Passage, Report, RunLog, Sample, Samples, Share, Token
+from run_log import (
+    HEADLINES,
+    Curve,
+    LogLines,
+    Position,
+    Run,
+    lives,
+    parse_log,
+    parse_logs,
+    read_curve,
+    read_positions,
+    read_scores,
+    read_stored,
+    whole_setting,
+)
+
+import train_mdlm as tm
+from train_mdlm import InputError
+
+WINDOWS = 128  # that are scored again
+SHARES = 12  # of a window that are masked
+PASSAGE_TOKENS = 256
+PASS_TOKENS = 1 << 16  # of one call of the model
+ORDERS = 16  # random ones, for every token of the passage
+SAMPLE_VERSION = 1
+ABSENT = "Not measured: this page was made without the artifact of the run, or without its text."
+MOST_TOKENS = 1 << 16  # of a sample, and of the calls that made it
+
+
+class Choice(NamedTuple):
+    """What a report is made from, beside logs."""
+
+    artifact: Path | None = None  # None: the one beside a log
+    model: bool = True  # whether anything is measured
+    data: str | None = None
+    tokenizer: str | None = None
+    seqs: int = WINDOWS
+    window: int | None = None  # None: in the middle of the split
+    samples: tuple[Path, ...] = ()
+
+
+# ---- Logs
+
+
+def read_log(path: Path, curve: Curve) -> RunLog:
+    if curve.final is None:
+        return RunLog(curve, None, [], {}, [])
+    last = LogLines(lives(path)[1][-1], path)
+    scores = read_scores(last)
+    by_score = {score.name: read_positions(last, score.name) for score in scores}
+    positions = {name: parts for name, parts in by_score.items() if parts}
+    return RunLog(curve, parse_log(path), scores, positions, read_stored(last))
+
+
+def read_logs(paths: list[Path]) -> list[RunLog]:
+    """By seed, runs that have not finished last; InputError as `parse_logs` has it."""
+    curves = {path: read_curve(path) for path in paths}
+    parse_logs([path for path in paths if curves[path].final is not None])
+    found = [read_log(path, curves[path]) for path in paths]
+    return sorted(found, key=lambda log: log.run.seed if log.run else math.inf)
+
+
+def default_title(logs: list[RunLog]) -> str:
+    runs = [log.run for log in logs if log.run]
+    if len(logs) == 1:
+        return logs[0].curve.name
+    return f"{runs[0].preset}, {len(logs)} runs" if runs else f"{len(logs)} runs"
+
+
+# ---- Measurements
+
+
+def window_tokens(val: tm.Split, hp: tm.Hyperparameters, seqs: int) -> torch.Tensor:
+    """(n, 1 + L) evenly spaced windows of the split, the token before each first."""
+    length = hp.train_seq_len
+    numbers = tm.evenly_spaced(val.stream.count_windows(length), seqs)
+    return val.stream.windows(numbers, length).to(val.luts.base_bytes.device)
+
+
+def masked_counts(length: int) -> list[int]:
+    """How many of so many tokens are masked, evenly spread from few to all but few."""
+    if length <= SHARES:
+        return list(range(1, length + 1))
+    return [math.ceil(length * (n + 0.5) / SHARES) for n in range(SHARES)]
+
+
+def masks_of(model: tm.Model, window: torch.Tensor, masked: int, seed: int) -> torch.Tensor:
+    """(B, L) bool: so many random tokens of every window, or of its blocks, but no anchors."""
+    allowed = tm.maskable(model.hp, window[:, 1:])
+    length = model.block_size or allowed.shape[1]
+    shape = (allowed.numel() // length, length)
+    keys = torch.rand(shape, generator=tm.seeded("cpu", seed, "shares", masked))
+    keys = torch.where(allowed.cpu().view(shape), keys, 2)
+    return (tm.ranks(keys) < masked).view(allowed.shape).to(allowed.device) & allowed
+
+
+def measure_shares(model: tm.Model, windows: torch.Tensor, seed: int) -> Iterator[Share]:
+    """Bits of masked tokens, by how many are masked; windows are clusters of the errors."""
+    length = model.block_size or windows.shape[1] - 1
+    rows = max(PASS_TOKENS // windows.shape[1], 1)
+    for masked in masked_counts(length):
+        mask = masks_of(model, windows, masked, seed)
+        nats = [
+            tm.masked_nll(model, *parts).double().sum(1).cpu()
+            for parts in zip(windows.split(rows), mask.split(rows), strict=True)
+        ]
+        bits = torch.cat(nats) / math.log(2)
+        mean, stderr = tm.bits_per_byte(bits, mask.sum(1).double().cpu())
+        yield Share(masked, length, mean, stderr)
+
+
+def piece_of(sp, token: int) -> str:
+    """A token as it reads; between angle brackets if it is no text by itself."""
+    if not 0 <= token < sp.vocab_size():
+        return f"⟨{token}⟩"
+    piece = sp.id_to_piece(token)
+    if sp.is_byte(token):
+        value = int(piece[1:-1], 16)
+        return chr(value) if value < 128 else f"⟨{value:02X}⟩"
+    if sp.is_control(token) or sp.is_unknown(token):
+        return f"⟨{piece.strip('<>')}⟩"
+    return piece.replace("\u2581", " ")
+
+
+def passage_windows(val: tm.Split, hp: tm.Hyperparameters, first: int | None) -> list[int]:
+    """Numbers of neighbouring windows, from `first` or the middle of the split."""
+    total = val.stream.count_windows(hp.train_seq_len)
+    wanted = min(max(PASSAGE_TOKENS // hp.train_seq_len, 1), total)
+    begin = total // 2 if first is None else first
+    if not 0 <= begin < total:
+        raise InputError(f"--window {begin}: the split has windows 0 to {total - 1}")
+    begin = min(begin, total - wanted)
+    return list(range(begin, begin + wanted))
+
+
+def passage_length(hp: tm.Hyperparameters) -> int:
+    """Tokens that are shown of a window: whole blocks."""
+    length = min(hp.train_seq_len, PASSAGE_TOKENS)
+    return max(length // (hp.block_size or 1), 1) * (hp.block_size or 1)
+
+
+def measure_passages(
+    model: tm.Model, val: tm.Split, sp, numbers: list[int], progress: common.Progress
+) -> list[Passage]:
+    """Bits of every token, left to right and over random orders; each passage is a window of its
+    own, so its first token is predicted from nothing, or from the token before it."""
+    hp = model.hp
+    device = val.luts.base_bytes.device
+    window = val.stream.windows(numbers, hp.train_seq_len)[:, : 1 + passage_length(hp)].to(device)
+    x0, before = window[:, 1:], window[:, 0]
+
+    def bits(**order) -> torch.Tensor:
+        return (tm.chain_rule(model, x0, before=before, **order).double() / math.log(2)).cpu()
+
+    left_to_right = bits()
+    orders = []
+    for seed in range(0 if hp.causal else ORDERS):
+        progress(seed / ORDERS)
+        orders.append(bits(order="random", seed=seed))
+    progress(1)
+    spread = None
+    if orders:
+        stacked = torch.stack(orders)
+        spread = torch.stack([stacked.mean(0), stacked.amin(0), stacked.amax(0)], dim=-1)
+    passages = []
+    for row, number in enumerate(numbers):
+        tokens = [
+            Token(
+                piece_of(sp, int(token)),
+                left_to_right[row, place].item(),
+                tuple(spread[row, place].tolist()) if orders else None,
+            )
+            for place, token in enumerate(x0[row].tolist())
+        ]
+        passages.append(Passage(number, tokens))
+    return passages
+
+
+def check_belongs(artifact: Path, hp: tm.Hyperparameters, run: Run) -> None:
+    """InputError unless the artifact is the one that the log is about, as far as it says so."""
+    size = artifact.stat().st_size
+    if size != run.artifact_bytes:
+        said = f"has {size:,} bytes, but the log says {run.artifact_bytes:,}"
+        raise InputError(f"{artifact}: {said}: it is not the artifact of this run")
+    for name in tm.stored_fields(hp):
+        logged = run.settings.get(name.upper())
+        if logged is not None and hp.shown(name) != f"{name.upper()}={logged}":
+            said = f"{hp.shown(name)}, but the log says {logged}"
+            raise InputError(f"{artifact}: {said}: it is not the artifact of this run")
+
+
+def check_text(val: tm.Split, hp: tm.Hyperparameters, run: Run) -> None:
+    """InputError unless this is the validation text of the log."""
+    for name, found, logged in (
+        ("tokens", val.stream.total, run.val_tokens),
+        ("bytes", val.stream.facts["bytes"], run.val_bytes),
+    ):
+        if logged is not None and found != logged:
+            said = f"has {found:,} validation {name}, but the log says {logged:,}"
+            raise InputError(f"{hp.data_path}: {said}: give the text of this run with --data")
+
+
+def with_run_settings(hp: tm.Hyperparameters, run: Run) -> tm.Hyperparameters:
+    """The hyperparameters of an artifact, which scores as its run did."""
+    names = ("seed", "nelbo_passes", "chain_group")
+    values = {name: whole_setting(run.settings, name.upper(), getattr(hp, name)) for name in names}
+    return dataclasses.replace(hp, **values)
+
+
+class Opened(NamedTuple):
+    """An artifact, and the text that its run was scored on."""
+
+    path: Path
+    model: tm.Model
+    hp: tm.Hyperparameters
+    sp: object  # tokenizer
+    val: tm.Split
+
+
+def path_of(run: Run, name: str, given: str | None) -> str | None:
+    """The path that is given, else in the environment, else that of the run if it is here; None:
+    that of the preset."""
+    logged = run.settings.get(name, "")
+    return given or os.environ.get(name) or (logged if logged and Path(logged).exists() else None)
+
+
+def open_artifact(artifact: Path, run: Run, choice: Choice) -> Opened:
+    """InputError if it is not the artifact of the run, or if the text is another one."""
+    data = path_of(run, "DATA_PATH", choice.data)
+    tokenizer = path_of(run, "TOKENIZER_PATH", choice.tokenizer)
+    model, hp = common.load_model(artifact, data, tokenizer)
+    check_belongs(artifact, hp, run)
+    hp = with_run_settings(hp, run)
+    sp, luts = common.load_tokenizer(hp)
+    val = tm.open_validation(hp, sp, luts)
+    check_text(val, hp, run)
+    return Opened(artifact, model, hp, sp, val)
+
+
+def measure(opened: Opened, seqs: int, window: int | None, has_positions: bool) -> Measured:
+    """What the model shows on `seqs` windows, and on the passage that begins with `window`."""
+    path, model, hp, sp, val = opened
+    numbers = passage_windows(val, hp, window)
+    headline, _ = HEADLINES[hp.system]
+    score, _ = tm.score_windows(headline, model, hp, val, seqs)
+    shares = []
+    if not hp.causal:
+        rows = window_tokens(val, hp, seqs)
+        shares = list(measure_shares(model, rows, hp.seed))
+    return Measured(
+        artifact=path.name,
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        score=headline,
+        bpb=score.bpb,
+        stderr=score.stderr,
+        windows=score.seqs,
+        shares=shares,
+        positions={} if has_positions else measure_positions(model, hp, val, seqs),
+        passages=measure_passages(model, val, sp, numbers, common.Progress("passage")),
+        orders=ORDERS,
+        block_size=model.block_size,
+    )
+
+
+def measure_positions(
+    model: tm.Model, hp: tm.Hyperparameters, val: tm.Split, seqs: int
+) -> dict[str, list[Position]]:
+    """The first score of this kind of model that has positions."""
+    estimators = tm.ESTIMATORS[hp.system]
+    name = next(name for name, estimator in estimators.items() if estimator.prefixes)
+    _, table = tm.score_windows(name, model, hp, val, seqs)
+    return {
+        name: [
+            Position(tm.bucket_name(bucket, hp.train_seq_len), *tm.bits_per_byte(*part.unbind(1)))
+            for bucket, part in enumerate(table.unbind(1))
+        ]
+    }
+
+
+# ---- Samples
+
+
+def require(holds: bool, path: Path, what: str) -> None:
+    if not holds:
+        raise InputError(f"{path}: {what}: not what tools/sample.py --json writes")
+
+
+def is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def read_step(step: object, length: int, path: Path) -> list[tuple[int, int]]:
+    """Positions and tokens of one model call."""
+    require(isinstance(step, dict), path, "a step is no object")
+    positions, tokens = step.get("positions"), step.get("tokens")
+    for name, values in (("positions", positions), ("tokens", tokens)):
+        whole = isinstance(values, list) and all(type(value) is int for value in values)
+        require(whole, path, f"the {name} of a step are no list of whole numbers")
+    require(len(positions) == len(tokens), path, "a step has not one token for each position")
+    inside = all(0 <= position < length for position in positions)
+    require(inside, path, f"a step has a position outside 0 … {length - 1}")
+    return list(zip(positions, tokens, strict=True))
+
+
+def read_sample(value: object, length: int, mask_id: int, sp, path: Path) -> Sample:
+    """`sp` is the tokenizer that made its tokens, or None."""
+    require(isinstance(value, dict), path, "a sample is no object")
+    fixed, tokens, pieces = (value.get(name) for name in ("prompt_or_template", "tokens", "pieces"))
+    for name, values, kind in (
+        ("prompt_or_template", fixed, bool),
+        ("tokens", tokens, int),
+        ("pieces", pieces, str),
+    ):
+        right = isinstance(values, list) and len(values) == length
+        right = right and all(type(one) is kind for one in values)
+        require(right, path, f"{name} of a sample is no list of {length} values")
+    for name in ("seed", "calls"):
+        require(type(value.get(name)) is int, path, f"{name} of a sample is no whole number")
+    bits = value.get("bits")
+    numbers = is_number(value.get("seconds")) and (bits is None or is_number(bits))
+    require(numbers, path, "seconds or bits of a sample are no numbers")
+    steps = value.get("steps")
+    few = isinstance(steps, list) and 0 < len(steps) <= MOST_TOKENS
+    require(few, path, "steps of a sample is no list of model calls")
+
+    def piece(position: int, token: int) -> str | None:
+        if token == mask_id:
+            return None
+        if token == tokens[position] or sp is None:
+            return pieces[position]
+        return piece_of(sp, token)
+
+    shown = [
+        [(position, piece(position, token)) for position, token in read_step(step, length, path)]
+        for step in steps
+    ]
+    drawn = {position for step in shown for position, _ in step}
+    untouched = not any(fixed[position] for position in drawn)
+    require(untouched, path, "a step changes a position that is given")
+    return Sample(value["seed"], fixed, pieces, value["calls"], value["seconds"], bits, shown)
+
+
+def read_samples(path: Path, sp) -> Samples:
+    """InputError unless it is what tools/sample.py --json writes."""
+    value = common.read_json(path)
+    require(isinstance(value, dict), path, "it is no object")
+    version = value.get("version")
+    require(version == SAMPLE_VERSION, path, f"its version is {version!r}, not {SAMPLE_VERSION}")
+    for name in ("artifact", "sampler"):
+        require(isinstance(value.get(name), str), path, f"{name} is no text")
+    length, mask_id = value.get("length"), value.get("mask_id")
+    known = type(length) is int and 0 < length <= MOST_TOKENS and type(mask_id) is int
+    require(known, path, "length or mask_id is no number that a sample can have")
+    settings, samples = value.get("settings"), value.get("samples")
+    require(isinstance(settings, dict), path, "settings is no object")
+    require(isinstance(samples, list) and bool(samples), path, "samples is no list with samples")
+    if sp is not None and sp.vocab_size() != mask_id:  # of another tokenizer
+        sp = None
+    read = [read_sample(sample, length, mask_id, sp, path) for sample in samples]
+    return Samples(value["artifact"], value["sampler"], settings, read)
+
+
+def gather_samples(paths: list[Path], opened: Opened | None) -> list[Samples]:
+    """Those in the files. This is the place to draw some from the artifact when none are given."""
+    return [read_samples(path, opened.sp if opened else None) for path in paths]
+
+
+# ---- The report
+
+
+def find_artifact(logs: list[RunLog], given: Path | None) -> tuple[Path | None, Run | None]:
+    """An artifact, and the run that made it: of the runs whose artifact is as long, the first."""
+    finished = [log for log in logs if log.run]
+    if given and not finished:
+        raise InputError(f"{given}: none of the runs has finished, so it is of none of them")
+    if given:
+        size = given.stat().st_size if given.is_file() else 0
+        same = [log.run for log in finished if log.run.artifact_bytes == size]
+        return given, (same or [finished[0].run])[0]
+    for log in finished:
+        beside = log.curve.path.with_suffix(".mdlm")
+        if beside.is_file():
+            return beside, log.run
+    return None, None
+
+
+def open_chosen(logs: list[RunLog], choice: Choice) -> Opened | None:
+    """The model to measure; None if there is none, or if the one beside a log cannot be used."""
+    artifact, run = find_artifact(logs, choice.artifact) if choice.model else (None, None)
+    if not artifact:
+        return None
+    try:
+        return open_artifact(artifact, run, choice)
+    except InputError as error:
+        if choice.artifact:
+            raise
+        print(f"not measured: {common.one_line(str(error))}", file=sys.stderr)
+        return None
+
+
+def build(paths: list[Path], choice: Choice, title: str = "") -> Report:
+    """All that the page shows; InputError for files that are wrong or do not belong together."""
+    logs = read_logs(paths)
+    opened = open_chosen(logs, choice)
+    samples = gather_samples(list(choice.samples), opened)
+    measured = None
+    if opened:
+        has_positions = any(log.positions for log in logs)
+        measured = measure(opened, choice.seqs, choice.window, has_positions)
+    return Report(title or default_title(logs), logs, measured, ABSENT, samples)
+
+
+def add_samples_option(parser: argparse.ArgumentParser) -> None:
+    text = "what tools/sample.py --json wrote, to be shown; may be repeated"
+    parser.add_argument("--samples", action="append", default=[], type=Path, help=text)
+
+
+@common.run_tool
+def main() -> None:
+    parser = common.argument_parser(__doc__)
+    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG")
+    parser.add_argument("--artifact", type=Path, help="a .mdlm; default: the one beside a log")
+    parser.add_argument("--logs-only", action="store_true", help="measure nothing")
+    add_samples_option(parser)
+    parser.add_argument("--window", type=int, help="first window of the passage; default: middle")
+    common.add_seqs_option(parser, default=WINDOWS)
+    common.add_data_options(parser)
+    parser.add_argument("--out", type=Path, default=Path("report.html"))
+    arguments = parser.parse_args()
+    if arguments.logs_only and arguments.artifact:
+        raise InputError(f"--artifact {arguments.artifact} is not used with --logs-only")
+    common.check_output(arguments.out, common.made_picture)
+    choice = Choice(
+        arguments.artifact,
+        not arguments.logs_only,
+        arguments.data,
+        arguments.tokenizer,
+        arguments.seqs,
+        arguments.window,
+        tuple(arguments.samples),
+    )
+    report = build(arguments.logs, choice)
+    tm.write_file(arguments.out, report_page.page(report).encode())
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
