@@ -1726,7 +1726,7 @@ class StepSettings(NamedTuple):
     momentum: Tensor  # of Muon
     beta1: Tensor  # of AdamW
     beta2: Tensor
-    steps_taken: Tensor  # this one included, at least 1
+    steps_taken: Tensor  # at least 1
 
 
 class ParameterGroup(NamedTuple):
@@ -1743,11 +1743,9 @@ class ParameterGroup(NamedTuple):
     second: Tensor  # second moment, of AdamW only
 
     def muon_update(self, hp, now: StepSettings):
-        self.first.mul_(now.momentum).add_(self.grads)
+        torch.addcmul(self.grads, self.first, now.momentum, out=self.first)
         nesterov = self.grads.addcmul(self.first, now.momentum)
-        update = orthogonalize_shared(nesterov, hp.muon_backend_steps).float()
-        rows, columns = update.shape[-2:]
-        return update * max(1.0, rows / columns) ** 0.5
+        return orthogonalize_shared(nesterov, hp.muon_backend_steps)
 
     def adamw_update(self, hp, now: StepSettings):
         self.first.lerp_(self.grads, 1 - now.beta1)
@@ -1758,8 +1756,12 @@ class ParameterGroup(NamedTuple):
 
     def step(self, hp, now: StepSettings):
         update = self.muon_update(hp, now) if self.muon else self.adamw_update(hp, now)
-        decay = 1 - self.lr * self.weight_decay * now.scale
-        self.weights.mul_(decay).sub_(update.mul_(self.lr * now.scale))
+        rate = self.lr * now.scale
+        self.weights.mul_(1 - self.weight_decay * rate)
+        if self.muon:
+            rows, columns = update.shape[-2:]
+            rate *= max(1.0, rows / columns) ** 0.5
+        self.weights.addcmul_(update, rate, value=-1)
 
 
 class Optimizer:
@@ -1778,7 +1780,7 @@ class Optimizer:
         parameters = sorted(model.named_parameters(), key=group_key)
         grouped = [list(group) for _, group in itertools.groupby(parameters, key=group_key)]
         sizes = [sum(parameter.numel() for _, parameter in group) for group in grouped]
-        aligned = (64 * ceil_div(size, 64) for size in sizes)  # for the widest loads
+        aligned = (64 * ceil_div(size, 64) for size in sizes)
         *begins, total = itertools.accumulate(aligned, initial=0)
         device = parameters[0][1].device
 
