@@ -1,0 +1,153 @@
+"""Measures a training step where it runs: its time, its kernels, and what runs the attention.
+
+    PRESET=golf torchrun --standalone --nproc_per_node=8 tools/profile_step.py
+    PRESET=golf torchrun --standalone --nproc_per_node=8 tools/profile_step.py --predicted 45.1
+
+The hyperparameters are those of the script, from the environment; so is the data. Nothing is
+written. The first process prints the time of a step as the median of --steps, tokens per second,
+and the slowest kernels of one more step. tools/step_cost.py predicts that time without a GPU;
+--predicted shows how far it is off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import statistics
+from typing import NamedTuple
+
+import common
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity
+
+import train_mdlm as tm
+from train_mdlm import InputError
+
+ATTENTION = r"flash|fmha|cudnn.*(sdpa|attention)|attention|flex"  # in the names of kernels
+NAME_WIDTH = 60
+
+
+class Kernel(NamedTuple):
+    """What the device, or the CPU, did under one name in a step."""
+
+    name: str
+    ms: float
+    calls: int
+
+
+def timed_steps(trainer: tm.Trainer, steps: int) -> list[float]:
+    """Milliseconds of each, after the compiler is warm."""
+    clock = tm.Clock(trainer.device)
+    times = []
+    for step in range(steps):
+        since = clock.now()
+        trainer.step(step, 0.0)
+        times.append(1000 * (clock.now() - since))
+    return times
+
+
+def kernels_of_a_step(trainer: tm.Trainer) -> list[Kernel]:
+    """The slowest first."""
+    on_gpu = trainer.device.type == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        trainer.step(0, 0.0)
+        if on_gpu:
+            torch.cuda.synchronize(trainer.device)
+    found = []
+    for event in profile.key_averages():
+        us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        found.append(Kernel(event.key, us / 1000, event.count))
+    return sorted(found, key=lambda kernel: -kernel.ms)
+
+
+def kernel_table(kernels: list[Kernel], rows: int) -> str:
+    """Markdown, with a last row for the rest."""
+    total = sum(kernel.ms for kernel in kernels)
+    rest = kernels[rows:]
+    shown = kernels[:rows]
+    if rest:
+        summed = sum(kernel.ms for kernel in rest)
+        shown.append(Kernel("all others", summed, sum(kernel.calls for kernel in rest)))
+    lines = ["| kernel | calls | ms | share |", "|---|---|---|---|"]
+    for kernel in shown:
+        name = common.one_line(kernel.name).replace("|", "/")[:NAME_WIDTH]
+        share = 100 * kernel.ms / total if total else 0.0
+        lines.append(f"| {name} | {kernel.calls} | {kernel.ms:.2f} | {share:.0f} % |")
+    return "\n".join(lines)
+
+
+def attention_kernels(kernels: list[Kernel]) -> str:
+    names = [kernel.name for kernel in kernels if re.search(ATTENTION, kernel.name, re.IGNORECASE)]
+    return ", ".join(common.one_line(name)[:NAME_WIDTH] for name in names[:4]) or "none found"
+
+
+def speed_lines(times: list[float], hp: tm.Hyperparameters, predicted: float | None) -> list[str]:
+    ms = statistics.median(times)
+    steps = 1000 * tm.BUDGET_SECONDS / ms
+    tokens = hp.train_batch_tokens
+    lines = [
+        f"step:{ms:.2f}ms fastest:{min(times):.2f}ms slowest:{max(times):.2f}ms "
+        f"tokens_per_s:{1000 * tokens / ms:,.0f}",
+        f"steps in {tm.BUDGET_SECONDS:.0f} s:{steps:,.0f} tokens:{steps * tokens / 1e9:.2f} G",
+    ]
+    if predicted:
+        lines.append(f"predicted:{predicted:.2f}ms measured/predicted:{ms / predicted:.2f}")
+    return lines
+
+
+def positive(text: str) -> float:
+    """An argument that is a number of milliseconds."""
+    number = float(text)
+    if not 0 < number < 1e9:
+        raise ValueError
+    return number
+
+
+def profiled(arguments: argparse.Namespace) -> str:
+    """All that is printed."""
+    device = tm.start_processes()
+    asked = tm.Hyperparameters.from_env(os.environ)
+    if asked.eval_only:
+        raise InputError(f"{asked.shown('eval_only')}: a step of training is measured; unset it")
+    hp = tm.resolve_hyperparameters(asked, os.environ, device, None)
+    tm.check_memory(hp, device)
+    tokenizer, luts = common.load_tokenizer(hp)
+    stream = tm.open_training(hp, tokenizer, luts)
+    trainer = tm.Trainer(hp, stream, device, tm.Log())
+    timed_steps(trainer, 3)  # compiles
+    times = timed_steps(trainer, arguments.steps)
+    kernels = kernels_of_a_step(trainer)
+    lines = [
+        f"{hp.preset} on {tm.hardware(device)}, torch {torch.__version__}: "
+        f"{hp.train_batch_tokens:,} tokens a step, {len(trainer.micros)} micro-batches",
+        *speed_lines(times, hp, arguments.predicted),
+        f"memory:{tm.peak_memory(device)}",
+        f"attention: {attention_kernels(kernels)}",
+        "",
+        kernel_table(kernels, arguments.rows),
+    ]
+    return "\n".join(lines)
+
+
+@common.run_tool
+def main() -> None:
+    parser = common.argument_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=20, help="that are timed")
+    parser.add_argument("--rows", type=int, default=25, help="of the table of kernels")
+    predicted_help = "milliseconds of a step, by tools/step_cost.py"
+    parser.add_argument("--predicted", type=positive, metavar="MS", help=predicted_help)
+    arguments = parser.parse_args()
+    if arguments.steps < 1 or arguments.rows < 1:
+        raise InputError("--steps and --rows are at least 1")
+    text = profiled(arguments)
+    if tm.rank() == 0:
+        print(text)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
