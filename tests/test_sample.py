@@ -1,0 +1,326 @@
+"""tools/sample.py: texts, templates, what is shown, what is refused."""
+
+import functools
+import json
+import re
+
+import pytest
+import sample
+import sampling
+import torch
+from conftest import random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_mdlm as tm
+
+WINDOW = 16
+
+
+def artifact_of(folder, name, tokenizer, **overrides):
+    """A random model for the tokenizer, as a file."""
+    shape = dict(vocab_size=384, tokenizer_path=tokenizer, train_seq_len=WINDOW)
+    widths = dict(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1)
+    hp = tm.Hyperparameters(**shape, **widths, compute_dtype="float32", **overrides)
+    tm.save_artifact(random_model(hp, scale=0.3), hp, folder / f"{name}.mdlm")
+    return folder / f"{name}.mdlm"
+
+
+@pytest.fixture(scope="module")
+def files(tiny_env, tmp_path_factory):
+    """Artifacts of models of all kinds."""
+    of = functools.partial(artifact_of, tmp_path_factory.mktemp("sample"))
+    tokenizer = tiny_env["TOKENIZER_PATH"]
+    return dict(
+        mdlm=of("mdlm", tokenizer),
+        ar=of("ar", tokenizer, objective="ar"),
+        eos=of("eos", tokenizer, backbone="dit", doc_chunks=True, anchor_bos=True),
+        block=of("block", tokenizer, block_size=4, neighbors=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def loaded(files, tiny_env):
+    tokenizer = tiny_env["TOKENIZER_PATH"]
+    return {name: sampling.load(path, tokenizer) for name, path in files.items()}
+
+
+@pytest.fixture
+def call(tool, files, tiny_env, monkeypatch):
+    """Calls the tool with an artifact by its name."""
+    tokenizer = tiny_env["TOKENIZER_PATH"]
+    monkeypatch.setenv("TOKENIZER_PATH", tokenizer)
+    return lambda name, *arguments: tool(sample, files[name], *arguments)
+
+
+def refused(done, *parts):
+    """One line, without a traceback, that has all the parts."""
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    for part in parts:
+        assert part in done.stderr
+
+
+# ---- Tokens as text
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_pieces_are_the_decoded_text(loaded, data):
+    tokens = data.draw(st.lists(st.integers(0, 383), max_size=12))
+    some = loaded["mdlm"]
+    sp = some.tokenizer
+    names = [sp.id_to_piece(i) for i in range(4)]
+    pieces = sampling.pieces_of(some, tokens)
+    assert len(pieces) == len(tokens)
+    shown = [piece for piece, token in zip(pieces, tokens, strict=True) if token not in (0, 1, 2)]
+    assert all(pieces[i] == names[t] for i, t in enumerate(tokens) if t < 3)
+    runs = "".join(shown) if not set(tokens) & {0, 1, 2, 3} else None
+    if runs is not None:  # control tokens cut characters off
+        assert runs == sp.decode(tokens) == sampling.text_of(some, tokens)
+
+
+def test_characters_of_several_bytes_stand_at_the_first():
+    assert sampling.characters("aé🙂".encode()) == ["a", "é", "", "🙂", "", "", ""]
+    assert sampling.characters(b"\xff\xc3a\xf0\x9f") == [
+        "\ufffd",
+        "\ufffd",
+        "a",
+        "\ufffd",
+        "\ufffd",
+    ]
+
+
+# ---- Templates
+
+
+def test_gaps_are_read():
+    assert sampling.parse_infill("Once [5] a [12].") == ["Once ", 5, " a ", 12, "."]
+    assert sampling.parse_infill(r"[1]x\[2][3]y[z]") == [1, "x[2]", 3, "y[z]"]
+    for text, reason in (("no gap", "there is no gap"), ("a [0] b", "at least one token")):
+        with pytest.raises(tm.InputError, match=reason):
+            sampling.parse_infill(text)
+
+
+@pytest.mark.parametrize("name", ["mdlm", "block", "ar"])
+@pytest.mark.parametrize("infill", ["the [3] of [2].", "[2] é[1]🙂  [1]x", "of\n[4]"])
+def test_the_text_of_a_template_is_kept(loaded, name, infill):
+    some = loaded[name]
+    request = sampling.Request(infill=infill, num=6, temperature=2.0)
+    parts = sampling.parse_infill(infill)
+    for one in sampling.draw(some, request):
+        text = "".join(sampling.pieces_of(some, one.tokens))
+        pattern = "".join(".*" if isinstance(p, int) else re.escape(p) for p in parts)
+        assert re.fullmatch(pattern, text, re.DOTALL)
+        assert one.fixed.count(False) == sum(p for p in parts if isinstance(p, int))
+
+
+def test_the_space_before_a_gap_begins_its_first_token(loaded):
+    some = loaded["mdlm"]
+    template = sampling.template_of(some, sampling.Request(infill="the [2] of[2]"))
+    begun = some.tokenizer.encode("the")  # not the space
+    assert template.tokens[0].tolist()[: len(begun) + 1] == [*begun, some.hp.mask_id]
+    assert template.after_space.nonzero().tolist() == [[len(begun)]]
+
+
+def test_prompts_and_lengths(loaded):
+    some = loaded["mdlm"]
+    prompt = some.tokenizer.encode("of the")
+    for length in (0, 9):
+        request = sampling.Request(prompt="of the", length=length, num=2, sampler="l2r")
+        for one in sampling.draw(some, request):
+            assert one.tokens[: len(prompt)] == prompt
+            assert len(one.tokens) == (length or WINDOW)
+            assert one.calls == len(one.tokens) - len(prompt)
+
+
+def test_documents_are_filled_up_with_pad(loaded):
+    some = loaded["eos"]
+    for one in sampling.draw(some, sampling.Request(length=5, num=20, sampler="l2r")):
+        assert len(one.tokens) == len(one.fixed) == 5 and not any(one.fixed)
+        assert tm.BOS_ID not in one.tokens and max(one.tokens) < some.hp.vocab_size
+        x0 = torch.full((1, WINDOW), some.hp.pad_id)
+        x0[0, :5] = torch.tensor(one.tokens)
+        nats = tm.chain_rule(some.model, x0).double().sum()
+        assert one.bits == pytest.approx(nats.item() / tm.math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mdlm", "block"])
+def test_batches_make_no_difference(loaded, name):
+    drawn = {}
+    for batch in (1, 2, 5):
+        request = sampling.Request(num=5, batch=batch, seed=3, length=12)
+        drawn[batch] = [(one.seed, one.tokens) for one in sampling.draw(loaded[name], request)]
+    assert drawn[1] == drawn[2] == drawn[5]
+    assert [seed for seed, _ in drawn[1]] == [3, 4, 5, 6, 7]
+
+
+# ---- The command
+
+
+@pytest.mark.parametrize("name", ["mdlm", "block", "ar", "eos"])
+def test_a_record_can_be_replayed(call, loaded, tmp_path, name):
+    path = tmp_path / "steps.json"
+    done = call(name, "--prompt", "the", "--num", 3, "--batch", 2, "--json", path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_text())
+    assert list(record) == "version artifact preset sampler settings length mask_id samples".split()
+    assert record["artifact"] == f"{name}.mdlm" and record["mask_id"] == 384
+    assert record["settings"]["prompt"] == "the" and record["settings"]["temperature"] == 1
+    for seed, one in enumerate(record["samples"]):
+        z = [t if f else 384 for t, f in zip(one["tokens"], one["prompt_or_template"], strict=True)]
+        for step in one["steps"]:
+            for position, token in zip(step["positions"], step["tokens"], strict=True):
+                z[position] = token
+        assert z == one["tokens"] and len(z) == record["length"] == len(one["pieces"])
+        assert one["seed"] == seed and one["calls"] == len(one["steps"]) and one["seconds"] > 0
+        printed = sample.printable("".join(one["pieces"]))
+        assert printed.startswith("the") and printed in done.stdout
+        assert f"{one['bits']:.1f} bits" in done.stdout
+    again = sampling.record(
+        loaded[name], sampling.Request(prompt="the", num=3, sampler=record["sampler"])
+    )
+    for one in record["samples"] + again["samples"]:
+        del one["seconds"], one["bits"]
+    assert again == record
+    assert call(name, "--json", path).returncode == 0  # its own file is replaced
+
+
+def test_progress_in_a_file_and_figures(call):
+    done = call("mdlm", "--num", 3, "--batch", 2, "--sampler", "remdm", "--steps", 8)
+    lines = done.stdout.splitlines()
+    assert any(re.fullmatch(r"sample 1-2 of 3: 100 %, \d+ calls", line) for line in lines)
+    figures = r"sample 3 of 3, seed 2: \d model calls for 16 tokens, \d+ tokens/s, no exact bits.*"
+    assert any(re.fullmatch(figures, line) for line in lines)
+    assert re.fullmatch(r"3 samples: \d+ model calls, \d+ tokens/s", lines[-1])
+    assert "\x1b" not in done.stdout
+
+
+def test_texts_from_files(call, tmp_path):
+    template = tmp_path / "template.txt"
+    template.write_text("of the [3]\nthe", encoding="utf-8")
+    done = call("mdlm", "--infill-file", template)
+    assert done.returncode == 0 and re.search(r"^of the.*\nthe$", done.stdout, re.M | re.S)
+    template.write_bytes(b"\xff")
+    refused(call("mdlm", "--prompt-file", template), "template.txt", "not UTF-8")
+
+
+@pytest.mark.parametrize("name, arguments, notes", [
+    ("block", ("--infill", "the [3] of"), ["what is to the left and the rest of its block of 4"]),
+    ("ar", ("--infill", "the [3] of"), ["sees what is to the left, not what follows"]),
+    ("ar", ("--length", 20), ["more than a window of 16", "the last 8 tokens"]),
+    ("mdlm", ("--infill", "the [3] of"), []),
+])  # fmt: skip
+def test_what_a_user_may_not_expect_is_said(call, name, arguments, notes):
+    done = call(name, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("note: ") == bool(notes)
+    for note in notes:
+        assert note in done.stdout
+
+
+@pytest.mark.parametrize("name, arguments, parts", [
+    ("ar", ("--sampler", "confidence"), ["ar.mdlm", "no MASK", "--sampler causal"]),
+    ("mdlm", ("--sampler", "causal"), ["mdlm.mdlm", "no causal half"]),
+    ("mdlm", ("--sampler", "margins"), ["margins is not one of", "did you mean margin?"]),
+    ("mdlm", ("--length", 17), ["--length", "17 tokens", "window"]),
+    ("mdlm", ("--prompt", "the of " * 20), ["--prompt", "tokens are more than the 16"]),
+    ("mdlm", ("--infill", "the [99] of"), ["--infill", "tokens are more than the 16"]),
+    ("mdlm", ("--infill", "the of"), ["--infill", "no gap"]),
+    ("mdlm", ("--infill", "a [0] b"), ["[0]"]),
+    ("mdlm", ("--infill", "a [2] b", "--length", 9), ["--length does not go with --infill"]),
+    ("mdlm", ("--infill", "a [2] b", "--prompt", "a"), ["--prompt", "--infill"]),
+    ("mdlm", ("--prompt", "of the of", "--length", 2), ["--length 2", "nothing would be written"]),
+    ("mdlm", ("--gamma", 1), ["--gamma is not for"]),
+    ("mdlm", ("--sampler", "eb", "--steps", 4), ["--steps is not for --sampler eb", "--gamma"]),
+    ("mdlm", ("--temperature", -1), ["--temperature -1.0 is not between 0"]),
+    ("mdlm", ("--temperature", "nan"), ["--temperature nan"]),
+    ("mdlm", ("--top-p", 0), ["--top-p 0.0"]),
+    ("mdlm", ("--num", 0), ["--num 0"]),
+    ("mdlm", ("--steps", "few"), ["--steps", "few"]),
+    ("mdlm", ("--sampler", "remdm", "--eta", 2), ["--eta 2.0 is not between 0 and 1"]),
+    ("block", ("--sampler", "l2r", "--steps", 3), ["--steps 3", "4 blocks"]),
+    ("block", ("--sampler", "l2r", "--length", 6, "--no-cache"), ["--no-cache", "whole blocks"]),
+    ("mdlm", ("--prompt-file", "nowhere.txt"), ["nowhere.txt"]),
+    ("mdlm", ("--tokenizer", "nowhere.model"), ["nowhere.model"]),
+    ("mdlm", ("--json", "."), ["cannot be written"]),
+])  # fmt: skip
+def test_what_makes_no_sense_is_one_line(call, name, arguments, parts):
+    refused(call(name, *arguments), *parts)
+
+
+def test_what_is_no_artifact_is_one_line(tool, tmp_path):
+    path = tmp_path / "x.mdlm"
+    refused(tool(sample, path), "x.mdlm", "no such file")
+    path.write_bytes(b"something")
+    refused(tool(sample, path), "x.mdlm", "not an artifact")
+
+
+def test_other_files_are_not_replaced(call, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text("[1, 2]")
+    refused(call("mdlm", "--json", path), "mine.json", "did not make it")
+    assert path.read_text() == "[1, 2]"
+
+
+def test_a_text_that_the_tokenizer_changes_is_refused(loaded, monkeypatch):
+    """As one does that normalises it."""
+    some = loaded["mdlm"]
+    monkeypatch.setattr(sampling.codec, "tokenize", lambda sp, text: sp.encode(text.lower()))
+    for request in (sampling.Request(prompt="The"), sampling.Request(infill="of[2] The")):
+        with pytest.raises(tm.InputError, match=r"does not keep this text.*The' becomes '.*the'"):
+            sampling.template_of(some, request)
+
+
+# ---- The screen
+
+
+@pytest.fixture
+def screen(call, monkeypatch):
+    """Calls the tool as on a terminal of so many columns."""
+    monkeypatch.setattr(sample, "choose_view", sample.LiveView)
+    monkeypatch.setattr(sample, "FRAME_SECONDS", 0)
+
+    def show(*arguments, columns=100, **env):
+        for name, value in dict(env, FORCE_COLOR="1", COLUMNS=str(columns), TERM="xterm").items():
+            monkeypatch.setenv(name, value)
+        done = call(*arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return show
+
+
+def test_text_is_shown_while_it_is_written(screen):
+    shown = screen("mdlm", "--infill", "the [6] of", "--sampler", "l2r")
+    for style in ("\x1b[36m", "\x1b[2m\u2591", "\x1b[1;32m"):
+        assert style in shown
+    for masked in range(6, -1, -1):
+        assert f"call {6 - masked}, {masked} masked" in shown
+    assert "6 model calls for 6 tokens" in shown
+
+
+def test_without_colours_and_on_a_narrow_screen(screen):
+    shown = screen("mdlm", columns=12, NO_COLOR="1")
+    assert not re.search(r"\x1b\[[\d;]*3\dm", shown)  # a colour
+    plain = re.sub(r"\x1b\[[\d;]*m", "", shown)
+    lines = re.split(r"\x1b\[[\d;?]*[a-zA-Z]|\r|\n", plain)
+    assert max(map(len, lines)) <= 12 and any(lines)
+
+
+def test_what_a_terminal_would_obey_is_escaped():
+    assert sample.printable("a\x1b[2J\n\tb\x07é") == "a\\x1b[2J\n\tb\\x07é"
+
+
+def test_without_rich_the_lines_are_plain(loaded, monkeypatch, capsys):
+    monkeypatch.setattr(sample.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setitem(sample.sys.modules, "rich.console", None)
+    view = sample.choose_view(loaded["mdlm"], sampling.Request(sampler="l2r"))
+    assert isinstance(view, sample.PlainView)
+    assert "package rich is missing" in capsys.readouterr().out
+
+
+def test_help_names_every_sampler(tool):
+    done = tool(sample, "--help")
+    assert done.returncode == 0
+    for name, row in sampling.SAMPLERS.items():
+        assert re.search(rf"^    {name} +{re.escape(row.about)}$", done.stdout, re.MULTILINE)

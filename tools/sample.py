@@ -1,0 +1,258 @@
+"""Writes text with an artifact, and shows it while it is being written.
+
+    python tools/sample.py logs/<run>.mdlm
+    python tools/sample.py logs/<run>.mdlm --prompt "Returns the" --num 4
+    python tools/sample.py logs/<run>.mdlm --infill "Once [5] a [12]." --sampler confidence
+
+A gap of a template, [5], is so many tokens, and the text around it is kept exactly; a space before
+a gap comes with its first token. Write \\[5] for brackets that are no gap. Without --steps a model
+call writes one position.
+
+At the end of a sample: its model calls, the tokens per second, and its bits, −log2 of what the
+model gave the tokens, where the order is known without them. --json FILE writes every step.
+
+Samplers, the first one that the model has is the default:
+
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import common
+import sampling
+
+import train_mdlm as tm
+from train_mdlm import InputError
+
+FRAME_SECONDS = 0.04  # between two pictures at least
+STYLES = dict(masked="dim", new="bold green", settled="", fixed="cyan")
+GLYPH, PLAIN_GLYPH = "\u2591", "_"  # of a masked position
+
+
+# ---- Text on a screen
+
+
+def printable(text: str) -> str:
+    """With escapes for what a terminal would obey."""
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1]
+        for letter in text
+    )
+
+
+def spans(loaded: sampling.Loaded, rows: sampling.Rows, glyph: str) -> Iterator[tuple[str, str]]:
+    """The text of the first row, in pieces with their styles."""
+    tokens, fixed, fresh = (x.tolist() for x in (rows.z[0], rows.fixed, rows.fresh[0]))
+    pieces = sampling.pieces_of(loaded, tokens, unwritten=glyph)
+    for token, piece, is_fixed, is_new in zip(tokens, pieces, fixed, fresh, strict=True):
+        if token == loaded.hp.pad_id:
+            continue
+        state = "masked" if token == loaded.hp.mask_id else "new" if is_new else "settled"
+        yield printable(piece), STYLES["fixed" if is_fixed else state]
+
+
+def sample_numbers(rows: sampling.Rows, request: sampling.Request) -> str:
+    first = rows.request.seed - request.seed
+    last = first + len(rows.z)
+    return f"sample {first + 1}" + (f"-{last}" if last > first + 1 else "") + f" of {request.num}"
+
+
+class LiveView:
+    """Shows the first text of a batch while it is being written."""
+
+    def __init__(self, loaded: sampling.Loaded, request: sampling.Request):
+        self.loaded, self.request = loaded, request
+        self.console = common.require("rich.console").Console(highlight=False)
+        can_show = self.console.encoding.lower().startswith("utf")
+        self.glyph = GLYPH if can_show else PLAIN_GLYPH
+        live = common.require("rich.live").Live
+        self.live = live(console=self.console, auto_refresh=False, transient=True)
+        self.shown = 0.0
+
+    def __enter__(self) -> LiveView:
+        self.live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.live.stop()
+
+    def __call__(self, rows: sampling.Rows) -> None:
+        now = time.monotonic()
+        if now - self.shown < FRAME_SECONDS:
+            return
+        self.shown = now
+        text = common.require("rich.text").Text
+        picture = text.assemble(*spans(self.loaded, rows, self.glyph))
+        masked = int((rows.z[0] == self.loaded.hp.mask_id).sum())
+        facts = f"call {len(rows.steps[0])}, {masked} masked"
+        picture.append(f"\n\n{sample_numbers(rows, self.request)}: {facts}", STYLES["masked"])
+        self.live.update(picture, refresh=True)
+
+    def show(self, sample: sampling.Sample, facts: str) -> None:
+        self.live.update("", refresh=True)
+        text = common.require("rich.text").Text
+        pieces = sampling.pieces_of(self.loaded, sample.tokens)
+        styles = [STYLES["fixed" if fixed else "settled"] for fixed in sample.fixed]
+        shown = map(printable, pieces)
+        self.console.print(text.assemble(*zip(shown, styles, strict=True)))
+        self.console.print(text(facts + "\n", STYLES["masked"]))
+
+
+class PlainView:
+    """Lines for a file, or for a terminal without the package rich."""
+
+    def __init__(self, loaded: sampling.Loaded, request: sampling.Request):
+        self.loaded, self.request = loaded, request
+        self.progress = common.Progress("written")
+        self.quarter = 0
+
+    def __enter__(self) -> PlainView:
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def __call__(self, rows: sampling.Rows) -> None:
+        drawn = ~rows.fixed
+        left = (rows.z == self.loaded.hp.mask_id).sum().item()
+        done = 1 - left / (drawn.sum().item() * len(rows.z))
+        self.progress(done)
+        quarter = int(4 * done)
+        if quarter != self.quarter and quarter and not sys.stdout.isatty():
+            calls = max(map(len, rows.steps))
+            print(f"{sample_numbers(rows, self.request)}: {25 * quarter} %, {calls} calls")
+        self.quarter = quarter
+
+    def show(self, sample: sampling.Sample, facts: str) -> None:
+        pieces = sampling.pieces_of(self.loaded, sample.tokens)
+        print(f"{printable(''.join(pieces))}\n{facts}\n", flush=True)
+
+
+def choose_view(loaded: sampling.Loaded, request: sampling.Request) -> LiveView | PlainView:
+    if not sys.stdout.isatty():
+        return PlainView(loaded, request)
+    try:
+        return LiveView(loaded, request)
+    except InputError as error:
+        print(f"note: no live view, {error}")
+        return PlainView(loaded, request)
+
+
+# ---- Figures
+
+
+def describe(sample: sampling.Sample, number: int, request: sampling.Request) -> str:
+    """A line on what a sample has cost."""
+    drawn = sample.fixed.count(False)
+    line = f"sample {number} of {request.num}, seed {sample.seed}: {sample.calls} model calls"
+    line += f" for {drawn} tokens, {drawn / sample.seconds:.0f} tokens/s"
+    if sample.bits is None:
+        return f"{line}, no exact bits: the order depends on tokens that were not kept"
+    return f"{line}, {sample.bits:.1f} bits"
+
+
+def describe_all(samples: list[sampling.Sample]) -> str:
+    drawn = sum(sample.fixed.count(False) for sample in samples)
+    calls = sum(sample.calls for sample in samples)
+    seconds = sum(sample.seconds for sample in samples)
+    return f"{len(samples)} samples: {calls} model calls, {drawn / seconds:.0f} tokens/s"
+
+
+# ---- Command line
+
+
+def made_record(path: Path) -> bool:
+    """Whether this tool wrote it."""
+    try:
+        found = common.read_json(path)
+    except InputError:
+        return False
+    return isinstance(found, dict) and {"sampler", "mask_id", "samples"} <= found.keys()
+
+
+def read_text(path: Path) -> str:
+    try:
+        return tm.read_file(path).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+def list_samplers() -> str:
+    return "\n".join(
+        f"    {name:<11} {row.about}\n{'':<15} ({', '.join(row.systems)} models"
+        f"{'' if row.exact else '; no exact bits'})"
+        for name, row in sampling.SAMPLERS.items()
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = common.argument_parser(__doc__ + list_samplers())
+    defaults = sampling.Request()
+    parser.add_argument("artifact", type=Path, help="the .mdlm file of a run")
+    names = ", ".join(sampling.SAMPLERS)
+    parser.add_argument("--sampler", default="", metavar="NAME", help=f"one of {names}")
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument("--prompt", default="", metavar="TEXT", help="how the text begins")
+    texts.add_argument("--prompt-file", type=Path, metavar="FILE", help="the same from a file")
+    texts.add_argument("--infill", default="", metavar="TEXT", help="a template with gaps")
+    texts.add_argument("--infill-file", type=Path, metavar="FILE", help="the same from a file")
+    length_help = "tokens of the text, the prompt included; default: a window"
+    parser.add_argument("--length", type=int, default=0, help=length_help)
+    parser.add_argument("--steps", type=int, help="model calls of a text at most")
+    parser.add_argument("--gamma", type=float, help="of eb: bound in nats (0.1)")
+    parser.add_argument("--eta", type=float, help="of remdm: chance to be masked again (0.02)")
+    temperature_help = "0: always the most probable token"
+    parser.add_argument("--temperature", type=float, default=1.0, help=temperature_help)
+    top_p_help = "draw only from the most probable tokens that have this much together"
+    parser.add_argument("--top-p", type=float, default=1.0, help=top_p_help)
+    seed_help = "of the first sample; the next one has the next seed"
+    parser.add_argument("--seed", type=int, default=0, help=seed_help)
+    parser.add_argument("--num", type=int, default=1, help="samples")
+    batch_help = "samples side by side; does not change them"
+    parser.add_argument("--batch", type=int, default=defaults.batch, help=batch_help)
+    cache_help = "keep no keys and values: slower, the same samples"
+    parser.add_argument("--no-cache", dest="cache", action="store_false", help=cache_help)
+    json_help = "write every step into this file"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=json_help)
+    common.add_tokenizer_option(parser)
+    return parser.parse_args()
+
+
+def request_of(arguments: argparse.Namespace) -> sampling.Request:
+    values = {name: getattr(arguments, name) for name in sampling.Request._fields}
+    for name in ("prompt", "infill"):
+        path = getattr(arguments, f"{name}_file")
+        if path:
+            values[name] = read_text(path)
+    return sampling.Request(**values)
+
+
+@common.run_tool
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.json:
+        common.check_output(arguments.json, made_record)
+    request = request_of(arguments)
+    loaded = sampling.load(arguments.artifact, arguments.tokenizer)
+    request, template = sampling.resolve(loaded, request)
+    for note in sampling.notes(loaded, template):
+        print(f"note: {note}")
+    samples = []
+    with choose_view(loaded, request) as view:
+        for sample in sampling.draw(loaded, request, view):
+            samples.append(sample)
+            view.show(sample, describe(sample, len(samples), request))
+    if len(samples) > 1:
+        print(describe_all(samples))
+    if arguments.json:
+        record = sampling.record(loaded, request, samples)
+        tm.write_file(arguments.json, common.to_json(record, indent=None).encode())
+
+
+if __name__ == "__main__":
+    main()
