@@ -107,13 +107,13 @@ def choose_attention(backend: int) -> None:
     ctypes.CDLL(None).choose_attention(ctypes.c_int64(backend))
 
 
-def install(count: int) -> None:
-    """torch.cuda says that there are `count` such devices."""
+def install() -> None:
+    """torch.cuda says that there are eight such devices, this process's among them."""
     os.environ.pop("LD_PRELOAD", None)  # for the programs that this one starts
     properties = types.SimpleNamespace(**PROPERTIES)
     cuda = torch.cuda
     cuda.is_available = cuda.is_initialized = lambda: True
-    cuda.device_count = lambda: count
+    cuda.device_count = lambda: 8
     cuda.current_device = lambda: 0
     cuda._get_device_properties = lambda device=None: properties
     cuda.get_device_capability = lambda device=None: (properties.major, properties.minor)

@@ -57,48 +57,85 @@ class Counts(NamedTuple):
     micro_batches: int
 
 
+class Request(NamedTuple):
+    """A step to be counted."""
+
+    knobs: dict  # of the hyperparameters
+    processes: int  # that share a batch
+
+
 # ---- In the parent
 
 
 def count_step(hp: tm.Hyperparameters, processes: int) -> Counts:
     """Of one of so many processes; InputError if g++ or triton is missing."""
     common.require("triton")
-    overrides = {spec.name: getattr(hp, spec.name) for spec in tm.KNOBS}
+    knobs = {spec.name: getattr(hp, spec.name) for spec in tm.KNOBS}
     with tempfile.TemporaryDirectory() as folder:
-        environment = absent_gpu.environment(absent_gpu.library(Path(folder)))
-        return run_child(overrides, processes, environment)
+        library = absent_gpu.library(Path(folder))
+        [counts] = count_steps([Request(knobs, processes)], library)
+    return counts
 
 
-def run_child(overrides: dict, processes: int, environment: dict[str, str]) -> Counts:
-    command = [sys.executable, __file__, json.dumps([overrides, processes])]
+def count_steps(requests: list[Request], library: Path) -> list[Counts]:
+    """All of them in one child process."""
+    command = [sys.executable, __file__, json.dumps(requests)]
+    environment = absent_gpu.environment(library)
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         *_, reason = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
         raise InputError(reason.removeprefix("lowering.py: error: "))
-    found = json.loads(done.stdout)
-    kernels = collections.Counter(
-        {Kernel(*kernel): times for *kernel, times in found.pop("kernels")}
-    )
-    return Counts(kernels, **found)
+    found = []
+    for counts in json.loads(done.stdout):
+        kernels = {Kernel(*kernel): times for *kernel, times in counts.pop("kernels")}
+        found.append(Counts(collections.Counter(kernels), **counts))
+    return found
 
 
 # ---- In the child: recording
 
 
-class Recorder:
-    """Kernels and memory of what happens on the device."""
+class Memory:
+    """Bytes of the device that tensors hold."""
 
-    def __init__(self, causal: bool, density: float):
-        self.causal = causal
-        self.density = density  # share of the tiles that attention with a mask works on
-        self.kernels = collections.Counter()
-        self.graphs = collections.Counter()
-        self.host_reads = 0
-        self.part = ""
-        self.paused = False
+    def __init__(self):
         self.live_bytes = 0
         self.peak_bytes = 0
         self.storages = weakref.WeakSet()
+
+    def hold(self, tensors: list) -> None:
+        """Until the last tensor of each storage is gone."""
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+                storage = tensor.untyped_storage()
+                if storage not in self.storages:
+                    self.storages.add(storage)
+                    self.live_bytes += storage.nbytes()
+                    weakref.finalize(storage, self.free, storage.nbytes())
+        self.reach(self.live_bytes)
+
+    def free(self, nbytes: int) -> None:
+        self.live_bytes -= nbytes
+
+    def reach(self, nbytes: int) -> None:
+        self.peak_bytes = max(self.peak_bytes, nbytes)
+
+
+class Recorder:
+    """What happens on the device in a step of `hp`, shared by so many processes."""
+
+    def __init__(self):
+        self.paused = False
+
+    def begin(self, hp: tm.Hyperparameters, processes: int) -> None:
+        self.hp = hp
+        self.processes = processes
+        self.density = mask_density(hp)
+        self.part = ""
+        self.kernels = collections.Counter()
+        self.graphs = collections.Counter()
+        self.host_reads = 0
+        self.memory = Memory()
 
     def within(self, part: str, work: Callable) -> Callable:
         """`work`, which is this part of the step."""
@@ -119,41 +156,40 @@ class Recorder:
         self.paused = before
 
     def add(self, kind: str, name: str, flops=0, nbytes=0, head_dim=0, compiled=False) -> None:
-        if kind == "attention" and self.causal:
+        if kind == "attention" and self.hp.causal:
             flops /= 2
         if kind == "flex attention":
             flops *= self.density
         kernel = Kernel(self.part, kind, name, compiled, int(flops), int(nbytes), head_dim)
         self.kernels[kernel] += 1
 
-    def allocated(self, tensors: list) -> None:
-        """Notes the memory of tensors, and that it is free again when the last of them is gone."""
-        for tensor in tensors:
-            if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
-                storage = tensor.untyped_storage()
-                if storage not in self.storages:
-                    self.storages.add(storage)
-                    self.live_bytes += storage.nbytes()
-                    weakref.finalize(storage, self.freed, storage.nbytes())
-        self.reached(self.live_bytes)
-
-    def freed(self, nbytes: int) -> None:
-        self.live_bytes -= nbytes
-
-    def called(self, graph: Graph, results: list) -> None:
-        """Notes a call of a compiled graph."""
+    def call(self, graph: Graph) -> list:
+        """Notes a call of a compiled graph; its results, without data."""
         for kernel in graph.kernels:
             self.add(**kernel, compiled=True)
-        self.reached(self.live_bytes + graph.more_bytes)
-        self.allocated(results)
+        self.memory.reach(self.memory.live_bytes + graph.more_bytes)
+        with self.pause(), graph.fake_mode:
+            results = [result and result() for result in graph.results]
+        self.memory.hold(results)
+        return results
 
-    def reached(self, nbytes: int) -> None:
-        self.peak_bytes = max(self.peak_bytes, nbytes)
+
+def mask_density(hp: tm.Hyperparameters) -> float:
+    """Share of the tiles that attention with a mask for blocks works on; without a mask all."""
+    if not hp.block_size:
+        return 1.0
+    _, _, columns = tm.draw_noise(hp, tm.seeded("cpu", hp.seed, "train", 0))
+    mask = tm.block_view(hp, hp.block_size, columns, hp.train_seq_len).mask
+    tiles = tm.create_block_mask(
+        lambda b, h, q, k: mask[q, k], None, None, *mask.shape, device="cpu"
+    )
+    return 1 - tiles.sparsity() / 100
 
 
 # ---- In the child: operations that are not compiled
 
 aten = torch.ops.aten
+CUDNN_ATTENTION = torch.nn.attention.SDPBackend.CUDNN_ATTENTION.value
 NO_KERNEL = {  # besides views
     aten.empty.memory_format,
     aten.empty_strided.default,
@@ -210,7 +246,7 @@ class Eager(TorchDispatchMode):
         recorder = self.recorder
         given = [x for x in given if isinstance(x, torch.Tensor)]
         results = [x for x in results if isinstance(x, torch.Tensor)]
-        recorder.allocated(results)
+        recorder.memory.hold(results)
         if not any(x.is_cuda for x in given + results):
             return
         if operation in HOST_READS:
@@ -240,10 +276,11 @@ class Eager(TorchDispatchMode):
 class Graph:
     """A graph that Inductor has scheduled: its kernels, memory and results."""
 
-    def __init__(self, lowered, backward: bool):
+    def __init__(self, lowered, fake_mode):
         from torch._inductor import scheduler
         from torch._inductor.memory import estimate_peak_memory, get_freeable_input_buf
 
+        self.fake_mode = fake_mode
         nodes = lowered.scheduler.nodes
         inputs = get_freeable_input_buf(nodes, set(lowered.graph_inputs))
         peak, _ = estimate_peak_memory(nodes, inputs, set(lowered.get_output_names()))
@@ -255,7 +292,7 @@ class Graph:
                 if getattr(node.node, "python_kernel_name", None):  # else one of several results
                     self.kernels.append(library_call(node))
             elif not isinstance(node, scheduler.NopKernelSchedulerNode):
-                self.kernels.append(triton_kernel(node, backward))
+                self.kernels.append(triton_kernel(node, lowered.is_backward))
         self.results = [
             self.result(output) if output.maybe_get_size() is not None else None
             for output in lowered.graph_outputs
@@ -310,15 +347,12 @@ def compile_without_device(recorder: Recorder, fake_mode) -> None:
 
     def module(lowered) -> types.SimpleNamespace:
         lowered.codegen()
-        graph = Graph(lowered, lowered.is_backward)
+        graph = Graph(lowered, fake_mode)
         recorder.graphs[recorder.part] += 1
 
         def call(inputs: list) -> list:
             inputs.clear()
-            with recorder.pause(), fake_mode:
-                results = [result and result() for result in graph.results]
-            recorder.called(graph, results)
-            return results
+            return recorder.call(graph)
 
         return types.SimpleNamespace(call=call)
 
@@ -343,7 +377,7 @@ def compile_without_device(recorder: Recorder, fake_mode) -> None:
     torch.compile, GraphLowering.compile_to_module = compiled, module
 
 
-def set_up_compiler(processes: int) -> None:
+def set_up_compiler() -> None:
     """What Inductor and Triton ask of a device."""
     import torch._inductor.compile_fx  # looks at torch.cuda as it is
     import torch._inductor.config as config
@@ -352,7 +386,7 @@ def set_up_compiler(processes: int) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    absent_gpu.install(processes)
+    absent_gpu.install()
     for name in ("getDevice", "setDevice", "exchangeDevice", "maybeExchangeDevice"):
         setattr(torch._C, f"_cuda_{name}", lambda *device: 0)
     torch._C._cuda_getDeviceCount = lambda: 1
@@ -388,43 +422,31 @@ class Windows:
         return torch.zeros(len(numbers), 1 + length, dtype=torch.int64)
 
 
-def mask_density(hp: tm.Hyperparameters) -> float:
-    """Share of the tiles of a mask for blocks that are not empty."""
-    if not hp.block_size:
-        return 1.0
-    _, _, columns = tm.draw_noise(hp, tm.seeded("cpu", hp.seed, "train", 0))
-    mask = tm.block_view(hp, hp.block_size, columns, hp.train_seq_len).mask
-    tiles = tm.create_block_mask(
-        lambda b, h, q, k: mask[q, k], None, None, *mask.shape, device="cpu"
-    )
-    return 1 - tiles.sparsity() / 100
-
-
-def watch(recorder: Recorder, processes: int) -> None:
-    """Makes parts of the script say where they are, and that there are so many processes."""
-    tm.world_size = lambda: processes
+def watch(recorder: Recorder) -> None:
+    """Makes the script say where it is, and think that there are other processes."""
+    tm.world_size = lambda: recorder.processes
+    tm.training_batch = recorder.within("batch", tm.training_batch)
 
     def collective(operation, *arguments, **options):
-        if processes > 1:
+        if recorder.processes > 1:
             tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
             recorder.add("collective", operation.__name__, nbytes=max(map(stored_bytes, tensors)))
 
     tm.run_collective = collective
-    tm.training_batch = recorder.within("batch", tm.training_batch)
 
 
-def outside_of_fakes(name: str) -> None:
-    """A function of the script that works on numbers, not on the device."""
+def outside_of_fakes(module: types.ModuleType, name: str) -> None:
+    """Its function of that name works with numbers, not on the device."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
     from torch.utils._python_dispatch import _disable_current_modes
 
-    real = getattr(tm, name)
+    real = getattr(module, name)
 
     def run(*args):
         with _disable_current_modes(), unset_fake_temporarily():
             return real(*args)
 
-    setattr(tm, name, run)
+    setattr(module, name, run)
 
 
 def build_on_device() -> None:
@@ -439,46 +461,54 @@ def build_on_device() -> None:
     torch.nn.Module.to = lambda module, device: module
 
 
-def count_in_child(overrides: dict, processes: int) -> Counts:
+def count_one(recorder: Recorder, hp: tm.Hyperparameters, processes: int) -> Counts:
+    recorder.begin(hp, processes)
+    torch._dynamo.reset()
+    absent_gpu.choose_attention(0 if hp.compute_dtype == "float32" else CUDNN_ATTENTION)
+    trainer = tm.Trainer(hp, Windows(), absent_gpu.DEVICE, tm.Log())
+    recorder.kernels.clear()  # what made the model
+    trainer.loss = recorder.within("loss", trainer.loss)
+    trainer.optimizer.step = recorder.within("optimizer", trainer.optimizer.step)
+    recorder.within("gradients", trainer.step)(0, 1.0)
+    if hp.ema_decay:
+        recorder.within("average", trainer.optimizer.update_average)()
+    return Counts(
+        kernels=recorder.kernels,
+        graphs=recorder.graphs,
+        peak_bytes=recorder.memory.peak_bytes,
+        host_reads=recorder.host_reads,
+        tokens=hp.train_batch_tokens // processes,
+        micro_batches=len(trainer.micros),
+    )
+
+
+def count_in_child(requests: list) -> Iterator[Counts]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    hp = tm.Hyperparameters(**overrides)
-    recorder = Recorder(hp.causal, mask_density(hp))
-    set_up_compiler(processes)
-    fake_mode = FakeTensorMode()
+    set_up_compiler()
     absent_gpu.generators(
         lambda seed, *size: torch.empty(*size, device=absent_gpu.DEVICE).uniform_()
     )
     torch.Tensor.pin_memory = lambda tensor: tensor
-    absent_gpu.choose_attention(0 if hp.compute_dtype == "float32" else 3)  # cuDNN's
-    outside_of_fakes("scored_capacity")
+    outside_of_fakes(tm, "scored_capacity")
+    outside_of_fakes(sys.modules[__name__], "mask_density")
     build_on_device()
+    fake_mode, recorder = FakeTensorMode(), Recorder()
     compile_without_device(recorder, fake_mode)
-    watch(recorder, processes)
-    with fake_mode, Eager(recorder):
-        trainer = tm.Trainer(hp, Windows(), absent_gpu.DEVICE, tm.Log())
-        recorder.kernels.clear()
-        trainer.loss = recorder.within("loss", trainer.loss)
-        trainer.optimizer.step = recorder.within("optimizer", trainer.optimizer.step)
-        recorder.within("gradients", trainer.step)(0, 1.0)
-        if hp.ema_decay:
-            recorder.within("average", trainer.optimizer.update_average)()
-    return Counts(
-        recorder.kernels,
-        recorder.graphs,
-        recorder.peak_bytes,
-        recorder.host_reads,
-        hp.train_batch_tokens // processes,
-        len(trainer.micros),
-    )
+    watch(recorder)
+    for knobs, processes in requests:
+        hp = tm.Hyperparameters(**knobs)
+        with fake_mode, Eager(recorder):
+            yield count_one(recorder, hp, processes)
 
 
 @common.run_tool
 def main() -> None:
-    overrides, processes = json.loads(sys.argv[1])
-    counts = count_in_child(overrides, processes)
-    kernels = [[*kernel, times] for kernel, times in counts.kernels.items()]
-    print(json.dumps(counts._replace(kernels=kernels)._asdict()))
+    found = []
+    for counts in count_in_child(json.loads(sys.argv[1])):
+        kernels = [[*kernel, times] for kernel, times in counts.kernels.items()]
+        found.append(counts._replace(kernels=kernels)._asdict())
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
