@@ -12,14 +12,13 @@ import ctypes
 import os
 import shutil
 import subprocess
-import types
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import common
 import torch
 
-import train_mdlm as tm
 from train_mdlm import InputError
 
 DEVICE = torch.device("cuda", 0)
@@ -72,15 +71,21 @@ class DeviceGenerator:
         self.seed = seed
 
 
-def generators(rand: Callable) -> None:
-    """The script's generators may be on the device from now on: torch.rand is then
-    rand(seed, *size, **options)."""
-    real_seeded, real_rand = tm.seeded, torch.rand
+def seed_on_device(script: ModuleType) -> None:
+    """`script.seeded` makes such a generator where it is asked for one of the device."""
+    real_seeded = script.seeded
 
     def seeded(device, *key):
         generator = real_seeded("cpu", *key)
         on_device = torch.device(device).type == DEVICE.type
         return DeviceGenerator(generator.initial_seed()) if on_device else generator
+
+    script.seeded = seeded
+
+
+def rand_on_device(rand: Callable) -> None:
+    """torch.rand with a generator of the device is rand(seed, *size, **options)."""
+    real_rand = torch.rand
 
     def drawn(*size, generator=None, device=None, **options):
         if generator is not None and torch.device(device or "cpu").type != generator.device.type:
@@ -89,7 +94,7 @@ def generators(rand: Callable) -> None:
             return rand(generator.seed, *size, **options)
         return real_rand(*size, generator=generator, device=device, **options)
 
-    tm.seeded, torch.rand = seeded, drawn
+    torch.rand = drawn
 
 
 class Event:
@@ -110,9 +115,10 @@ def choose_attention(backend: int) -> None:
 def install() -> None:
     """torch.cuda says that there are eight such devices, this process's among them."""
     os.environ.pop("LD_PRELOAD", None)  # for the programs that this one starts
-    properties = types.SimpleNamespace(**PROPERTIES)
-    cuda = torch.cuda
-    cuda.is_available = cuda.is_initialized = lambda: True
+    properties = SimpleNamespace(**PROPERTIES)
+    cuda = torch.cuda  # a function for each name: the compiler has a rule for each function
+    cuda.is_available = lambda: True
+    cuda.is_initialized = lambda: True
     cuda.device_count = lambda: 8
     cuda.current_device = lambda: 0
     cuda._get_device_properties = lambda device=None: properties
@@ -120,8 +126,10 @@ def install() -> None:
     cuda.get_device_name = lambda device=None: properties.name
     cuda.is_bf16_supported = lambda including_emulation=True: True
     cuda.mem_get_info = lambda device=None: (properties.total_memory,) * 2
-    cuda.max_memory_allocated = cuda.max_memory_reserved = lambda device=None: 0
-    cuda.set_device = cuda.synchronize = lambda device=None: None
+    cuda.max_memory_allocated = lambda device=None: 0
+    cuda.max_memory_reserved = lambda device=None: 0
+    cuda.set_device = lambda device: None
+    cuda.synchronize = lambda device=None: None
     cuda._lazy_init = lambda: None
     cuda.manual_seed_all = lambda seed: None
     cuda.Event = Event

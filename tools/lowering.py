@@ -486,7 +486,8 @@ def count_in_child(requests: list) -> Iterator[Counts]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     set_up_compiler()
-    absent_gpu.generators(
+    absent_gpu.seed_on_device(tm)
+    absent_gpu.rand_on_device(
         lambda seed, *size: torch.empty(*size, device=absent_gpu.DEVICE).uniform_()
     )
     torch.Tensor.pin_memory = lambda tensor: tensor
