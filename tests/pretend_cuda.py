@@ -25,7 +25,6 @@ import absent_gpu  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
 
 aten = torch.ops.aten
 EVENTS = []
@@ -77,8 +76,26 @@ class Pretended(torch.Tensor):
         return format(self.held, spec)
 
 
+def tensors_in(value) -> list[torch.Tensor]:
+    """Those in arguments of an operation, which may be in lists."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [tensor for part in value for tensor in tensors_in(part)]
+    return []
+
+
+def with_tensors(function, value):
+    """`value` with function(tensor) in place of each tensor."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(with_tensors(function, part) for part in value)
+    return value
+
+
 def held(value):
-    return tree_map_only(Pretended, lambda tensor: tensor.held, value)
+    return with_tensors(lambda x: x.held if isinstance(x, Pretended) else x, value)
 
 
 # ---- Operations
@@ -134,11 +151,8 @@ def note(operation, args: tuple, kwargs: dict) -> None:
 
 def dispatch(operation, args: tuple, kwargs: dict):
     """Does it with the numbers; the result says that it is on the device if the operands do."""
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    if operation in INDEXED:
-        refuse(operation, [x for x in (args[0], *args[2:]) if isinstance(x, torch.Tensor)])
-    else:
-        refuse(operation, tensors)
+    tensors = tensors_in(args)
+    refuse(operation, tensors_in((args[0], *args[2:])) if operation in INDEXED else tensors)
     note(operation, args, kwargs)
     wanted = kwargs.get("device")
     if wanted is not None:
@@ -148,7 +162,7 @@ def dispatch(operation, args: tuple, kwargs: dict):
         to_device = isinstance(args[0], Pretended)
     else:
         to_device = any(isinstance(x, Pretended) for x in tensors)
-    result = operation(*held(args), **held(kwargs))
+    result = operation(*held(args), **kwargs)
     if not to_device:
         return result
     known = {id(x.held): x for x in tensors if isinstance(x, Pretended)}  # changed in place
@@ -156,7 +170,7 @@ def dispatch(operation, args: tuple, kwargs: dict):
     def pretended(tensor):
         return known[id(tensor)] if id(tensor) in known else Pretended(tensor)
 
-    return tree_map_only(torch.Tensor, pretended, result)
+    return with_tensors(pretended, result)
 
 
 class Device(TorchDispatchMode):
@@ -166,7 +180,7 @@ class Device(TorchDispatchMode):
         kwargs = kwargs or {}
         wanted = kwargs.get("device")
         asked = wanted is not None and torch.device(wanted).type == "cuda"
-        if asked or any(isinstance(x, Pretended) for x in tree_leaves((args, kwargs))):
+        if asked or any(isinstance(x, Pretended) for x in tensors_in(args)):
             return dispatch(operation, args, kwargs)
         return operation(*args, **kwargs)
 
@@ -218,7 +232,7 @@ def watched(collective):
         what = f"{collective.__name__} {where} {', '.join(shapes)}"
         EVENTS.append(f"collective {what}")
         agree(what)
-        return collective(*held(args), **held(kwargs))
+        return collective(*held(args), **kwargs)
 
     return run
 

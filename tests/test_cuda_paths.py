@@ -5,20 +5,26 @@ Two ways, both in child processes that have the library of tools/absent_gpu.py, 
 step through the compiler as for an H100, which needs the package triton.
 """
 
+import fcntl
 import importlib.util
 import itertools
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import absent_gpu
+import lowering
 import pytest
+
+import train_mdlm as tm
 
 COMPILER = os.environ.get("CXX", "g++")
 pytestmark = pytest.mark.skipif(
@@ -29,9 +35,24 @@ needs_triton = pytest.mark.skipif(
 )
 
 
+def once(tmp_path_factory, name: str, work: Callable[[Path], None]) -> Path:
+    """The folder in which work(folder) was done, by whichever worker of pytest came first."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = base / name
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            folder.mkdir(exist_ok=True)
+            work(folder)
+            (folder / "done").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    return absent_gpu.library(tmp_path_factory.mktemp("absent_gpu"))
+    return once(tmp_path_factory, "library", absent_gpu.library) / "absent_gpu.so"
 
 
 # ---- As if on CUDA
@@ -59,11 +80,12 @@ class Outcome(NamedTuple):
         return [self.events[begin + 1 : end] for begin, end in itertools.pairwise(begins)]
 
 
-def pretend(library: Path, runs: list[Run], file: Path, processes: int = 1) -> dict:
-    """Does the runs one after the other; the outcomes of each on each process, by name."""
-    file.write_text(json.dumps([run._asdict() for run in runs]))
+def pretend(library: Path, folder: Path, runs: list[Run], processes: int = 1) -> None:
+    """Does the runs one after the other; each leaves an outcome for each process."""
+    file = folder / "runs.json"
+    file.write_text(json.dumps([run._replace(folder=str(folder / run.folder)) for run in runs]))
     for run in runs:
-        Path(run.folder).mkdir(exist_ok=True)
+        (folder / run.folder).mkdir(exist_ok=True)
     program = Path(__file__).with_name("pretend_cuda.py")
     children = [
         subprocess.Popen(
@@ -78,13 +100,10 @@ def pretend(library: Path, runs: list[Run], file: Path, processes: int = 1) -> d
     for child in children:
         output, _ = child.communicate(timeout=300)
         assert child.returncode == 0, output
-    return {
-        run.name: [
-            Outcome(**json.loads(Path(run.folder, f"{run.name}.{rank}.json").read_text()))
-            for rank in range(processes)
-        ]
-        for run in runs
-    }
+
+
+def outcome_in(folder: Path, name: str, rank: int = 0) -> Outcome:
+    return Outcome(**json.loads((folder / f"{name}.{rank}.json").read_text()))
 
 
 MASKED = "nelbo,l2r:2,sliding:2,confidence:2,random:2,tstep:2,tgrid:2"
@@ -170,29 +189,23 @@ FAULTS = (
 
 
 @pytest.fixture(scope="session")
-def outcomes(library, tiny_env, tmp_path_factory):
-    """Of all runs of one process."""
-    folder = tmp_path_factory.mktemp("pretend")
-    runs = [
-        Run(name, str(folder / name), quiet(tiny_env, **changes))
-        for name, changes in SYSTEMS.items()
-    ]
+def one_process(library, tiny_env, tmp_path_factory):
+    """The folder of all runs of one process."""
+    runs = [Run(name, name, quiet(tiny_env, **changes)) for name, changes in SYSTEMS.items()]
     saving = quiet(tiny_env, **SYSTEMS["mdlm"], CHECKPOINT_EVERY="1e-6")
-    runs.append(Run("stopped", str(folder / "again"), saving, stop_before=2))
-    runs.append(Run("resumed", str(folder / "again"), saving))
-    for number, fault in enumerate(FAULTS):
-        env, own = quiet(tiny_env, PRESET="mdlm"), str(folder / f"fault{number}")
-        edits = [(fault.old, fault.new)]
-        runs.append(Run(fault.name, own, env, edits, fault.stop_before))
-    return folder, pretend(library, runs, folder / "runs.json")
+    runs.append(Run("stopped", "again", saving, stop_before=2))
+    runs.append(Run("resumed", "again", saving))
+    for fault in FAULTS:
+        env, edits = quiet(tiny_env, PRESET="mdlm"), [(fault.old, fault.new)]
+        runs.append(Run(fault.name, fault.name, env, edits, fault.stop_before))
+    return once(tmp_path_factory, "one", lambda folder: pretend(library, folder, runs))
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_the_script_runs_on_one_device_to_its_last_score(outcomes, system):
-    folder, found = outcomes
-    [outcome] = found[system]
-    assert outcome.error == ""
-    log = (folder / system / "logs/run.txt").read_text()
+def test_the_script_runs_on_one_device_to_its_last_score(one_process, system):
+    folder = one_process / system
+    assert outcome_in(folder, system).error == ""
+    log = (folder / "logs/run.txt").read_text()
     assert re.search("^finished:run", log, re.MULTILINE)
     scores = [item.partition(":")[0] for item in SYSTEMS[system].get("SCORES", "nelbo").split(",")]
     bpbs = dict(re.findall(r"^score:(\w+) .*?bpb:(\S+)", log, re.MULTILINE))
@@ -200,29 +213,26 @@ def test_the_script_runs_on_one_device_to_its_last_score(outcomes, system):
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_a_step_never_waits_for_the_device(outcomes, system):
+def test_a_step_never_waits_for_the_device(one_process, system):
     """A copy from pinned memory for each micro-batch, and nothing else."""
-    _, found = outcomes
-    [outcome] = found[system]
-    first, *others = outcome.steps()
+    first, *others = outcome_in(one_process / system, system).steps()
     micro_batches = 2 if "MICRO_BATCH_TOKENS" in SYSTEMS[system] else 1
     assert others == [["free copy to the device"] * micro_batches] * 2
     assert set(first) == {"free copy to the device"}
 
 
-def test_a_resumed_run_ends_in_the_same_bytes(outcomes):
-    folder, found = outcomes
-    [stopped], [resumed] = found["stopped"], found["resumed"]
-    assert stopped.error.startswith("KeyboardInterrupt") and resumed.error == ""
-    assert "resumed:logs/run.00000002.ckpt step:2/4" in (folder / "again/logs/run.txt").read_text()
-    straight, again = (folder / name / "logs/run.mdlm" for name in ("mdlm", "again"))
-    assert straight.read_bytes() == again.read_bytes()
+def test_a_resumed_run_ends_in_the_same_bytes(one_process):
+    straight, again = one_process / "mdlm", one_process / "again"
+    assert outcome_in(again, "stopped").error.startswith("KeyboardInterrupt")
+    assert outcome_in(again, "resumed").error == ""
+    assert "resumed:logs/run.00000002.ckpt step:2/4" in (again / "logs/run.txt").read_text()
+    artifacts = [(folder / "logs/run.mdlm").read_bytes() for folder in (straight, again)]
+    assert artifacts[0] == artifacts[1]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
-def test_a_fault_of_devices_is_noticed(outcomes, fault):
-    _, found = outcomes
-    [outcome] = found[fault.name]
+def test_a_fault_of_devices_is_noticed(one_process, fault):
+    outcome = outcome_in(one_process / fault.name, fault.name)
     events = [event for step in outcome.steps()[1:] for event in step]
     assert fault.noted in "\n".join([*events, outcome.error])
 
@@ -235,37 +245,176 @@ NOT_CONTIGUOUS = ("    all_reduce(table)\n", "    all_reduce(table.transpose(0, 
 
 @pytest.fixture(scope="session")
 def two_processes(library, tiny_env, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pretend2")
+    """The folder of all runs of two processes."""
     env = quiet(tiny_env, PRESET="mdlm", EMA_DECAY="0.9")
     runs = [
-        Run("sound", str(folder / "sound"), env),
-        Run("unequal", str(folder / "unequal"), env, [UNEQUAL]),
-        Run("not contiguous", str(folder / "strided"), env, [NOT_CONTIGUOUS]),
+        Run("sound", "sound", env),
+        Run("unequal", "unequal", env, [UNEQUAL]),
+        Run("strided", "strided", env, [NOT_CONTIGUOUS]),
     ]
-    return folder, pretend(library, runs, folder / "runs.json", processes=2)
+    return once(tmp_path_factory, "two", lambda folder: pretend(library, folder, runs, 2))
+
+
+def outcomes_of_both(two_processes, name: str) -> list[Outcome]:
+    return [outcome_in(two_processes / name, name, rank) for rank in range(2)]
 
 
 def test_two_processes_share_a_step(two_processes):
     """Its collectives are one of all gradients and one for each shape of Muon's matrices; the clock
     asks through the host."""
-    folder, found = two_processes
-    assert [outcome.error for outcome in found["sound"]] == ["", ""]
-    first, second = (outcome.steps()[1:] for outcome in found["sound"])
+    outcomes = outcomes_of_both(two_processes, "sound")
+    assert [outcome.error for outcome in outcomes] == ["", ""]
+    first, second = (outcome.steps()[1:] for outcome in outcomes)
     assert first == second
     for step in first:
         kinds = Counter(re.sub(r"(collective \S+ \w+) .*", r"\1", event) for event in step)
         assert kinds.pop("free copy to the device") == 1
         assert kinds.pop("collective all_reduce gloo") == 1
         assert sum(kinds.values()) == 1 + 4 and all("nccl" in kind for kind in kinds)
-    assert "finished:run" in (folder / "sound/logs/run.txt").read_text()
+    assert "finished:run" in (two_processes / "sound/logs/run.txt").read_text()
 
 
 def test_a_collective_that_one_process_leaves_out_is_noticed(two_processes):
-    _, found = two_processes
-    for outcome in found["unequal"]:
+    for outcome in outcomes_of_both(two_processes, "unequal"):
         assert re.search(r"collective \d+ is .* here and .* on the other process", outcome.error)
 
 
 def test_a_collective_of_a_view_is_noticed(two_processes):
-    _, found = two_processes
-    assert all("which are not contiguous" in outcome.error for outcome in found["not contiguous"])
+    for outcome in outcomes_of_both(two_processes, "strided"):
+        assert "which are not contiguous" in outcome.error
+
+
+# ---- Through the compiler
+
+GPUS = 8  # that share a batch of the preset's size
+QUICK = ("mdlm", "llada", "block")
+
+
+def two_layers(preset: str) -> tm.Hyperparameters:
+    return tm.Hyperparameters(preset=preset, num_layers=2)
+
+
+@pytest.fixture(scope="session")
+def lowered(library, tmp_path_factory):
+    """Counts of a step of two layers, by preset."""
+
+    def count(folder, presets):
+        requests = [lowering.Request(vars(two_layers(preset)), GPUS) for preset in presets]
+        for preset, counts in zip(presets, lowering.count_steps(requests, library), strict=True):
+            (folder / preset).write_bytes(pickle.dumps(counts))
+
+    def counts_of(preset):
+        presets = QUICK if preset in QUICK else [preset]
+        folder = once(tmp_path_factory, presets[0], lambda folder: count(folder, presets))
+        return pickle.loads((folder / preset).read_bytes())
+
+    return counts_of
+
+
+def every_preset(function):
+    """The test for each preset; the slower ones are marked."""
+    presets = [
+        pytest.param(preset, marks=() if preset in QUICK else pytest.mark.slow)
+        for preset in tm.PRESETS
+    ]
+    return needs_triton(pytest.mark.parametrize("preset", presets)(function))
+
+
+def total(counts: lowering.Counts, figure: str, **wanted) -> int:
+    """Σ times · figure of the kernels whose part, kind or name is as wanted."""
+    return sum(
+        times * (1 if figure == "times" else getattr(kernel, figure))
+        for kernel, times in counts.kernels.items()
+        if all(getattr(kernel, name) == value for name, value in wanted.items())
+    )
+
+
+@every_preset
+def test_the_loss_is_one_graph_forward_and_one_backward(lowered, preset):
+    counts = lowered(preset)
+    assert (counts.graphs["loss"], counts.graphs["gradients"]) == (1, 1)
+    assert total(counts, "times", part="loss", compiled=False) == 0
+
+
+@every_preset
+def test_a_compiled_step_never_waits_for_the_device(lowered, preset):
+    counts = lowered(preset)
+    assert counts.host_reads == 0
+    assert total(counts, "times", kind="copy") == counts.micro_batches
+
+
+@every_preset
+def test_the_arithmetic_is_that_of_the_matrices(lowered, preset):
+    """The last MLP and the head work at scored positions only; backward does each product twice."""
+    hp, counts = two_layers(preset), lowered(preset)
+    rows = counts.tokens // hp.train_seq_len
+    width, length = hp.model_dim, hp.train_seq_len
+    scored = tm.scored_capacity(hp, rows)
+    if hp.block_size:
+        length += hp.noisy_blocks * hp.block_size
+        scored += counts.tokens
+    kv_width = hp.num_kv_heads * hp.head_dim
+    qkv, out = width * (width + 2 * kv_width), width * width
+    mlp, head = 2 * hp.mlp_mult * width * width, width * hp.vocab_size
+    products = rows * length * (2 * qkv + out + mlp) + scored * (out + mlp + head)
+    for part, each in (("loss", 1), ("gradients", 2)):
+        found = total(counts, "flops", part=part, kind="matrix product")
+        noise = 2e-3 if hp.backbone == "dit" else 0  # what tells it of the noise is not above
+        assert found == pytest.approx(2 * each * products, rel=noise or 1e-9)
+
+
+@every_preset
+def test_attention_is_fused_and_leaves_empty_tiles_out(lowered, preset):
+    hp, counts = two_layers(preset), lowered(preset)
+    kind = "flex attention" if hp.block_size else "attention"
+    for part in ("loss", "gradients"):
+        assert total(counts, "times", part=part, kind=kind) == 2
+    length = hp.train_seq_len
+    whole = 2 * 4 * counts.tokens * length * hp.model_dim
+    found = total(counts, "flops", part="loss", kind=kind)
+    if hp.block_size:  # 1.5 times the rows; tiles of 128 on, and below, two diagonals
+        assert 0.4 * 1.5**2 * whole < found < 0.55 * 1.5**2 * whole
+    else:
+        assert found == (whole / 2 if hp.causal else whole)
+        assert total(counts, "flops", part="gradients", kind=kind) == 2.5 * found
+
+
+class Ceiling(NamedTuple):
+    """The most that a step of two layers may take; whoever needs less lowers it."""
+
+    products: int  # kernels
+    forward: int  # other compiled kernels
+    backward: int
+    launches: int  # of all
+    gigabytes: float  # of compiled kernels
+    peak_gigabytes: float
+
+
+MDLM = Ceiling(39, 33, 46, 456, 15.7, 2.6)
+LLADA = Ceiling(56, 38, 52, 349, 1.97, 0.44)
+CEILINGS = {
+    "mdlm": MDLM,
+    "mdlm16": MDLM,
+    "golf": Ceiling(39, 39, 49, 500, 15.1, 2.8),
+    "block": Ceiling(39, 57, 51, 533, 26.8, 5.1),
+    "llada": LLADA,
+    "eos": LLADA,
+    "ar": Ceiling(39, 33, 42, 404, 15.7, 2.8),
+    "demo": Ceiling(39, 38, 49, 499, 0.034, 0.027),
+}
+
+
+@every_preset
+def test_kernels_and_bytes_stay_below_their_ceilings(lowered, preset):
+    counts = lowered(preset)
+    found = Ceiling(
+        products=total(counts, "times", kind="matrix product", compiled=True),
+        forward=total(counts, "times", part="loss", kind="fused"),
+        backward=total(counts, "times", part="gradients", kind="fused")
+        + total(counts, "times", part="gradients", kind="scatter"),
+        launches=total(counts, "times"),
+        gigabytes=total(counts, "nbytes", compiled=True) / 1e9,
+        peak_gigabytes=counts.peak_bytes / 1e9,
+    )
+    for name, ceiling in CEILINGS[preset]._asdict().items():
+        assert getattr(found, name) <= ceiling, f"{name} of {found}"

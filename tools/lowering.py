@@ -259,7 +259,7 @@ class Eager(TorchDispatchMode):
         written = sum(map(stored_bytes, results))
         read = sum(map(stored_bytes, given))
         if operation in READ_IN_PART:
-            read = 2 * written
+            read = written + sum(map(stored_bytes, given[1:]))
         if operation in WRITES_ONLY:
             read -= written
         packet = operation.overloadpacket

@@ -315,8 +315,10 @@ def parse_knobs(preset: str, knobs: list[str]) -> tm.Hyperparameters:
         name, equals, value = knob.partition("=")
         if not equals:
             raise InputError(f"{knob}: give hyperparameters as KNOB=value")
+        if name.lower() == "preset":
+            raise InputError(f"{knob}: the preset is the first argument")
         values[name.lower()] = value
-    return tm.Hyperparameters(**{"preset": preset, **values})
+    return tm.Hyperparameters(preset, **values)
 
 
 def change_rates(rates: Rates, changes: list[str]) -> Rates:
