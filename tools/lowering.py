@@ -266,7 +266,7 @@ class Eager(TorchDispatchMode):
         flops = arithmetic(packet, [x.shape for x in given])
         kind, head_dim = "matrix product" if flops else "eager", 0
         if "attention" in str(packet):
-            kind, head_dim = "attention", given[-1].shape[-1]
+            kind, head_dim = "attention", given[0].shape[-1]
         recorder.add(kind, str(operation), flops, read + written, head_dim)
 
 

@@ -1,7 +1,7 @@
 """What a training step costs on a GPU that is not here: kernels, FLOPs, bytes, time and memory.
 
     python tools/step_cost.py mdlm
-    python tools/step_cost.py golf NUM_HEADS=9 NUM_KV_HEADS=3 --gpu H100 A100 --gpus 8
+    python tools/step_cost.py golf NUM_HEADS=9 NUM_KV_HEADS=3 --gpu H100 A100
     python tools/step_cost.py mdlm --gpu H100 --rates matmul=650 memory=2.9
 
 Kernels, FLOPs and bytes are counted: the step of the script itself goes through the compiler
@@ -126,7 +126,7 @@ TITLES = {
     "flex attention": "flex attention",
     "fused": "fused kernels",
     "scatter": "scattered sums: embeddings, selected rows",
-    "eager": "gradients added up",
+    "eager": "not compiled",
 }
 
 
@@ -226,26 +226,25 @@ def predict(counts: Counts, machine: Machine) -> Prediction:
 # ---- What is printed
 
 
-def parts_table(predictions: dict[str, Prediction]) -> str:
-    """Markdown: a row for each part, a column of milliseconds for each GPU."""
-    names = list(predictions)
+def parts_table(name: str, found: Prediction) -> str:
+    """Markdown: a row for each part, on the GPU of that name."""
+    whole = Part(
+        title="all",
+        kernels=sum(part.kernels for part in found.parts),
+        flops=sum(part.flops for part in found.parts),
+        nbytes=sum(part.nbytes for part in found.parts),
+        seconds=found.device_seconds,
+        bound="",
+    )
     lines = [
-        "| part | kernels | TFLOP | GB | " + " | ".join(f"ms on {name}" for name in names) + " |",
-        "|---" * (4 + len(names)) + "|",
+        f"| part | kernels | TFLOP | GB | ms on {name} | bound by |",
+        "|---|---|---|---|---|---|",
     ]
-    columns = [prediction.parts for prediction in predictions.values()]
-    for row in zip(*columns, strict=True):
-        part = row[0]
-        cells = [part.title, str(part.kernels), f"{part.flops / 1e12:.2f}"]
-        cells += [f"{part.nbytes / 1e9:.2f}"]
-        cells += [f"{1000 * part.seconds:.2f} ({part.bound})" for part in row]
-        lines.append(f"| {' | '.join(cells)} |")
-    first = columns[0]
-    cells = ["all", str(sum(part.kernels for part in first))]
-    cells += [f"{sum(part.flops for part in first) / 1e12:.2f}"]
-    cells += [f"{sum(part.nbytes for part in first) / 1e9:.2f}"]
-    cells += [f"{1000 * prediction.device_seconds:.2f}" for prediction in predictions.values()]
-    lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        f"| {part.title} | {part.kernels} | {part.flops / 1e12:.2f} | {part.nbytes / 1e9:.2f} "
+        f"| {1000 * part.seconds:.2f} | {part.bound} |"
+        for part in [*found.parts, whole]
+    ]
     return "\n".join(lines)
 
 
@@ -263,7 +262,7 @@ def speed_table(predictions: dict[str, Prediction], processes: int) -> str:
             f"{processes} x {name}",
             f"{1000 * found.seconds:.1f}",
             f"{1000 * found.host_seconds:.1f}",
-            f"{found.tokens_per_s:,.0f}",
+            f"{found.tokens_per_s / 1e6:.2f} M",
             f"{100 * found.share_of_peak:.0f} %",
             f"{budget / found.seconds:,.0f}",
             f"{budget * found.tokens_per_s / 1e9:.2f} G",
@@ -274,21 +273,22 @@ def speed_table(predictions: dict[str, Prediction], processes: int) -> str:
 
 
 def report(hp: tm.Hyperparameters, counts: Counts, predictions: dict[str, Prediction]) -> str:
+    """Markdown."""
     processes = hp.train_batch_tokens // counts.tokens
-    graphs = " and ".join(f"{times} of {part}" for part, times in counts.graphs.items())
-    collectives = [kernel.kind == "collective" for kernel in counts.kernels.elements()]
-    return "\n".join(
-        [
-            f"{hp.preset}: {counts.tokens:,} tokens a GPU and step in {counts.micro_batches} "
-            f"micro-batches, torch {torch.__version__}",
-            f"compiled graphs: {graphs or 'none'}; started by the host: {len(collectives)}, "
-            f"{sum(collectives)} of them collectives; host reads: {counts.host_reads}",
-            "",
-            parts_table(predictions),
-            "",
-            speed_table(predictions, processes),
-        ]
+    kinds = [kernel.kind for kernel in counts.kernels.elements()]
+    graphs = " + ".join(f"{times} {part}" for part, times in counts.graphs.items())
+    facts = (
+        f"{hp.preset}: {processes} x {counts.tokens:,} tokens a step",
+        f"micro-batches: {counts.micro_batches}",
+        f"compiled graphs: {graphs or 'none'}",
+        f"collectives: {kinds.count('collective')}",
+        f"copies to the GPU: {kinds.count('copy')}",
+        f"host reads: {counts.host_reads}",
+        f"torch {torch.__version__}",
     )
+    name, first = next(iter(predictions.items()))
+    tables = parts_table(name, first), speed_table(predictions, processes)
+    return "\n\n".join(["; ".join(facts), *tables])
 
 
 def to_json(hp: tm.Hyperparameters, counts: Counts, predictions: dict[str, Prediction]) -> str:
@@ -342,7 +342,9 @@ def main() -> None:
     parser = common.argument_parser(__doc__)
     parser.add_argument("preset", choices=tm.PRESETS)
     parser.add_argument("knobs", nargs="*", metavar="KNOB=value", help="as the script has them")
-    parser.add_argument("--gpu", nargs="+", choices=GPUS, default=["H100"], help="one or more")
+    parser.add_argument(
+        "--gpu", nargs="+", choices=GPUS, default=["H100"], help="the parts are those of the first"
+    )
     parser.add_argument("--gpus", type=int, default=8, help="how many share a step")
     rates_help = f"instead of those assumed, for one GPU: {', '.join(Rates._fields)}"
     parser.add_argument("--rates", nargs="+", default=[], metavar="NAME=VALUE", help=rates_help)
