@@ -307,6 +307,14 @@ def test_without_colours_and_on_a_narrow_screen(screen):
     assert max(map(len, lines)) <= 12 and any(lines)
 
 
+def test_of_a_long_text_the_lines_around_what_is_new_are_shown(screen):
+    shown = screen("ar", "--length", 150, "--batch", 1, columns=20, LINES="9")
+    pictures = re.split(r"sample 1 of 1: call", shown)[:-1]
+    with_new = ["\x1b[1;32m" in picture for picture in pictures]
+    assert len(pictures) == 151 and sum(with_new) > 140  # a blank at the end of a line is not shown
+    assert max(picture.count("\n") for picture in pictures) <= 9
+
+
 def test_what_a_terminal_would_obey_is_escaped():
     assert sample.printable("a\x1b[2J\n\tb\x07é") == "a\\x1b[2J\n\tb\\x07é"
 

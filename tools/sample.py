@@ -18,6 +18,7 @@ Samplers, the first one that the model has is the default:
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -86,12 +87,21 @@ class LiveView:
         if now - self.shown < FRAME_SECONDS:
             return
         self.shown = now
-        text = common.require("rich.text").Text
-        picture = text.assemble(*spans(self.loaded, rows, self.glyph))
         masked = int((rows.z[0] == self.loaded.hp.mask_id).sum())
-        facts = f"call {len(rows.steps[0])}, {masked} masked"
-        picture.append(f"\n\n{sample_numbers(rows, self.request)}: {facts}", STYLES["masked"])
-        self.live.update(picture, refresh=True)
+        facts = f"{sample_numbers(rows, self.request)}: call {len(rows.steps[0])}, {masked} masked"
+        picture = self.around_new(list(spans(self.loaded, rows, self.glyph)))
+        self.live.update(picture.append(f"\n{facts}", STYLES["masked"]), refresh=True)
+
+    def around_new(self, pieces: list[tuple[str, str]]):
+        """The text; of one that is too long for the screen the lines around what is new."""
+        text = common.require("rich.text").Text
+        size = self.console.size
+        room = max(size.height - 4, 1)
+        lines = text.assemble(*pieces).wrap(self.console, size.width)
+        until_new = list(itertools.takewhile(lambda piece: piece[1] != STYLES["new"], pieces))
+        new = len(text.assemble(*until_new).wrap(self.console, size.width))
+        first = max(min(new - room // 2, len(lines) - room), 0)
+        return text("\n").join([*lines[first : first + room], text()])
 
     def show(self, sample: sampling.Sample, facts: str) -> None:
         self.live.update("", refresh=True)

@@ -64,9 +64,9 @@ class Loaded(NamedTuple):
     luts: tm.ByteTables
 
 
-def load(artifact: Path, tokenizer: str | None = None) -> Loaded:
+def load(artifact: Path, tokenizer: str | None = None, data: str | None = None) -> Loaded:
     """On the device of the machine."""
-    model, hp = common.load_model(artifact, tokenizer=tokenizer)
+    model, hp = common.load_model(artifact, data, tokenizer)
     return Loaded(artifact.name, model.eval(), hp, *common.load_tokenizer(hp))
 
 
