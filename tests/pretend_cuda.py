@@ -151,7 +151,7 @@ def note(operation, args: tuple, kwargs: dict) -> None:
 
 def dispatch(operation, args: tuple, kwargs: dict):
     """Does it with the numbers; the result says that it is on the device if the operands do."""
-    tensors = tensors_in(args)
+    tensors = tensors_in([*args, *kwargs.values()])  # of which one may be `out`
     refuse(operation, tensors_in((args[0], *args[2:])) if operation in INDEXED else tensors)
     note(operation, args, kwargs)
     wanted = kwargs.get("device")
@@ -162,7 +162,7 @@ def dispatch(operation, args: tuple, kwargs: dict):
         to_device = isinstance(args[0], Pretended)
     else:
         to_device = any(isinstance(x, Pretended) for x in tensors)
-    result = operation(*held(args), **kwargs)
+    result = operation(*held(args), **{name: held(value) for name, value in kwargs.items()})
     if not to_device:
         return result
     known = {id(x.held): x for x in tensors if isinstance(x, Pretended)}  # changed in place
