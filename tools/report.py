@@ -5,7 +5,7 @@
 The logs are those of one system with several seeds; of a run that has not finished, only the
 curve is shown. What needs the model is measured with the artifact, by default the .mdlm beside a
 log: bits by share masked, the bits of every token of a held-out passage, and the score again.
---samples takes what tools/sample.py --json writes.
+It also writes the samples that are shown, unless --samples has what tools/sample.py --json wrote.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import common
 import report_page
+import sampling
 import torch
 from report_page import Measured, Passage, Report, RunLog, Sample, Samples, Share, Token
 from run_log import (
@@ -49,6 +50,8 @@ PASSAGE_TOKENS = 256
 PASS_TOKENS = 1 << 16  # of one call of the model
 ORDERS = 16  # random ones, for every token of the passage
 SAMPLE_VERSION = 1
+DRAWN = dict(mdlm=("ancestral", "confidence"), block=("causal", "entropy"), ar=("causal",))
+DRAWN_CALLS = 64  # for a sample of masked diffusion
 ABSENT = "Not measured: this page was made without the artifact of the run, or without its text."
 MOST_TOKENS = 1 << 16  # of a sample, and of the calls that made it
 
@@ -208,7 +211,7 @@ def check_belongs(artifact: Path, hp: tm.Hyperparameters, run: Run) -> None:
     if size != run.artifact_bytes:
         said = f"has {size:,} bytes, but the log says {run.artifact_bytes:,}"
         raise InputError(f"{artifact}: {said}: it is not the artifact of this run")
-    for name in tm.stored_fields(hp):
+    for name in tm.STORED:
         logged = run.settings.get(name.upper())
         if logged is not None and hp.shown(name) != f"{name.upper()}={logged}":
             said = f"{hp.shown(name)}, but the log says {logged}"
@@ -368,7 +371,11 @@ def read_sample(value: object, length: int, mask_id: int, sp, path: Path) -> Sam
 
 def read_samples(path: Path, sp) -> Samples:
     """InputError unless it is what tools/sample.py --json writes."""
-    value = common.read_json(path)
+    return samples_of(common.read_json(path), path, sp)
+
+
+def samples_of(value: object, path: Path, sp) -> Samples:
+    """Of what came from there, in the form of sampling.record."""
     require(isinstance(value, dict), path, "it is no object")
     version = value.get("version")
     require(version == SAMPLE_VERSION, path, f"its version is {version!r}, not {SAMPLE_VERSION}")
@@ -386,8 +393,22 @@ def read_samples(path: Path, sp) -> Samples:
     return Samples(value["artifact"], value["sampler"], settings, read)
 
 
+def draw_samples(opened: Opened) -> Iterator[Samples]:
+    """Some of the artifact, in a few calls each."""
+    loaded = sampling.Loaded(opened.path.name, opened.model, opened.hp, opened.sp, opened.val.luts)
+    for name in DRAWN[opened.hp.system]:
+        few = opened.hp.system == "mdlm" and opened.hp.train_seq_len > DRAWN_CALLS
+        request = sampling.Request(sampler=name, steps=DRAWN_CALLS if few else None)
+        record = sampling.record(loaded, request)
+        for sample in record["samples"]:
+            sample["seconds"] = 0.0  # so that the same files make the same page
+        yield samples_of(record, opened.path, opened.sp)
+
+
 def gather_samples(paths: list[Path], opened: Opened | None) -> list[Samples]:
-    """Those in the files. This is the place to draw some from the artifact when none are given."""
+    """Those in the files or, if none are given, some of the artifact."""
+    if opened and not paths:
+        return list(draw_samples(opened))
     return [read_samples(path, opened.sp if opened else None) for path in paths]
 
 

@@ -639,7 +639,8 @@ def slider(number: int, steps: int) -> str:
 def sample_block(number: int, sample: Sample) -> str:
     drawn = sample.fixed.count(False)
     facts = [f"seed {sample.seed}", f"{drawn:,} tokens in {sample.calls:,} calls"]
-    facts.append(f"{sample.seconds:.1f} s")
+    if sample.seconds:
+        facts.append(f"{sample.seconds:.1f} s")
     if sample.bits is not None:
         each = sample.bits / max(drawn, 1)
         facts.append(f"{sample.bits:,.1f} bits, {each:.2f} a token")
