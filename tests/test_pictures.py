@@ -1,7 +1,10 @@
 """tools/pictures.py: pictures that follow the code, byte for byte the same in every run."""
 
+import json
+
 import pictures
 import pytest
+import report
 import torch
 from conftest import random_model, tiny_hp
 
@@ -112,3 +115,67 @@ def test_probabilities_of_mask_sizes():
     assert set(by_size) == set(range(1, pictures.SHOWN_TOKENS + 1))
     assert sum(by_size.values()) == pytest.approx(1)
     assert torch.equal(masks.masks.sum(2), masks.k)
+
+
+SAMPLE = dict(
+    seed=3,
+    prompt_or_template=[True, False, False, False],
+    tokens=[5, 6, 7, 8],
+    pieces=["a", "b\n", "$c", "d"],
+    text="ab\n$cd",
+    calls=3,
+    seconds=0.5,
+    bits=None,
+    steps=[
+        dict(positions=[2, 3], tokens=[7, 9]),
+        dict(positions=[1, 3], tokens=[6, 384]),
+        dict(positions=[3], tokens=[8]),
+    ],
+)
+
+
+@pytest.fixture
+def samples(tmp_path):
+    value = dict(version=1, artifact="a.mdlm", preset="mdlm", sampler="remdm", settings={})
+    value |= dict(length=4, mask_id=384, samples=[SAMPLE])
+    path = tmp_path / "samples.json"
+    path.write_text(json.dumps(value))
+    return path
+
+
+def test_a_text_while_it_is_being_written(samples):
+    """Given, masked, new, settled, and masked again."""
+    (sample,) = report.read_samples(samples, None).samples
+    fixed, new, settled, masked = pictures.FIXED, pictures.NEW, pictures.SETTLED, pictures.MASKED
+    assert pictures.text_at(sample, 0, 0) == [
+        ("a", fixed),
+        ("░░", masked),
+        ("░░", masked),
+        ("░", masked),
+    ]
+    assert pictures.text_at(sample, 2, 1) == [
+        ("a", fixed),
+        ("b↵", new),
+        ("$c", settled),
+        ("░", masked),
+    ]
+    assert pictures.text_at(sample, 3, 3) == [
+        ("a", fixed),
+        ("b↵", settled),
+        ("$c", settled),
+        ("d", settled),
+    ]
+
+
+def test_the_picture_of_a_text_is_made_of_its_file_alone(samples, tool, tmp_path):
+    found = []
+    for out in (tmp_path / "one", tmp_path / "two"):
+        done = tool(pictures, "--samples", samples, "--out", out)
+        assert done.returncode == 0 and done.stdout.split() == [str(out / "unmasking.png")]
+        assert [path.name for path in out.iterdir()] == ["unmasking.png"]
+        found.append((out / "unmasking.png").read_bytes())
+    assert found[0] == found[1] and found[0].startswith(b"\x89PNG")
+    samples.write_text("{}")
+    done = tool(pictures, "--samples", samples, "--out", tmp_path / "one")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "not what tools/sample.py --json writes" in done.stderr

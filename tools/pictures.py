@@ -1,12 +1,15 @@
 """Draws the pictures of the documentation from the code itself, so that they cannot be stale.
 
     python tools/pictures.py [--out docs/pictures] [--artifact logs/<run>.mdlm]
+    python tools/pictures.py --samples samples.json
 
 flow.png      the story at the top of train_mdlm.py, stop by stop; what a function gives is taken
               from its docstring and its annotations
 artifact.png  where the bytes of a submission are: those of an artifact, or of three presets if all
               weights were normal
 masks.png     which masks the NELBO draws, and how evenly their sizes are spread
+unmasking.png with --samples, and then only this: the first text of that file, which
+              tools/sample.py --json wrote, after some of its model calls
 
 Two runs give identical files.
 """
@@ -26,8 +29,10 @@ from types import ModuleType
 from typing import NamedTuple
 
 import common
+import report
 import torch
 import torch.nn.functional as F
+from report_page import Sample
 from torch import Tensor
 
 import train_mdlm as tm
@@ -551,6 +556,81 @@ def draw_nelbo_masks() -> Figure:
     return figure
 
 
+# ---- unmasking.png -----------------------------------------------------------
+
+STAGES = (1 / 8, 1 / 4, 1 / 2, 1)  # of the model calls
+MONOSPACED = "DejaVu Sans Mono"
+SETTLED, FIXED = (Style(color, 8.0, MONOSPACED) for color in (INK, BLUE))
+NEW = Style(ORANGE, 8.0, MONOSPACED, "bold")
+MASKED = Style(EDGE, 8.0, MONOSPACED)
+LETTER = text_width("a" * 100, SETTLED) / 100
+LETTERS = int((WIDTH - 2 * MARGIN) / LETTER)  # of a line
+STAGE_ROOM = 30  # between two stages
+
+
+def written_after(sample: Sample, calls: int) -> dict[int, int]:
+    """The call that wrote it, by position, of what stands in the text after so many."""
+    written: dict[int, int] = {}
+    for number, step in enumerate(sample.steps[:calls]):
+        for position, piece in step:
+            written[position] = number
+            if piece is None:  # masked again
+                del written[position]
+    return written
+
+
+def text_at(sample: Sample, calls: int, before: int) -> list[tuple[str, Style]]:
+    """The text after so many calls, in pieces; those since call number `before` are new."""
+    written = written_after(sample, calls)
+    pieces = []
+    for position, (piece, fixed) in enumerate(zip(sample.pieces, sample.fixed, strict=True)):
+        shown = "".join("↵" if letter == "\n" else letter for letter in piece)
+        if fixed:
+            pieces.append((shown, FIXED))
+        elif position in written:
+            pieces.append((shown, NEW if written[position] >= before else SETTLED))
+        else:
+            pieces.append(("░" * len(shown), MASKED))
+    return pieces
+
+
+def in_lines(pieces: list[tuple[str, Style]]) -> list[list[tuple[str, Style]]]:
+    """Runs of letters of one style, as many in a line as there is room for."""
+    letters = [(letter, style) for text, style in pieces for letter in text]
+    lines = [letters[i : i + LETTERS] for i in range(0, len(letters), LETTERS)]
+    return [
+        [
+            ("".join(letter for letter, _ in run), style)
+            for style, run in itertools.groupby(line, key=lambda pair: pair[1])
+        ]
+        for line in lines
+    ]
+
+
+def draw_unmasking(path: Path) -> Figure:
+    """Of the first text of a file; InputError unless tools/sample.py wrote it."""
+    samples = report.read_samples(path, None)
+    sample = samples.samples[0]
+    counts = [math.ceil(share * len(sample.steps)) for share in STAGES]
+    stages = []
+    for calls, before in zip(counts, [0, *counts], strict=False):
+        stages.append((calls, in_lines(text_at(sample, calls, before))))
+    height = MARGIN + sum(STAGE_ROOM + len(lines) * LINE for _, lines in stages)
+    figure, axes = new_sheet(height)
+    y = MARGIN
+    for calls, lines in stages:
+        left = len(sample.pieces) - len(written_after(sample, calls)) - sum(sample.fixed)
+        title = f"after {calls} of {len(sample.steps)} calls, {left} tokens masked"
+        write(axes, MARGIN, y, title, STRONG)
+        for number, line in enumerate(lines):
+            x = MARGIN
+            for text, style in line:
+                write(axes, x, y + (number + 1) * LINE, text.replace("$", r"\$"), style)
+                x += len(text) * LETTER
+        y += STAGE_ROOM + len(lines) * LINE
+    return figure
+
+
 # ---- Main --------------------------------------------------------------------
 
 PRESETS = ("mdlm", "mdlm16", "golf")  # of artifact.png
@@ -593,8 +673,15 @@ def main() -> None:
     parser = common.argument_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/pictures"), help="a folder")
     parser.add_argument("--artifact", type=Path, help="a .mdlm whose bytes to draw")
+    samples_help = "draw only the first text of this file"
+    parser.add_argument("--samples", type=Path, metavar="FILE", help=samples_help)
     arguments = parser.parse_args()
-    draw_all(arguments.out, arguments.artifact)
+    if not arguments.samples:
+        draw_all(arguments.out, arguments.artifact)
+        return
+    common.check_picture(arguments.out / "unmasking.png")
+    with matplotlib.style.context(["default", LOOK]):
+        save(draw_unmasking(arguments.samples), arguments.out / "unmasking.png")
 
 
 if __name__ == "__main__":
