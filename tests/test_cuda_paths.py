@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -26,10 +25,7 @@ import pytest
 
 import train_mdlm as tm
 
-COMPILER = os.environ.get("CXX", "g++")
-pytestmark = pytest.mark.skipif(
-    not shutil.which(COMPILER), reason=f"needs a C++ compiler: there is no {COMPILER}"
-)
+pytestmark = pytest.mark.skipif(not absent_gpu.compiler(), reason="needs Linux and g++")
 needs_triton = pytest.mark.skipif(
     not importlib.util.find_spec("triton"), reason="needs triton: requirements-dev.txt"
 )

@@ -1,10 +1,12 @@
-// Lets a torch that was built for CPUs work with tensors that say they are on a CUDA device.
+// Lets torch work with tensors that say they are on a CUDA device where there is none.
 //
 // Autograd asks a device for its streams and events, and `pin_memory` for an allocator: here one
 // device, which has nothing to wait for. Attention asks a device which kernel it has; the answer is
 // set from Python with `choose_attention` (torch.nn.attention.SDPBackend; 0 is plain arithmetic).
 //
-// Loaded before libtorch has looked for CUDA: tools/absent_gpu.py.
+// Loaded before libtorch looks for CUDA: see tools/absent_gpu.py. A torch that was built for CUDA
+// has hooks of a lower priority; the other two it sets when it is loaded, so `take_over` is called
+// after that.
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/native/DispatchStub.h>
@@ -31,7 +33,7 @@ struct Guard : impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
   bool queryEvent(void*) const override { return true; }
 };
 
-C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+const Guard guard;
 
 }  // namespace
 
@@ -53,7 +55,8 @@ struct CUDAHooks : CUDAHooksInterface {
   Allocator* getPinnedMemoryAllocator() const override { return GetCPUAllocator(); }
 };
 
-REGISTER_CUDA_HOOKS(CUDAHooks)
+C10_REGISTER_CLASS_WITH_PRIORITY(
+    CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks)
 
 class Tensor;
 
@@ -72,9 +75,16 @@ int64_t choose(Arguments...) {
   return chosen;
 }
 
-REGISTER_CUDA_DISPATCH(_fused_sdp_choice_stub, &choose)
-
 }  // namespace native
 }  // namespace at
 
-extern "C" void choose_attention(int64_t backend) { at::native::chosen = backend; }
+extern "C" {
+
+void take_over() {
+  c10::impl::registerDeviceGuard(c10::DeviceType::CUDA, &guard);
+  at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&at::native::choose);
+}
+
+void choose_attention(int64_t backend) { at::native::chosen = backend; }
+
+}

@@ -1,4 +1,4 @@
-"""A CUDA device that is not there, for a torch that was built for CPUs.
+"""A CUDA device that is not there.
 
 `library` compiles absent_gpu.cpp with g++. A child process that was started with `environment` has
 loaded it before torch; `install` then makes torch.cuda of that process describe a GPU. Tensors on
@@ -12,6 +12,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -41,15 +42,19 @@ PROPERTIES = dict(  # of an H100, as far as the compiler asks
 )
 
 
+def compiler() -> str | None:
+    """The path of g++, or of what CXX names; None where there is none, or no Linux."""
+    return shutil.which(os.environ.get("CXX", "g++")) if sys.platform == "linux" else None
+
+
 def library(folder: Path) -> Path:
     """Compiles absent_gpu.cpp into `folder`, in some seconds; InputError without a compiler."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if not compiler:
-        raise InputError("there is no C++ compiler: install g++, or name another one with CXX")
+    if not compiler():
+        raise InputError("needs a C++ compiler on Linux: install g++, or name one with CXX")
     torch_folder = Path(torch.__file__).parent
     libraries = torch_folder / "lib"
     out = folder / "absent_gpu.so"
-    command = [compiler, "-std=c++20", "-shared", "-fPIC", SOURCE, "-o", out]
+    command = [compiler(), "-std=c++20", "-shared", "-fPIC", SOURCE, "-o", out]
     command += [f"-I{torch_folder / 'include'}", f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
     done = subprocess.run([*command, "-ltorch_cpu", "-lc10"], capture_output=True, text=True)
     if done.returncode:
@@ -115,6 +120,7 @@ def choose_attention(backend: int) -> None:
 def install() -> None:
     """torch.cuda says that there are eight such devices, this process's among them."""
     os.environ.pop("LD_PRELOAD", None)  # for the programs that this one starts
+    ctypes.CDLL(None).take_over()
     properties = SimpleNamespace(**PROPERTIES)
     cuda = torch.cuda  # a function for each name: the compiler has a rule for each function
     cuda.is_available = lambda: True

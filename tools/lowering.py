@@ -70,10 +70,9 @@ class Request(NamedTuple):
 def count_step(hp: tm.Hyperparameters, processes: int) -> Counts:
     """Of one of so many processes; InputError if g++ or triton is missing."""
     common.require("triton")
-    knobs = {spec.name: getattr(hp, spec.name) for spec in tm.KNOBS}
     with tempfile.TemporaryDirectory() as folder:
         library = absent_gpu.library(Path(folder))
-        [counts] = count_steps([Request(knobs, processes)], library)
+        [counts] = count_steps([Request(vars(hp), processes)], library)
     return counts
 
 
@@ -500,7 +499,8 @@ def count_in_child(requests: list) -> Iterator[Counts]:
     for knobs, processes in requests:
         hp = tm.Hyperparameters(**knobs)
         with fake_mode, Eager(recorder):
-            yield count_one(recorder, hp, processes)
+            counts = count_one(recorder, hp, processes)
+        yield counts
 
 
 @common.run_tool

@@ -298,7 +298,7 @@ def to_json(hp: tm.Hyperparameters, counts: Counts, predictions: dict[str, Predi
         parts = [part._asdict() for part in found.parts]
         predicted[name] = {**found._asdict(), "parts": parts}
     value = dict(
-        hyperparameters={spec.name: getattr(hp, spec.name) for spec in tm.KNOBS},
+        hyperparameters=vars(hp),
         counts={**counts._asdict(), "kernels": kernels},
         predictions=predicted,
     )
