@@ -189,7 +189,7 @@ def test_progress_in_a_file_and_figures(call):
     done = call("mdlm", "--num", 3, "--batch", 2, "--sampler", "remdm", "--steps", 8)
     lines = done.stdout.splitlines()
     assert any(re.fullmatch(r"sample 1-2 of 3: 100 %, \d+ calls", line) for line in lines)
-    figures = r"sample 3 of 3, seed 2: \d model calls for 16 tokens, \d+ tokens/s, no exact bits.*"
+    figures = r"sample 3 of 3, seed 2: 16 tokens in \d model calls, \d+ tokens/s, no exact bits.*"
     assert any(re.fullmatch(figures, line) for line in lines)
     assert re.fullmatch(r"3 samples: \d+ model calls, \d+ tokens/s", lines[-1])
     assert "\x1b" not in done.stdout
@@ -296,7 +296,7 @@ def test_text_is_shown_while_it_is_written(screen):
         assert style in shown
     for masked in range(6, -1, -1):
         assert f"call {6 - masked}, {masked} masked" in shown
-    assert "6 model calls for 6 tokens" in shown
+    assert "6 tokens in 6 model calls, " in shown
 
 
 def test_without_colours_and_on_a_narrow_screen(screen):

@@ -59,13 +59,16 @@ def any_order(model):
 
 def in_steps(model, steps):
     """(27,) of ancestral sampling: each position is revealed in one of `steps`, independently."""
+    nll = {
+        tuple(mask.tolist()): reference.token_nll(model, EVERY, mask)
+        for mask in reference.all_masks(L)
+    }
     found = torch.zeros(len(EVERY), dtype=torch.float64)
     for when in itertools.product(range(steps), repeat=L):
         nats = torch.zeros(len(EVERY), dtype=torch.float64)
         for now in set(when):
-            masked = torch.tensor([step >= now for step in when])
-            nll = reference.token_nll(model, EVERY, masked)
-            nats += nll[:, [step == now for step in when]].sum(1)
+            masked = tuple(step >= now for step in when)
+            nats += nll[masked][:, [step == now for step in when]].sum(1)
         found += torch.exp(-nats) / steps**L
     return found
 

@@ -135,7 +135,8 @@ class PlainView:
         quarter = int(4 * done)
         if quarter != self.quarter and quarter and not sys.stdout.isatty():
             calls = max(map(len, rows.steps))
-            print(f"{sample_numbers(rows, self.request)}: {25 * quarter} %, {calls} calls")
+            share = f"{25 * quarter} %, {counted(calls, 'call')}"
+            print(f"{sample_numbers(rows, self.request)}: {share}")
         self.quarter = quarter
 
     def show(self, sample: sampling.Sample, facts: str) -> None:
@@ -156,11 +157,15 @@ def choose_view(loaded: sampling.Loaded, request: sampling.Request) -> LiveView 
 # ---- Figures
 
 
+def counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
 def describe(sample: sampling.Sample, number: int, request: sampling.Request) -> str:
     """A line on what a sample has cost."""
     drawn = sample.fixed.count(False)
-    line = f"sample {number} of {request.num}, seed {sample.seed}: {sample.calls} model calls"
-    line += f" for {drawn} tokens, {drawn / sample.seconds:.0f} tokens/s"
+    line = f"sample {number} of {request.num}, seed {sample.seed}: {counted(drawn, 'token')} in "
+    line += f"{counted(sample.calls, 'model call')}, {drawn / sample.seconds:.0f} tokens/s"
     if sample.bits is None:
         return f"{line}, no exact bits: the order depends on tokens that were not kept"
     return f"{line}, {sample.bits:.1f} bits"
