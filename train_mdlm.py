@@ -382,7 +382,7 @@ GOLF = MDLM16 | dict(
     warmdown_iters=0, warmdown_frac=0.5, ema_decay=0.0,
     adam_batch_tokens=524_288, embed_lr=0.2, tied_embed_init_std=0.05,
 )
-DEMO = GOLF | dict(  # two CPU cores, the text of the installed packages
+DEMO = GOLF | dict(  # two CPU cores, text of installed packages
     data_path="./data/datasets/docs_sp1024",
     tokenizer_path="./data/tokenizers/docs_1024_bpe.model",
     num_layers=4, model_dim=128, num_heads=4, mlp_mult=2, train_seq_len=128, rope_base=100.0,
@@ -402,7 +402,7 @@ LLADA = dict(  # PR 1106
     warmdown_iters=1500, warmdown_shape="cosine", min_lr_frac=0.1,
     optimizer="adamw", weight_decay=0.1, weight_decay_on="all", ema_decay=0.0,
     matrix_lr=6e-4, embed_lr=6e-4, head_lr=6e-4, tied_embed_lr=6e-4, scalar_lr=6e-4,
-    scores="nelbo,l2r,tstep:500", tstep_steps=512,
+    scores="nelbo,l2r:64,tstep:500", tstep_steps=512,
 )
 EOS = LLADA | dict(doc_chunks=True, anchor_bos=True, tstep_steps=128)  # PR 1241
 AR = dict(  # the challenge's causal baseline

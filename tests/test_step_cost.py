@@ -306,3 +306,35 @@ def test_masks_of_blocks_leave_tiles_out():
 
 def test_the_files_are_beside_the_tool():
     assert absent_gpu.SOURCE.is_file() and absent_gpu.SOURCE.parent == common.TOOLS
+
+
+# ---- Scores
+
+
+def test_positions_of_a_window():
+    """Every call of the model for it, times its length."""
+    of = step_cost.positions_of_a_window
+    golf = of(tm.Hyperparameters("golf", nelbo_passes=3, stride=16, chain_group=2, tstep_steps=5))
+    expected = dict(nelbo=3 * 1024, l2r=512 * 1024, random=512 * 1024, confidence=512 * 1024)
+    expected |= dict(sliding=8 * 1024, ar=1024, tstep=5 * 1024, tgrid=256 * 1024)
+    assert golf == expected
+    block = of(tm.Hyperparameters("block", nelbo_passes=3, train_seq_len=64))
+    assert (block["l2r"], block["nelbo"], block["ar"]) == (4 * 128, 3 * 128, 64)
+    assert of(tm.Hyperparameters("ar"))["sliding"] == 1024
+
+
+def test_scores_take_the_time_of_forward_passes():
+    """1,000 tokens forward take 2 ms and a start, so 2.003 µs each; four GPUs share them."""
+    forward, backward = kernel(nbytes=4 * 10**9), kernel(part="gradients", nbytes=8 * 10**9)
+    counts = counts_of({forward: 1, backward: 1})
+    assert step_cost.forward_seconds(counts, H100) == pytest.approx(2.003e-6)
+    hp = tm.Hyperparameters("golf", scores="nelbo:100,l2r:8", final_eval_max_seqs=100)
+    table = step_cost.score_table(hp, counts, {"H100": H100})
+    each = 2.003e-6 / 4
+    nelbo, l2r = 100 * 4 * 1024, 8 * 1024 * 1024
+    assert table.splitlines()[2:] == [
+        f"| nelbo | 100 | 0.00 | {nelbo * each:.0f} |",
+        f"| l2r | 8 | 0.01 | {l2r * each:.0f} |",
+        f"| all |  | 0.01 | {(nelbo + l2r) * each:.0f} |",
+    ]
+    assert "s on 4 x H100" in table.splitlines()[0]

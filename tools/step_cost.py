@@ -272,6 +272,61 @@ def speed_table(predictions: dict[str, Prediction], processes: int) -> str:
     return "\n".join(lines)
 
 
+# ---- Scores
+
+VAL_TOKENS = 62_021_632  # of the challenge's validation split
+
+
+def positions_of_a_window(hp: tm.Hyperparameters) -> dict[str, int]:
+    """How many go through the model for each score of a window."""
+    length = hp.train_seq_len
+    width = 2 * length if hp.block_size else length  # noisy and clean tokens
+    in_order = width * tm.ceil_div(hp.block_size or length, hp.chain_group)
+    sliding = length * tm.ceil_div(min(hp.stride, length), hp.chain_group)
+    return dict(
+        nelbo=width * hp.nelbo_passes,
+        l2r=in_order,
+        random=in_order,
+        confidence=in_order,
+        sliding=length if hp.causal else sliding,
+        ar=length,
+        tstep=length * hp.tstep_steps,
+        tgrid=length * (hp.final_eval_t_samples or 256),
+    )
+
+
+def forward_seconds(counts: Counts, machine: Machine) -> float:
+    """Of a token, on one GPU: the forward half of the loss."""
+    forward = {kernel: n for kernel, n in counts.kernels.items() if kernel.part == "loss"}
+    return sum(n * machine.device_seconds(kernel) for kernel, n in forward.items()) / counts.tokens
+
+
+def score_table(hp: tm.Hyperparameters, counts: Counts, machines: dict[str, Machine]) -> str:
+    """Markdown: a row for each of the preset's scores, on the challenge's validation split."""
+    heads = ["score", "windows", "G positions"]
+    heads += [f"s on {machine.processes} x {name}" for name, machine in machines.items()]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    each, total = positions_of_a_window(hp), 0
+    for name, windows in tm.final_scores(hp).items():
+        windows = windows or VAL_TOKENS // hp.train_seq_len
+        lines.append(score_row(name, f"{windows:,}", windows * each[name], counts, machines))
+        total += windows * each[name]
+    return "\n".join([*lines, score_row("all", "", total, counts, machines)])
+
+
+def score_row(
+    name: str, windows: str, positions: int, counts: Counts, machines: dict[str, Machine]
+) -> str:
+    cells = [name, windows, f"{positions / 1e9:.2f}"]
+    for machine in machines.values():
+        seconds = positions * forward_seconds(counts, machine) / machine.processes
+        cells.append(f"{seconds:.0f}")
+    return f"| {' | '.join(cells)} |"
+
+
+# ---- Report
+
+
 def report(hp: tm.Hyperparameters, counts: Counts, predictions: dict[str, Prediction]) -> str:
     """Markdown."""
     processes = hp.train_batch_tokens // counts.tokens
@@ -361,8 +416,11 @@ def main() -> None:
         machines[name] = Machine(GPUS[name], rates, arguments.gpus)
     counts = lowering.count_step(hp, arguments.gpus)
     predictions = {name: predict(counts, machine) for name, machine in machines.items()}
-    show = to_json if arguments.json else report
-    print(show(hp, counts, predictions))
+    if arguments.json:
+        print(to_json(hp, counts, predictions))
+        return
+    print(report(hp, counts, predictions))
+    print(f"\n{score_table(hp, counts, machines)}")
 
 
 if __name__ == "__main__":
