@@ -49,7 +49,7 @@ LLADA = joined(
     dict(beta1=0.9, beta2=0.95, weight_decay=0.1, weight_decay_on="all", grad_clip_norm=1.0),
     dict(lr_warmup_steps=300, warmdown_iters=1500, warmdown_shape="cosine", min_lr_frac=0.1),
     dict(ema_decay=0.0, doc_chunks=False, anchor_bos=False, tstep_steps=512),
-    dict(scores="nelbo,l2r,tstep:500"),
+    dict(scores="nelbo,l2r:64,tstep:500"),
 )
 EOS = LLADA | dict(doc_chunks=True, anchor_bos=True, tstep_steps=128)
 PUBLISHED = dict(mdlm=MDLM, llada=LLADA, eos=EOS)
