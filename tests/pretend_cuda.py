@@ -12,6 +12,7 @@ ended it, to <name>.<rank>.json in its folder.
 """
 
 import datetime
+import functools
 import json
 import os
 import sys
@@ -149,6 +150,14 @@ def note(operation, args: tuple, kwargs: dict) -> None:
         EVENTS.append("waiting copy between the devices")
 
 
+@functools.cache
+def on_the_cpu(operation):
+    """The operation, or what it is made of if only GPUs have it as one."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), "CPU"):
+        return operation
+    return torch._decomp.decomposition_table.get(operation, operation)
+
+
 def dispatch(operation, args: tuple, kwargs: dict):
     """Does it with the numbers; the result says that it is on the device if the operands do."""
     tensors = tensors_in([*args, *kwargs.values()])  # of which one may be `out`
@@ -162,7 +171,8 @@ def dispatch(operation, args: tuple, kwargs: dict):
         to_device = isinstance(args[0], Pretended)
     else:
         to_device = any(isinstance(x, Pretended) for x in tensors)
-    result = operation(*held(args), **{name: held(value) for name, value in kwargs.items()})
+    options = {name: held(value) for name, value in kwargs.items()}
+    result = on_the_cpu(operation)(*held(args), **options)
     if not to_device:
         return result
     known = {id(x.held): x for x in tensors if isinstance(x, Pretended)}  # changed in place
