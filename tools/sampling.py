@@ -597,6 +597,11 @@ SAMPLERS = {
         {},
         systems=("ar", "block"),
     ),
+    "confidence": Sampler(
+        most_certain(confidence),
+        "the largest probability of any token first (Chang et al. 2022, Nie et al. 2025)",
+        STEPS,
+    ),
     "ancestral": Sampler(
         ancestral,
         "the reverse process on T steps (Austin et al. 2021, Sahoo et al. 2024)",
@@ -608,11 +613,6 @@ SAMPLERS = {
         STEPS,
     ),
     "l2r": Sampler(in_order(left_to_right), "from left to right", STEPS),
-    "confidence": Sampler(
-        most_certain(confidence),
-        "the largest probability of any token first (Chang et al. 2022, Nie et al. 2025)",
-        STEPS,
-    ),
     "margin": Sampler(
         most_certain(margin),
         "the largest lead of the best token over the next first (Kim et al. 2025)",
