@@ -387,17 +387,17 @@ class Ceiling(NamedTuple):
     peak_gigabytes: float
 
 
-MDLM = Ceiling(39, 33, 46, 456, 15.7, 2.6)
-LLADA = Ceiling(56, 38, 52, 349, 1.97, 0.44)
+MDLM = Ceiling(27, 26, 36, 392, 14.9, 2.6)
+LLADA = Ceiling(44, 30, 48, 339, 2.06, 0.46)
 CEILINGS = {
     "mdlm": MDLM,
     "mdlm16": MDLM,
-    "golf": Ceiling(39, 39, 49, 500, 15.1, 2.8),
-    "block": Ceiling(39, 57, 51, 533, 26.8, 5.1),
+    "golf": Ceiling(27, 30, 40, 438, 14.5, 2.7),
+    "block": Ceiling(27, 44, 42, 517, 25.2, 4.9),
     "llada": LLADA,
     "eos": LLADA,
-    "ar": Ceiling(39, 33, 42, 404, 15.7, 2.8),
-    "demo": Ceiling(39, 38, 49, 499, 0.034, 0.027),
+    "ar": Ceiling(27, 25, 33, 341, 14.8, 2.6),
+    "demo": Ceiling(27, 29, 38, 435, 0.036, 0.027),
 }
 
 

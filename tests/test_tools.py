@@ -270,6 +270,8 @@ def test_labels_are_shown_as_they_are():
 
 def test_every_program_here_is_run_by_run_tool():
     assert {path.stem for path in PROGRAMS} == {path.stem for path in TOOLS} - {
+        "sampling",
+        "absent_gpu",
         "run_log",
         "decoding",
         "report_page",
