@@ -377,17 +377,17 @@ class Hyperparameters:
 # fmt: off
 MDLM16 = dict(num_layers=11, quant_mode="int7,embed:int8", quant_clip=10.0, quant_feedback=4)
 GOLF = MDLM16 | dict(
-    num_layers=8, mlp_mult=3, num_kv_heads=2, neighbors=2,
+    num_layers=8, mlp_mult=3, num_heads=9, num_kv_heads=3, neighbors=2,
     masking="count", mask_dist="normal", loss_weight="flat",
     warmdown_iters=0, warmdown_frac=0.5, ema_decay=0.0,
     adam_batch_tokens=524_288, embed_lr=0.2, tied_embed_init_std=0.05,
 )
-DEMO = GOLF | dict(  # two CPU cores, text of installed packages
+DEMO = GOLF | dict(  # two CPU cores
     data_path="./data/datasets/docs_sp1024",
     tokenizer_path="./data/tokenizers/docs_1024_bpe.model",
-    num_layers=4, model_dim=128, num_heads=4, mlp_mult=2, train_seq_len=128, rope_base=100.0,
-    iterations=1300, max_wallclock_seconds=400.0, warmup_steps=0, train_batch_tokens=2048,
-    train_log_every=100, val_loss_every=200, eval_max_seqs=256,
+    num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=2, train_seq_len=128,
+    rope_base=100.0, iterations=1300, max_wallclock_seconds=400.0, warmup_steps=0,
+    train_batch_tokens=2048, train_log_every=100, val_loss_every=200, eval_max_seqs=256,
     scores="nelbo,l2r:32", nelbo_passes=1, val_batch_size=2048,
 )
 BLOCK = GOLF | dict(

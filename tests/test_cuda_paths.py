@@ -392,8 +392,8 @@ LLADA = Ceiling(44, 30, 48, 339, 2.06, 0.46)
 CEILINGS = {
     "mdlm": MDLM,
     "mdlm16": MDLM,
-    "golf": Ceiling(27, 30, 40, 438, 14.5, 2.7),
-    "block": Ceiling(27, 44, 42, 517, 25.2, 4.9),
+    "golf": Ceiling(27, 30, 40, 438, 14.8, 2.8),
+    "block": Ceiling(27, 44, 42, 517, 25.8, 5.0),
     "llada": LLADA,
     "eos": LLADA,
     "ar": Ceiling(27, 25, 33, 341, 14.8, 2.6),
