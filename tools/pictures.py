@@ -584,7 +584,8 @@ def text_at(sample: Sample, calls: int, before: int) -> list[tuple[str, Style]]:
     written = written_after(sample, calls)
     pieces = []
     for position, (piece, fixed) in enumerate(zip(sample.pieces, sample.fixed, strict=True)):
-        shown = "".join("↵" if letter == "\n" else letter for letter in piece)
+        piece = piece.replace("\n", "↵")
+        shown = "".join(letter if letter.isprintable() else "\ufffd" for letter in piece)
         if fixed:
             pieces.append((shown, FIXED))
         elif position in written:

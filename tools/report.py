@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,8 +72,16 @@ class Choice(NamedTuple):
 # ---- Logs
 
 
+def has_finished(path: Path, curve: Curve) -> bool:
+    """Whether a run got to its end; the oldest scripts did not say so."""
+    source, bodies = lives(path)
+    says_so = 'f"finished:{' in source
+    ended = not says_so or bool(re.search("^finished:", bodies[-1], re.MULTILINE))
+    return curve.final is not None and ended
+
+
 def read_log(path: Path, curve: Curve) -> RunLog:
-    if curve.final is None:
+    if not has_finished(path, curve):
         return RunLog(curve, None, [], {}, [])
     last = LogLines(lives(path)[1][-1], path)
     scores = read_scores(last)
@@ -84,7 +93,7 @@ def read_log(path: Path, curve: Curve) -> RunLog:
 def read_logs(paths: list[Path]) -> list[RunLog]:
     """By seed, runs that have not finished last; InputError as `parse_logs` has it."""
     curves = {path: read_curve(path) for path in paths}
-    parse_logs([path for path in paths if curves[path].final is not None])
+    parse_logs([path for path in paths if has_finished(path, curves[path])])
     found = [read_log(path, curves[path]) for path in paths]
     return sorted(found, key=lambda log: log.run.seed if log.run else math.inf)
 
@@ -315,7 +324,7 @@ def require(holds: bool, path: Path, what: str) -> None:
 
 
 def is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e300  # no NaN, and no endless integer
 
 
 def read_step(step: object, length: int, path: Path) -> list[tuple[int, int]]:

@@ -97,9 +97,10 @@ class LiveView:
         text = common.require("rich.text").Text
         size = self.console.size
         room = max(size.height - 4, 1)
-        lines = text.assemble(*pieces).wrap(self.console, size.width)
+        width = max(size.width, 1)
+        lines = text.assemble(*pieces).wrap(self.console, width)
         until_new = list(itertools.takewhile(lambda piece: piece[1] != STYLES["new"], pieces))
-        new = len(text.assemble(*until_new).wrap(self.console, size.width))
+        new = len(text.assemble(*until_new).wrap(self.console, width))
         first = max(min(new - room // 2, len(lines) - room), 0)
         return text("\n").join([*lines[first : first + room], text()])
 
@@ -133,11 +134,13 @@ class PlainView:
         done = 1 - left / (drawn.sum().item() * len(rows.z))
         self.progress(done)
         quarter = int(4 * done)
-        if quarter != self.quarter and quarter and not sys.stdout.isatty():
+        if not done:  # another batch
+            self.quarter = 0
+        if quarter > self.quarter and not sys.stdout.isatty():
             calls = max(map(len, rows.steps))
             share = f"{25 * quarter} %, {counted(calls, 'call')}"
-            print(f"{sample_numbers(rows, self.request)}: {share}")
-        self.quarter = quarter
+            print(f"{sample_numbers(rows, self.request)}: {share}", flush=True)
+        self.quarter = max(quarter, self.quarter)
 
     def show(self, sample: sampling.Sample, facts: str) -> None:
         pieces = sampling.pieces_of(self.loaded, sample.tokens)
@@ -214,7 +217,7 @@ def parse_arguments() -> argparse.Namespace:
     texts = parser.add_mutually_exclusive_group()
     texts.add_argument("--prompt", default="", metavar="TEXT", help="how the text begins")
     texts.add_argument("--prompt-file", type=Path, metavar="FILE", help="the same from a file")
-    texts.add_argument("--infill", default="", metavar="TEXT", help="a template with gaps")
+    texts.add_argument("--infill", metavar="TEXT", help="a template with gaps")
     texts.add_argument("--infill-file", type=Path, metavar="FILE", help="the same from a file")
     length_help = "tokens of the text, the prompt included; default: a window"
     parser.add_argument("--length", type=int, default=0, help=length_help)
@@ -244,7 +247,9 @@ def request_of(arguments: argparse.Namespace) -> sampling.Request:
         path = getattr(arguments, f"{name}_file")
         if path:
             values[name] = read_text(path)
-    return sampling.Request(**values)
+    if values["infill"] == "":
+        raise InputError("--infill: the template is empty; write a gap of five tokens as [5]")
+    return sampling.Request(**values | dict(infill=values["infill"] or ""))
 
 
 @common.run_tool
@@ -258,15 +263,17 @@ def main() -> None:
     for note in sampling.notes(loaded, template):
         print(f"note: {note}")
     samples = []
-    with choose_view(loaded, request) as view:
-        for sample in sampling.draw(loaded, request, view):
-            samples.append(sample)
-            view.show(sample, describe(sample, len(samples), request))
+    try:
+        with choose_view(loaded, request) as view:
+            for sample in sampling.draw(loaded, request, view):
+                samples.append(sample)
+                view.show(sample, describe(sample, len(samples), request))
+    finally:  # what is finished is kept, also after Ctrl-C
+        if arguments.json and samples:
+            record = sampling.record(loaded, request, samples)
+            tm.write_file(arguments.json, common.to_json(record, indent=None).encode())
     if len(samples) > 1:
         print(describe_all(samples))
-    if arguments.json:
-        record = sampling.record(loaded, request, samples)
-        tm.write_file(arguments.json, common.to_json(record, indent=None).encode())
 
 
 if __name__ == "__main__":

@@ -148,14 +148,20 @@ def template_of_tokens(tokens: Tensor, mask_id: int) -> Template:
     return Template(tokens, fixed, torch.zeros_like(fixed))
 
 
-GAP = re.compile(r"(?<!\\)\[(\d{1,9})\]")
+GAP = re.compile(r"(?<!\\)\[([0-9]+)\]")
+LONGEST = 2**20  # tokens of a text
+MOST_STEPS = 2**14
 
 
 def parse_infill(text: str) -> list[str | int]:
     r"""Fixed text and gaps, in tokens: `Once [5] a` is ["Once ", 5, " a"]; `\[5]` is no gap."""
     parts: list[str | int] = []
     for i, part in enumerate(GAP.split(text)):
-        parts.append(int(part) if i % 2 else re.sub(r"\\(?=\[\d+\])", "", part))
+        if i % 2 and len(part.lstrip("0")) > len(str(LONGEST)):
+            raise InputError(f"--infill: a gap of {part[:20]} tokens is longer than {LONGEST:,}")
+        parts.append(int(part) if i % 2 else re.sub(r"\\(?=\[[0-9]+\])", "", part))
+    if sum(part for part in parts if isinstance(part, int)) > LONGEST:
+        raise InputError(f"--infill: the gaps have more than {LONGEST:,} tokens together")
     if 0 in parts:
         raise InputError("--infill: a gap has at least one token, so [0] is none")
     if len(parts) == 1:
@@ -165,6 +171,8 @@ def parse_infill(text: str) -> list[str | int]:
 
 def encode_exactly(loaded: Loaded, text: str, option: str, begins: bool) -> list[int]:
     """Tokens of fixed text; InputError unless they stand for it exactly."""
+    if not text.isascii() and text.encode(errors="replace").decode() != text:  # half characters
+        raise InputError(f"{option}: not UTF-8 text: {text[:40]!r}")
     tokens = codec.tokenize(loaded.tokenizer, text)
     found = "".join(pieces_of(loaded, tokens, begins=begins))
     if found != text:
@@ -708,13 +716,19 @@ def check(loaded: Loaded, request: Request) -> None:
     """InputError for values that are out of range, or do not fit together."""
     check_sampler(loaded, request.sampler)
     own = SAMPLERS[request.sampler].options
+    if request.steps == 0:
+        raise InputError("--steps 0: a text takes one call or more; leave it out for one a token")
     for name in ("steps", "gamma", "eta"):
         if getattr(request, name) is not None and name not in own:
             known = ", ".join(f"--{option}" for option in own) or "none of its own"
             raise InputError(f"--{name} is not for --sampler {request.sampler}, which has {known}")
     values = request._asdict() | settings_of(request)
     limits = dict(
-        length=(0, 2**20), steps=(0, 2**20), num=(1, 2**20), batch=(1, 2**16), seed=(0, 2**62)
+        length=(0, LONGEST),
+        steps=(0, MOST_STEPS),
+        num=(1, 2**20),
+        batch=(1, 2**16),
+        seed=(0, 2**62),
     )
     limits |= dict(temperature=(0, 1e6), top_p=(1e-9, 1), gamma=(0, 1e6), eta=(0, 1))
     for name, (low, high) in limits.items():
