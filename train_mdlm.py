@@ -1280,7 +1280,7 @@ class Linear(nn.Linear):
     """A matrix, kept in float32 and applied in the dtype of its input."""
 
     def forward(self, x, *beside: Linear, scale: Tensor | None = None):
-        """Outputs of this matrix, times `scale`, and of those `beside` it, by one product."""
+        """(…, C) → (…, R): of this matrix, times `scale` (R,), then of those beside it."""
         weight = self.weight if scale is None else scale[:, None] * self.weight
         if beside:
             weight = torch.cat([weight, *(matrix.weight for matrix in beside)])
@@ -1308,7 +1308,7 @@ class Attention(nn.Module):
         q, k = rotate(norm(q_and_k), *view.rotary).tensor_split([-self.kv_heads], dim=2)
         if self.q_gain is not None:
             q = q * self.q_gain.to(x.dtype)[:, None]
-        y = attend(*(x.transpose(1, 2) for x in (q, k, v)), view).transpose(1, 2).flatten(2)
+        y = attend(*(t.transpose(1, 2) for t in (q, k, v)), view).transpose(1, 2).flatten(2)
         return self.proj(select_positions(y, positions), scale=scale)
 
 
@@ -1512,7 +1512,7 @@ def resolve_dtype(hp, device: torch.device) -> str:
 def compiled(function: Callable, hp, device: torch.device, **options) -> Callable:
     """By torch.compile, if COMPILE says so."""
     if hp.compile == "on" or (hp.compile == "auto" and device.type == "cuda"):
-        return torch.compile(function, fullgraph=True, **options)
+        return torch.compile(function, **options)
     return function
 
 
@@ -1599,17 +1599,17 @@ def training_batch(
     window = stream.windows(range(first + rows.start, first + rows.stop), hp.train_seq_len)
     if device.type == "cuda":
         window = window.pin_memory().to(device, non_blocking=True)
-    view = plain_view(hp, hp.train_seq_len, hp.causal, device)  # not in the compiled graph
     if hp.causal:
-        return causal_batch(window)._replace(view=view)
-    probability, keys, columns = draw_noise(hp, seeded(device, hp.seed, "train", step))
-    own = slice(rows.start, rows.stop)
-    probability = probability.view(hp.batch_rows, -1)[own].flatten()
-    noisy = window[:, 1 + columns] if hp.block_size else window[:, 1:]
-    batch = masked_batch(hp, noisy, probability, keys[own], capacity)
+        batch = causal_batch(window)
+    else:
+        probability, keys, columns = draw_noise(hp, seeded(device, hp.seed, "train", step))
+        own = slice(rows.start, rows.stop)
+        probability = probability.view(hp.batch_rows, -1)[own].flatten()
+        noisy = window[:, 1 + columns] if hp.block_size else window[:, 1:]
+        batch = masked_batch(hp, noisy, probability, keys[own], capacity)
     if hp.block_size:
         return with_clean_half(hp, batch, columns, window)
-    return batch._replace(view=view)
+    return batch._replace(view=plain_view(hp, hp.train_seq_len, hp.causal, device))
 
 
 def causal_batch(window) -> Batch:
@@ -2648,6 +2648,7 @@ def score_windows(
     estimator = ESTIMATORS[hp.system][name]
     plan = WindowPlan(estimator, hp, split.stream, seqs)
     bucket = torch.tensor([position.bit_length() for position in range(plan.length)])
+    # bits, bytes, boundary bits
     table = torch.zeros(len(plan.numbers), int(bucket[-1]) + 1, 3, dtype=torch.float64)
     for batch in plan.batches():
         windows = plan.read(batch, split)
@@ -2892,7 +2893,7 @@ class Trainer:
         self.model = build_model(hp).on(device)
         self.optimizer = Optimizer(self.model, hp)
         self.step_done = torch.cuda.Event() if device.type == "cuda" else None
-        self.loss = compiled(batch_loss, hp, device, dynamic=False)
+        self.loss = compiled(batch_loss, hp, device, dynamic=False, fullgraph=True)
 
     def batches(self, step: int) -> Iterator[Batch]:
         """This process's micro-batches of a step."""

@@ -154,7 +154,7 @@ FAULTS = (
     Fault(
         "scores on the device in a table on the CPU",
         "table[batch, :, :2].index_add_(1, bucket, columns.cpu())",
-        "table[batch].index_add_(1, bucket, columns)",
+        "table[batch, :, :2].index_add_(1, bucket, columns)",
         "operands on two devices: aten.index_add_",
         stop_before=None,
     ),

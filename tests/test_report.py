@@ -314,7 +314,7 @@ def test_wrong_logs_are_one_line(tmp_path, tool):
     refused(tool(report, wrong, *out), "wrong.txt: the sizes in the log of seed 1337 do not add up")
     other.write_text(text.replace(" MATRIX_LR=0.02", " MATRIX_LR=0.03"), encoding="utf-8")
     refused(tool(report, LOG, other, *out), "the logs differ in MATRIX_LR")
-    refused(tool(report, LOG, LOG, *out), "two of the logs have the same seed")
+    refused(tool(report, LOG, LOG, *out), "have the same seed, 42")
     assert not (tmp_path / "a.html").exists()
 
 

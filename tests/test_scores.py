@@ -839,3 +839,42 @@ def test_mask_sizes_of_a_spaced_subset_are_evenly_spread(split, monkeypatch):
         tm.score_windows("nelbo", model, once, val, wanted)
         counts = torch.cat(seen).bincount(minlength=33)[1:]
         assert counts.sum() == wanted and (counts - wanted / 32).abs().max() <= 2
+
+
+@pytest.mark.parametrize(
+    "system, names",
+    [
+        (dict(neighbors=1), ("nelbo", "l2r", "sliding", "confidence", "random", "tstep", "tgrid")),
+        (dict(objective="ar"), ("ar", "sliding")),
+        (dict(block_size=4), ("l2r", "ar", "nelbo", "confidence", "random")),
+        (dict(backbone="dit", doc_chunks=True), ("nelbo", "l2r")),
+    ],
+    ids=["mdlm", "ar", "block", "dit"],
+)
+def test_compiled_scores_are_the_same(system, names, split, monkeypatch):
+    """Few graphs for all shapes: from 8 on, torch would compile no more. Without the generation of
+    code, which takes minutes."""
+    hp, val, _ = split
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    backend = functools.partial(torch.compile, backend=count)
+    monkeypatch.setattr(torch, "compile", backend)
+    settings = dict(scores=",".join(f"{name}:5" for name in names), final_eval_max_seqs=5)
+    settings |= dict(val_batch_size=3 * hp.train_seq_len, tstep_steps=3, final_eval_t_samples=0)
+    hp = dataclasses.replace(hp, **settings, **system)
+    found = []
+    for compile_knob in ("off", "on"):
+        own = dataclasses.replace(hp, compile=compile_knob)
+        model = random_model(own)
+        log = Lines()
+        tm.score_model(tm.Artifact(model, own, "fp32"), own, val, log)
+        found.append(log.found(r"^score:(\w+) .*?bpb:(\S+) "))
+    assert [name for name, _ in found[0]] == [name for name, _ in found[1]]
+    assert {name for name, _ in found[0]} == set(names) and 0 < len(graphs) < 8
+    for (_, plain), (_, compiled) in zip(*found, strict=True):
+        assert float(plain) == pytest.approx(float(compiled), abs=2e-4)

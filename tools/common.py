@@ -310,6 +310,18 @@ def plain_label(name: str) -> str:
     return f" {label}" if label.startswith("_") else label
 
 
+def made_object(*fields: str) -> Callable[[Path], bool]:
+    """What tells whether a file is a JSON object that has these: a tool made it."""
+
+    def made(path: Path) -> bool:
+        with contextlib.suppress(InputError):
+            found = read_json(path)
+            return isinstance(found, dict) and set(fields) <= found.keys()
+        return False
+
+    return made
+
+
 def made_picture(path: Path) -> bool:
     """Whether a tool made this picture."""
     return MARK.encode() in read_small(path)

@@ -100,10 +100,9 @@ def speed_lines(times: list[float], hp: tm.Hyperparameters, predicted: float | N
 
 def positive(text: str) -> float:
     """An argument that is a number of milliseconds."""
-    number = float(text)
-    if not 0 < number < 1e9:
-        raise ValueError
-    return number
+    if not re.fullmatch(r"\d{1,9}(\.\d+)?", text, re.ASCII) or not float(text):
+        raise argparse.ArgumentTypeError(f"{text} is no number of milliseconds")
+    return float(text)
 
 
 def profiled(arguments: argparse.Namespace) -> str:
@@ -140,8 +139,9 @@ def main() -> None:
     predicted_help = "milliseconds of a step, by tools/step_cost.py"
     parser.add_argument("--predicted", type=positive, metavar="MS", help=predicted_help)
     arguments = parser.parse_args()
-    if arguments.steps < 1 or arguments.rows < 1:
-        raise InputError("--steps and --rows are at least 1")
+    for name in ("steps", "rows"):
+        if getattr(arguments, name) < 1:
+            raise InputError(f"--{name} {getattr(arguments, name)}: give 1 or more")
     text = profiled(arguments)
     if tm.rank() == 0:
         print(text)

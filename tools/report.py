@@ -50,7 +50,6 @@ SHARES = 12  # of a window that are masked
 PASSAGE_TOKENS = 256
 PASS_TOKENS = 1 << 16  # of one call of the model
 ORDERS = 16  # random ones, for every token of the passage
-SAMPLE_VERSION = 1
 DRAWN = dict(mdlm=("ancestral", "confidence"), block=("causal", "entropy"), ar=("causal",))
 DRAWN_CALLS = 64  # for a sample of masked diffusion
 ABSENT = "Not measured: this page was made without the artifact of the run, or without its text."
@@ -80,8 +79,8 @@ def has_finished(path: Path, curve: Curve) -> bool:
     return curve.final is not None and ended
 
 
-def read_log(path: Path, curve: Curve) -> RunLog:
-    if not has_finished(path, curve):
+def read_log(path: Path, curve: Curve, finished: bool) -> RunLog:
+    if not finished:
         return RunLog(curve, None, [], {}, [])
     last = LogLines(lives(path)[1][-1], path)
     scores = read_scores(last)
@@ -93,8 +92,9 @@ def read_log(path: Path, curve: Curve) -> RunLog:
 def read_logs(paths: list[Path]) -> list[RunLog]:
     """By seed, runs that have not finished last; InputError as `parse_logs` has it."""
     curves = {path: read_curve(path) for path in paths}
-    parse_logs([path for path in paths if has_finished(path, curves[path])])
-    found = [read_log(path, curves[path]) for path in paths]
+    finished = [path for path in paths if has_finished(path, curves[path])]
+    parse_logs(finished)
+    found = [read_log(path, curves[path], path in finished) for path in paths]
     return sorted(found, key=lambda log: log.run.seed if log.run else math.inf)
 
 
@@ -387,7 +387,8 @@ def samples_of(value: object, path: Path, sp) -> Samples:
     """Of what came from there, in the form of sampling.record."""
     require(isinstance(value, dict), path, "it is no object")
     version = value.get("version")
-    require(version == SAMPLE_VERSION, path, f"its version is {version!r}, not {SAMPLE_VERSION}")
+    known = sampling.RECORD_VERSION
+    require(version == known, path, f"its version is {version!r}, not {known}")
     for name in ("artifact", "sampler"):
         require(isinstance(value.get(name), str), path, f"{name} is no text")
     length, mask_id = value.get("length"), value.get("mask_id")

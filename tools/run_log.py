@@ -402,8 +402,10 @@ def parse_logs(paths: list[Path]) -> list[Run]:
         values = list(dict.fromkeys(each.get(name) for each in settings))
         if len(values) > 1:
             raise InputError(f"the logs differ in {name} ({values}): one record is one system")
-    if len({run.seed for run in runs}) < len(runs):
-        raise InputError("two of the logs have the same seed")
+    for first, second in itertools.pairwise(runs):
+        if first.seed == second.seed:
+            both = f"{first.run_id} and {second.run_id}"
+            raise InputError(f"two of the logs, {both}, have the same seed, {first.seed}")
     for run in runs:
         if not math.isfinite(run.stderr):
             remedy = "score more windows (FINAL_EVAL_MAX_SEQS)"

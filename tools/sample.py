@@ -184,15 +184,6 @@ def describe_all(samples: list[sampling.Sample]) -> str:
 # ---- Command line
 
 
-def made_record(path: Path) -> bool:
-    """Whether this tool wrote it."""
-    try:
-        found = common.read_json(path)
-    except InputError:
-        return False
-    return isinstance(found, dict) and {"sampler", "mask_id", "samples"} <= found.keys()
-
-
 def read_text(path: Path) -> str:
     try:
         return tm.read_file(path).decode()
@@ -256,7 +247,8 @@ def request_of(arguments: argparse.Namespace) -> sampling.Request:
 def main() -> None:
     arguments = parse_arguments()
     if arguments.json:
-        common.check_output(arguments.json, made_record)
+        made = common.made_object("sampler", "mask_id", "samples")
+        common.check_output(arguments.json, made)
     request = request_of(arguments)
     loaded = sampling.load(arguments.artifact, arguments.tokenizer)
     request, template = sampling.resolve(loaded, request)

@@ -299,15 +299,6 @@ def draw_picture(report: dict, path: Path) -> None:
 # ---- Command line
 
 
-def made_report(path: Path) -> bool:
-    """Whether this tool wrote it."""
-    try:
-        found = common.read_json(path)
-    except InputError:
-        return False
-    return isinstance(found, dict) and {"judge", "samplers", "gaps"} <= found.keys()
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = common.argument_parser(__doc__)
     parser.add_argument("artifact", type=Path, help="the .mdlm file of a run")
@@ -358,7 +349,8 @@ def held_out_windows(bench: Bench) -> Tensor:
 
 def check_out(out: Path) -> None:
     sweep.check_readme(out, TABLE_BEGINS)
-    common.check_output(out / "sample_bench.json", made_report)
+    made = common.made_object("judge", "samplers", "gaps")
+    common.check_output(out / "sample_bench.json", made)
     common.check_picture(out / "sample_bench.png")
 
 

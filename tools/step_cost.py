@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import common
 import lowering
+import published
 import torch
 from lowering import Counts, Kernel
 
@@ -274,8 +275,6 @@ def speed_table(predictions: dict[str, Prediction], processes: int) -> str:
 
 # ---- Scores
 
-VAL_TOKENS = 62_021_632  # of the challenge's validation split
-
 
 def positions_of_a_window(hp: tm.Hyperparameters) -> dict[str, int]:
     """How many go through the model for each score of a window."""
@@ -308,7 +307,7 @@ def score_table(hp: tm.Hyperparameters, counts: Counts, machines: dict[str, Mach
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     each, total = positions_of_a_window(hp), 0
     for name, windows in tm.final_scores(hp).items():
-        windows = windows or VAL_TOKENS // hp.train_seq_len
+        windows = windows or published.TOKENS // hp.train_seq_len
         lines.append(score_row(name, f"{windows:,}", windows * each[name], counts, machines))
         total += windows * each[name]
     return "\n".join([*lines, score_row("all", "", total, counts, machines)])
@@ -373,6 +372,8 @@ def parse_knobs(preset: str, knobs: list[str]) -> tm.Hyperparameters:
         if name.lower() == "preset":
             raise InputError(f"{knob}: the preset is the first argument")
         values[name.lower()] = value
+    if "eval_only" in values:
+        raise InputError(f"EVAL_ONLY={values['eval_only']}: a step of training is counted")
     return tm.Hyperparameters(preset, **values)
 
 
