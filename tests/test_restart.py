@@ -177,7 +177,8 @@ def test_killed_at_random_moments(env, whole, tmp_path):
         assert (tmp_path / f"logs/run{number}.mdlm").read_bytes() == whole[1]
         assert "Traceback" not in (tmp_path / f"run{number}.out").read_text()
         left = [path.name for path in (tmp_path / "logs").glob(f"run{number}.*")]
-        assert sum(name.endswith(".ckpt") for name in left) <= 2
+        # two, and one more where the last was written and death came before the oldest went
+        assert sum(name.endswith(".ckpt") for name in left) <= 3
         assert not any("part" in name for name in left)
     logs = [tmp_path / f"logs/run{n}.txt" for n in range(1, number + 1)]
     longest = max(logs, key=lambda path: len(make_record.lives(path)[1]))
