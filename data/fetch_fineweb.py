@@ -2,12 +2,18 @@
 
     python data/fetch_fineweb.py                    # sp1024: validation split, 80 training shards
     python data/fetch_fineweb.py --train-shards 1   # one training shard (100 M tokens), to try
-    python data/fetch_fineweb.py --variant sp4096 --train-shards 10
+    python data/fetch_fineweb.py --variant sp4096   # or sp8192: larger vocabularies
 
-Files land in data/datasets/ and data/tokenizers/, where train_mdlm.py looks for them by default.
-What is already there and is what the hub has is not fetched again; an interrupted download
-continues. A file whose digest is not what the hub says, or a shard whose header or size is wrong,
-is refused. What all of it holds is written to verified.json beside the shards.
+The variants sp4096 and sp8192 come from another hub data set than the challenge's, unless --repo
+names one. Files land in data/datasets/ and data/tokenizers/, where train_mdlm.py looks for them,
+and the three variables that point it at them are printed. What is already there and is what the hub
+has is not fetched again; an interrupted download continues. A file whose digest is not what the hub
+says, or a shard whose header or size is wrong, is refused. What all of it holds is written to
+verified.json beside the shards.
+
+Scores of two variants can be compared if their validation splits hold the same text. So where the
+validation split of sp1024 is there too, that of another variant is compared with it, document by
+document, and a line says whether the decoded text is the same.
 
 HF_ENDPOINT and HF_TOKEN are honoured. Needs requirements-dev.txt (huggingface_hub).
 """
@@ -17,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -25,33 +32,49 @@ import sys
 import tempfile
 import urllib.parse
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import common  # noqa: E402
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from prepare_text import MOST_SHARDS, NAME, free_name, load_tokenizer, write_verified  # noqa: E402
+from prepare_text import (  # noqa: E402
+    MOST_SHARDS,
+    NAME,
+    free_name,
+    load_tokenizer,
+    variables,
+    write_verified,
+)
 
 from train_mdlm import (  # noqa: E402
+    BOS_ID,
     SHARD_HEADER_BYTES,
     VERIFIED,
     ByteTables,
+    Hyperparameters,
     InputError,
     Log,
     TokenStream,
     build_sentencepiece_luts,
+    check_verified,
     count_bytes,
     explain,
     open_shard,
 )
 
-REPO = "willdepueoai/parameter-golf"
+VARIANT = "sp1024"  # the challenge's
+REPO = "willdepueoai/parameter-golf"  # the challenge's hub data set, for all variants but these
+REPOS = {"sp4096": "kevclark/parameter-golf", "sp8192": "kevclark/parameter-golf"}
 REMOTE_ROOT = "datasets"
+PREFIX = "fineweb10B_"  # of the name of a data set, before its variant
+CANONICAL = PREFIX + VARIANT  # the data set with which the text of others is compared
+CANONICAL_MODEL = "fineweb_1024_bpe.model"
 # Length of a window, and tokens and bytes in all windows of the validation split. A space at the
 # beginning of a document, which published scripts do not always count, makes less of a difference.
-PUBLISHED = {"fineweb10B_sp1024": (1024, 62_021_632, 151_073_604)}
+PUBLISHED = {CANONICAL: (1024, 62_021_632, 151_073_604)}
 BYTES_MAY_DIFFER = 0.0001
 
 Verify = Callable[[Path], object]  # raises InputError for a bad file
@@ -222,7 +245,7 @@ def read_manifest(path: Path) -> dict[str, dict[str, dict]]:
 def find_variant(manifest: dict[str, dict[str, dict]], variant: str) -> Variant:
     """The data set fineweb10B_<variant>, or the one with that full name."""
     datasets = manifest["datasets"]
-    dataset = datasets.get(f"fineweb10B_{variant}", datasets.get(variant))
+    dataset = datasets.get(PREFIX + variant, datasets.get(variant))
     if dataset is None:
         known = ", ".join(sorted(map(printable, datasets)))
         raise InputError(f"--variant {printable(variant)} is not one of {known}")
@@ -246,6 +269,11 @@ def find_variant(manifest: dict[str, dict[str, dict]], variant: str) -> Variant:
         lacking = f"the entry of {name} lacks its stats or its tokenizer"
         raise InputError(f"manifest.json: {lacking}") from None
     return found
+
+
+def repo_of(variant: str) -> str:
+    """The hub data set that publishes a variant."""
+    return REPOS.get(variant.removeprefix(PREFIX), REPO)
 
 
 def printable(text: str) -> str:
@@ -289,18 +317,116 @@ def fetch_variant(fetcher: Fetcher, variant: str, train_shards: int) -> tuple[Pa
 # ---- What is there
 
 
-def verify(fetcher: Fetcher, folder: Path, model: Path) -> None:
-    """Counts what the fetched shards hold, and writes it beside them."""
-    sp = load_tokenizer(model)
-    luts = build_sentencepiece_luts(sp, sp.vocab_size())
-    val = TokenStream(folder, "val")
-    val.measure(sp.vocab_size(), luts=luts)
-    check_published(folder.name, model, val, luts)
+class Document(NamedTuple):
+    """What a document decodes to."""
+
+    nbytes: int
+    sha256: bytes
+
+
+class ValidationText:
+    """A validation split and its tokenizer; InputError if they do not belong together."""
+
+    def __init__(self, folder: Path, model: Path):
+        self.folder = folder
+        self.model = model
+        sp = load_tokenizer(model)
+        self.vocab_size = sp.vocab_size()
+        self.luts = build_sentencepiece_luts(sp, self.vocab_size)
+        self.texts = texts_of_tokens(sp, self.luts)
+        self.stream = TokenStream(folder, "val")
+        self.stream.measure(self.vocab_size, luts=self.luts)
+
+    def documents(self) -> Iterator[Document]:
+        """From <s> to <s>, in order; held in memory is a million tokens, however long one is."""
+        boundary = self.luts.is_boundary.numpy()
+        before = BOS_ID
+        begun = False  # whether there is a document to end
+        digest = hashlib.sha256()
+        nbytes = 0
+        shards = range(len(self.stream.files))
+        for tokens in itertools.chain.from_iterable(map(self.stream.pieces, shards)):
+            follows_boundary = boundary[np.append(before, tokens[:-1])].astype(int)
+            texts = self.texts[follows_boundary, tokens]
+            for number, part in enumerate(np.split(texts, np.flatnonzero(tokens == BOS_ID))):
+                if number and begun:
+                    yield Document(nbytes, digest.digest())
+                    digest = hashlib.sha256()
+                    nbytes = 0
+                text = b"".join(part)
+                digest.update(text)
+                nbytes += len(text)
+                begun |= len(part) > 0
+            before = int(tokens[-1])
+        yield Document(nbytes, digest.digest())
+
+
+def texts_of_tokens(sp, luts: ByteTables) -> np.ndarray:
+    """(2, V) bytes objects, as long as scores count them: the text of every token after one with
+    text, and after one without, where a tokenizer may drop a space."""
+    texts = np.full((2, sp.vocab_size()), b"", dtype=object)
+    for token in np.flatnonzero(~luts.is_boundary[: sp.vocab_size()].numpy()).tolist():
+        piece = sp.id_to_piece(token)
+        if sp.is_byte(token):  # <0x0A>
+            text = bytes([int(piece[1:-1], 16)])
+        else:
+            text = piece.replace("\u2581", " ").encode()
+        dropped = bool(luts.has_leading_space[token]) and not luts.keeps_space
+        texts[:, token] = text, text[int(dropped) :]
+    return texts
+
+
+def verify(fetcher: Fetcher, folder: Path, model: Path) -> int:
+    """Counts what the fetched shards hold, compares it, and writes it beside them; the number of
+    pieces of the tokenizer."""
+    val = ValidationText(folder, model)
+    facts = val.stream.facts
+    check_published(folder.name, model, val.stream, val.luts)
+    compared = {}
+    if folder.name != CANONICAL:
+        outcome = compare_with_canonical(val, fetcher.out, fetcher.log)
+        compared = {"compared": outcome} if outcome else {}
     shards = sorted(folder.glob("fineweb_train_*.bin"))
     checksums = {path.name: fetcher.checksums[path.name] for path in shards}
     tokens = sum(len(open_shard(path)) for path in shards)
-    write_verified(folder, model, dict(tokens=tokens, shards=checksums), val.facts)
-    fetcher.log(f"{folder / VERIFIED}: {val.facts['bytes']:,} validation bytes")
+    write_verified(folder, model, dict(tokens=tokens, shards=checksums), facts, **compared)
+    density = f"{facts['bytes'] / facts['tokens']:.3f} bytes a token"
+    fetcher.log(f"{folder / VERIFIED}: {facts['bytes']:,} validation bytes, {density}")
+    return val.vocab_size
+
+
+def compare_with_canonical(val: ValidationText, out: Path, log: Log) -> str:
+    """Says whether a validation split holds the text of CANONICAL; empty if that is not there."""
+    folder = out / "datasets" / CANONICAL
+    model = out / "tokenizers" / CANONICAL_MODEL
+    paths = dict(data_path=str(folder), tokenizer_path=str(model))
+    try:
+        if not (folder / VERIFIED).is_file() or not model.is_file():
+            fetch = f"data/fetch_fineweb.py --train-shards 0 --out {os.path.relpath(out)}"
+            remedy = f"to compare, run 'python {fetch}', and then this command again"
+            raise InputError(f"there is no verified copy of it; {remedy}")
+        canonical = ValidationText(folder, model)
+        hp = Hyperparameters(**paths, vocab_size=canonical.vocab_size)
+        check_verified(hp, canonical.stream, "val")
+    except InputError as error:
+        log(f"{val.folder.name}: text not compared with that of {CANONICAL}: {explain(error)}")
+        return ""
+    log(f"comparing with the text of {CANONICAL} …")
+    outcome = compare_texts(val.documents(), canonical.documents())
+    log(f"{val.folder.name}: {outcome}")
+    return outcome
+
+
+def compare_texts(own: Iterable[Document], canonical: Iterable[Document]) -> str:
+    """One line on whether these are the documents of CANONICAL, in the same order."""
+    nbytes = 0
+    for number, pair in enumerate(itertools.zip_longest(own, canonical), 1):
+        if pair[0] != pair[1]:
+            sizes = [f"{document.nbytes:,} bytes" if document else "none" for document in pair]
+            differing = f"document {number:,} ({sizes[0]} here, {sizes[1]} there)"
+            return f"not the same text as {CANONICAL}: first differs in {differing}"
+        nbytes += pair[0].nbytes
+    return f"same text as {CANONICAL}: {number:,} documents, {nbytes:,} bytes"
 
 
 def check_published(name: str, model: Path, val: TokenStream, luts: ByteTables) -> None:
@@ -348,11 +474,13 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 @common.run_tool
 def main() -> None:
     parser = common.argument_parser(__doc__)
-    variant_help = "sp1024 (default), sp512, …, or a full name"
-    parser.add_argument("--variant", default="sp1024", help=variant_help)
+    variant_help = f"{VARIANT} (default), {', '.join(REPOS)}, …, or a full name"
+    parser.add_argument("--variant", default=VARIANT, help=variant_help)
     shards_help = "training shards, the first N (default 80)"
     parser.add_argument("--train-shards", type=int, default=80, help=shards_help)
-    parser.add_argument("--repo", default=REPO, help=f"hub data set (default {REPO})")
+    others = ", ".join(f"{repo} for {variant}" for variant, repo in REPOS.items())
+    repo_help = f"hub data set (default {others}, {REPO} for all others)"
+    parser.add_argument("--repo", help=repo_help)
     root_help = "folder of manifest.json in it"
     parser.add_argument("--remote-root", default=REMOTE_ROOT, help=root_help)
     here = Path(__file__).resolve().parent
@@ -360,13 +488,12 @@ def main() -> None:
     arguments = parser.parse_args()
     check_arguments(arguments)
     common.require("huggingface_hub")
-    fetcher = Fetcher(arguments.repo, arguments.remote_root, arguments.out, Log())
+    repo = repo_of(arguments.variant) if arguments.repo is None else arguments.repo
+    fetcher = Fetcher(repo, arguments.remote_root, arguments.out, Log())
     folder, tokenizers = fetch_variant(fetcher, arguments.variant, arguments.train_shards)
     models = [path for path in tokenizers if path.suffix == ".model"]
     if models:
-        verify(fetcher, folder, models[0])
-        places = f"DATA_PATH={os.path.relpath(folder)} TOKENIZER_PATH={os.path.relpath(models[0])}"
-        fetcher.log(places)
+        fetcher.log(variables(folder, models[0], verify(fetcher, folder, models[0])))
     else:
         missing = "this variant has no SentencePiece model, which train_mdlm.py needs"
         fetcher.log(f"note: {missing} to count bytes")

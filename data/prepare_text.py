@@ -7,10 +7,10 @@
 A file is a document, and so is a line of a .jsonl file; the validation split gets some of them.
 Files may be packed (.gz, .xz). Writes <out>/tokenizers/<name>_<vocab>_bpe.model and
 <out>/datasets/<name>_sp<vocab>/fineweb_{train,val}_*.bin, with what it counted in them in
-verified.json, and prints the two variables that point train_mdlm.py at them. A data set of the same
-name is replaced when all of the new one is made. The same input and options give the same bytes.
-Held in memory are one batch of documents, one shard, the sample that trains the tokenizer and, for
---source docs, the text.
+verified.json, and prints the three variables that point train_mdlm.py at them. A data set of the
+same name is replaced when all of the new one is made. The same input and options give the same
+bytes, and another --vocab-size the same documents in the same split. Held in memory are one batch
+of documents, one shard, the sample that trains the tokenizer and, for --source docs, the text.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import lzma
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -67,6 +68,7 @@ DOC_PACKAGES = """
 TEST_FOLDERS = {"tests", "test", "testing", "idlelib"}
 SHORTEST_DOC = 200  # characters; shorter docstrings say little
 BATCH_DOCS = 256
+VOCAB_SIZE = 1024  # pieces of a tokenizer that is trained, unless --vocab-size says otherwise
 TOKENIZER_SAMPLE_BYTES = 8_000_000
 LONGEST_LINE_BYTES = 4192  # SentencePiece leaves longer lines out when it trains
 LARGEST_VOCABULARY = 65_534  # shards hold 16-bit tokens, and the model adds two of its own
@@ -199,9 +201,10 @@ def why_not_trained(error: RuntimeError) -> str:
     """What SentencePiece's message means here."""
     text = str(error)
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", text):
-        return f"it needs at least {found[1]}; change --vocab-size"
+        return f"it needs at least {found[1]}; give --vocab-size {found[1]} or more"
     if found := re.search(r"size too high .* value <= (\d+)", text):
-        return f"it has no more than {found[1]}; change --vocab-size, or give more text"
+        remedy = f"give --vocab-size {found[1]} or less, or more text"
+        return f"it has no more than {found[1]}; {remedy}"
     if "sentences_.empty()" in text or "all_chars_count" in text:
         return "there is nothing in it to learn from; give more text"
     return text.strip().splitlines()[-1]
@@ -328,10 +331,11 @@ class ShardWriter:
         return counts | {"shards": self.shards}
 
 
-def write_verified(folder: Path, tokenizer: Path, train: dict, val: dict) -> None:
-    """What train_mdlm.py compares shards and tokenizer with."""
-    facts = {"tokenizer_sha256": file_sha256(tokenizer), "train": train, "val": val}
-    write_file(folder / VERIFIED, (json.dumps(facts, indent=2) + "\n").encode())
+def write_verified(folder: Path, tokenizer: Path, train: dict, val: dict, **notes: str) -> None:
+    """What train_mdlm.py compares shards and tokenizer with, and notes, which it does not read."""
+    facts = {"tokenizer_sha256": file_sha256(tokenizer), "train": train, "val": val} | notes
+    text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+    write_file(folder / VERIFIED, text.encode())
 
 
 def encode(
@@ -388,8 +392,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=here, help="default: data/")
     tokenizer_help = "use this SentencePiece model instead of training one"
     parser.add_argument("--tokenizer", type=Path, help=tokenizer_help)
-    vocab_help = "pieces of the tokenizer to train (default 1024)"
-    parser.add_argument("--vocab-size", type=int, default=1024, help=vocab_help)
+    vocab_help = f"pieces of the tokenizer to train (default {VOCAB_SIZE})"
+    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help=vocab_help)
     normalization_help = "identity keeps every byte; nmt_nfkc is the challenge's"
     parser.add_argument(
         "--normalization",
@@ -596,10 +600,14 @@ def prepare(arguments: argparse.Namespace, log: Log) -> None:
             places.replace(made, None if given else model, staging / "replaced", log)
             shutil.rmtree(staging / "replaced", ignore_errors=True)
     model = arguments.tokenizer or places.model
-    variables = f"DATA_PATH={os.path.relpath(places.link)} TOKENIZER_PATH={os.path.relpath(model)}"
-    if vocab_size != 1024:
-        variables += f" VOCAB_SIZE={vocab_size}"
-    log(variables)
+    log(variables(places.link, model, vocab_size))
+
+
+def variables(folder: Path, model: Path, vocab_size: int) -> str:
+    """What points train_mdlm.py at shards and their tokenizer, to be pasted before its command."""
+    places = dict(DATA_PATH=folder, TOKENIZER_PATH=model)
+    paths = [f"{name}={shlex.quote(os.path.relpath(path))}" for name, path in places.items()]
+    return " ".join([*paths, f"VOCAB_SIZE={vocab_size}"])
 
 
 def write_data_set(folder: Path, model: Path, source: Source, shard_tokens: int, log: Log) -> None:
