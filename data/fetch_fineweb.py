@@ -13,7 +13,8 @@ verified.json beside the shards.
 
 Scores of two variants can be compared if their validation splits hold the same text. So where the
 validation split of sp1024 is there too, that of another variant is compared with it, document by
-document, and a line says whether the decoded text is the same.
+document, and a line says whether the decoded text is the same. That of sp1024 is compared with what
+has been published of it.
 
 HF_ENDPOINT and HF_TOKEN are honoured. Needs requirements-dev.txt (huggingface_hub).
 """
@@ -317,6 +318,21 @@ def fetch_variant(fetcher: Fetcher, variant: str, train_shards: int) -> tuple[Pa
 # ---- What is there
 
 
+def texts_of_tokens(sp, luts: ByteTables) -> np.ndarray:
+    """(2, V) bytes objects, as long as scores count them: the text of every token after one with
+    text, and after one without, where a tokenizer may drop a space."""
+    texts = np.full((2, sp.vocab_size()), b"", dtype=object)
+    for token in np.flatnonzero(~luts.is_boundary[: sp.vocab_size()].numpy()).tolist():
+        piece = sp.id_to_piece(token)
+        if sp.is_byte(token):  # <0x0A>
+            text = bytes([int(piece[1:-1], 16)])
+        else:
+            text = piece.replace("\u2581", " ").encode()
+        dropped = bool(luts.has_leading_space[token]) and not luts.keeps_space
+        texts[:, token] = text, text[int(dropped) :]
+    return texts
+
+
 class Document(NamedTuple):
     """What a document decodes to."""
 
@@ -328,8 +344,6 @@ class ValidationText:
     """A validation split and its tokenizer; InputError if they do not belong together."""
 
     def __init__(self, folder: Path, model: Path):
-        self.folder = folder
-        self.model = model
         sp = load_tokenizer(model)
         self.vocab_size = sp.vocab_size()
         self.luts = build_sentencepiece_luts(sp, self.vocab_size)
@@ -361,42 +375,27 @@ class ValidationText:
         yield Document(nbytes, digest.digest())
 
 
-def texts_of_tokens(sp, luts: ByteTables) -> np.ndarray:
-    """(2, V) bytes objects, as long as scores count them: the text of every token after one with
-    text, and after one without, where a tokenizer may drop a space."""
-    texts = np.full((2, sp.vocab_size()), b"", dtype=object)
-    for token in np.flatnonzero(~luts.is_boundary[: sp.vocab_size()].numpy()).tolist():
-        piece = sp.id_to_piece(token)
-        if sp.is_byte(token):  # <0x0A>
-            text = bytes([int(piece[1:-1], 16)])
-        else:
-            text = piece.replace("\u2581", " ").encode()
-        dropped = bool(luts.has_leading_space[token]) and not luts.keeps_space
-        texts[:, token] = text, text[int(dropped) :]
-    return texts
-
-
 def verify(fetcher: Fetcher, folder: Path, model: Path) -> int:
     """Counts what the fetched shards hold, compares it, and writes it beside them; the number of
     pieces of the tokenizer."""
     val = ValidationText(folder, model)
     facts = val.stream.facts
-    check_published(folder.name, model, val.stream, val.luts)
-    compared = {}
-    if folder.name != CANONICAL:
-        outcome = compare_with_canonical(val, fetcher.out, fetcher.log)
-        compared = {"compared": outcome} if outcome else {}
+    if folder.name in PUBLISHED:
+        outcome = check_published(folder.name, model, val.stream, val.luts)
+    else:
+        outcome = compare_with_canonical(val, fetcher.out)
+    fetcher.log(f"{folder.name}: {outcome}")
     shards = sorted(folder.glob("fineweb_train_*.bin"))
     checksums = {path.name: fetcher.checksums[path.name] for path in shards}
     tokens = sum(len(open_shard(path)) for path in shards)
-    write_verified(folder, model, dict(tokens=tokens, shards=checksums), facts, **compared)
+    write_verified(folder, model, dict(tokens=tokens, shards=checksums), facts, compared=outcome)
     density = f"{facts['bytes'] / facts['tokens']:.3f} bytes a token"
     fetcher.log(f"{folder / VERIFIED}: {facts['bytes']:,} validation bytes, {density}")
     return val.vocab_size
 
 
-def compare_with_canonical(val: ValidationText, out: Path, log: Log) -> str:
-    """Says whether a validation split holds the text of CANONICAL; empty if that is not there."""
+def compare_with_canonical(val: ValidationText, out: Path) -> str:
+    """One line on whether a validation split holds the text of CANONICAL."""
     folder = out / "datasets" / CANONICAL
     model = out / "tokenizers" / CANONICAL_MODEL
     paths = dict(data_path=str(folder), tokenizer_path=str(model))
@@ -409,12 +408,8 @@ def compare_with_canonical(val: ValidationText, out: Path, log: Log) -> str:
         hp = Hyperparameters(**paths, vocab_size=canonical.vocab_size)
         check_verified(hp, canonical.stream, "val")
     except InputError as error:
-        log(f"{val.folder.name}: text not compared with that of {CANONICAL}: {explain(error)}")
-        return ""
-    log(f"comparing with the text of {CANONICAL} …")
-    outcome = compare_texts(val.documents(), canonical.documents())
-    log(f"{val.folder.name}: {outcome}")
-    return outcome
+        return f"text not compared with that of {CANONICAL}: {explain(error)}"
+    return compare_texts(val.documents(), canonical.documents())
 
 
 def compare_texts(own: Iterable[Document], canonical: Iterable[Document]) -> str:
@@ -429,13 +424,13 @@ def compare_texts(own: Iterable[Document], canonical: Iterable[Document]) -> str
     return f"same text as {CANONICAL}: {number:,} documents, {nbytes:,} bytes"
 
 
-def check_published(name: str, model: Path, val: TokenStream, luts: ByteTables) -> None:
-    """InputError if the windows of a published split have other bytes than published."""
-    if name not in PUBLISHED:
-        return
+def check_published(name: str, model: Path, val: TokenStream, luts: ByteTables) -> str:
+    """One line on whether this is the published split; InputError if it is, by its tokens, but its
+    windows have other bytes."""
     length, tokens, known = PUBLISHED[name]
-    if val.count_windows(length) * length != tokens:  # another split, which nobody has counted
-        return
+    scored = val.count_windows(length) * length
+    if scored != tokens:
+        return f"not the published split: {scored:,} tokens are scored, published were {tokens:,}"
     tail = torch.from_numpy(val.read(tokens, val.total - tokens)).long()
     counted = val.facts["bytes"] - int(count_bytes(tail[1:], tail[0], luts))
     if abs(counted - known) > BYTES_MAY_DIFFER * known:
@@ -445,6 +440,7 @@ def check_published(name: str, model: Path, val: TokenStream, luts: ByteTables) 
             f"published scripts treat differently, makes less than {BYTES_MAY_DIFFER:.2%}); scores "
             "would be wrong, so it is refused: move the file away and run the same command again"
         )
+    return f"{counted:,} bytes in the {tokens:,} tokens that are scored, published were {known:,}"
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:

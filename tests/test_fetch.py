@@ -5,8 +5,10 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import threading
 import time
+import tracemalloc
 import zlib
 
 import fetch_fineweb
@@ -14,11 +16,12 @@ import numpy as np
 import prepare_text
 import pytest
 from conftest import ROOT, run_python, text_of, tiny_hp
-from test_data import file_limit
+from test_data import AWKWARD, file_limit
 
 import train_mdlm as tm
 
 REPO = "willdepueoai/parameter-golf"
+LARGER = "kevclark/parameter-golf"  # has the larger vocabularies
 DATASET = "datasets/datasets/fineweb10B_sp1024"  # in the repository
 
 
@@ -39,15 +42,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        prefix = f"/datasets/{REPO}/resolve/main/"
-        content = (
-            self.server.files.get(self.path[len(prefix) :])
-            if self.path.startswith(prefix)
-            else None
-        )
-        self.server.requests.append(
-            (self.command, self.path[len(prefix) :], self.headers.get("Range"))
-        )
+        repo, path = re.fullmatch("/datasets/(.*?)/resolve/main/(.*)", self.path).groups()
+        content = self.server.repos.get(repo, {}).get(path)
+        self.server.requests.append((self.command, path, self.headers.get("Range")))
         if content is None:
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound")
@@ -60,7 +57,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             else 0
         )
         self.send_response(206 if start else 200)
-        etag = self.server.etags.get(self.path[len(prefix) :], etag_of(self.path, content))
+        etag = self.server.etags.get(path, etag_of(path, content))
         self.send_header("ETag", f'"{etag}"')
         self.send_header("X-Repo-Commit", "0" * 40)
         self.send_header("Content-Length", str(len(content) - start))
@@ -68,8 +65,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
         if with_body:
-            stop = self.server.cut.pop(self.path[len(prefix) :], None)
-            content = self.server.damaged.pop(self.path[len(prefix) :], content)
+            stop = self.server.cut.pop(path, None)
+            content = self.server.damaged.pop(path, content)
             self.wfile.write(content[start:stop])
             if stop is not None:  # the connection breaks in the middle
                 self.close_connection = True
@@ -85,10 +82,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def shard_bytes(count):
+def shard_of(tokens):
     header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, count
-    return header.tobytes() + (np.arange(count) % 380).astype("<u2").tobytes()
+    header[:3] = 20240520, 1, len(tokens)
+    return header.tobytes() + np.asarray(tokens, "<u2").tobytes()
+
+
+def shard_bytes(count):
+    return shard_of(np.arange(count) % 380)
 
 
 MODEL = "datasets/tokenizers/fineweb_1024_bpe.model"
@@ -142,6 +143,7 @@ def hub(server, dataset):
         ],
     }
     server.files = files
+    server.repos = {REPO: files}
     server.requests = []
     server.cut = {}  # path → where the connection breaks, once
     server.damaged = {}  # path → what is sent instead, once
@@ -179,8 +181,10 @@ def fetch(hub, tool, tmp_path, monkeypatch):
 def test_whole_validation_split_first_training_shards_and_tokenizer(hub, fetch, tmp_path):
     done = run_python("data/fetch_fineweb.py", "--out", ".", "--train-shards", "2", cwd=tmp_path)
     assert "201 validation tokens, 2 of 3 training shards" in done.stdout
-    assert "DATA_PATH=datasets/fineweb10B_sp1024 " in done.stdout
-    assert "TOKENIZER_PATH=tokenizers/fineweb_1024_bpe.model" in done.stdout
+    paths = "DATA_PATH=datasets/fineweb10B_sp1024 TOKENIZER_PATH=tokenizers/fineweb_1024_bpe.model"
+    assert done.stdout.endswith(f"{paths} VOCAB_SIZE=384\n")
+    published = "not the published split: 0 tokens are scored, published were 62,021,632"
+    assert f"fineweb10B_sp1024: {published}\n" in done.stdout and "text" not in done.stdout
     for remote, content in hub.files.items():
         local = tmp_path / remote.removeprefix("datasets/")
         if "train_000002" in remote or "manifest" in remote:
@@ -268,14 +272,15 @@ def test_bytes_of_the_published_windows(dataset, tmp_path, monkeypatch, tail):
     true = int(tm.count_bytes(tokens[: 64 * 150 + 1], 1, luts))
     assert true > 15_000
 
-    def check(known, scored=64 * 150, name="some"):
+    def check(known, scored=64 * 150):
         monkeypatch.setattr(fetch_fineweb, "PUBLISHED", {"some": (64, scored, known)})
-        fetch_fineweb.check_published(name, model, val, luts)
+        return fetch_fineweb.check_published("some", model, val, luts)
 
     for known in (true - 1, true, true + 1):
-        check(known)
-    check(true + 100, name="other")
-    check(true + 100, scored=64 * 149)
+        counted = f"{true:,} bytes in the 9,600 tokens that are scored"
+        assert check(known) == f"{counted}, published were {known:,}"
+    other = "not the published split: 9,600 tokens are scored, published were 9,536"
+    assert check(true + 100, scored=64 * 149) == other
     for known in (true - 3, true + 3):
         with pytest.raises(tm.InputError, match="a space at the beginning of a document") as caught:
             check(known)
@@ -489,3 +494,261 @@ def test_a_variant_without_a_sentencepiece_model_is_noted(hub, fetch, tmp_path):
     done = fetch("--train-shards", "0")
     assert "no SentencePiece model" in done.stdout
     assert not list(tmp_path.rglob("verified.json"))
+
+
+# ---- Larger vocabularies
+
+
+TEXTS = [*(text_of(i, 60) for i in range(20)), " a space first", "日本語 12  345\n\n", "the end"]
+SP1024 = "fineweb10B_sp1024"
+
+
+@pytest.fixture(scope="session")
+def larger_model(tmp_path_factory):
+    """A tokenizer of 500 pieces."""
+    path = tmp_path_factory.mktemp("larger") / "t.model"
+    prepare_text.train_tokenizer([text_of(i, 300) for i in range(20)], path, 500, "identity")
+    return path
+
+
+def tokens_of(model, texts):
+    sp = prepare_text.load_tokenizer(model)
+    return np.array([token for text in texts for token in [1, *sp.encode(text)]])
+
+
+@pytest.fixture
+def publish(hub, dataset, larger_model):
+    """Puts the texts of a validation split on the hub: with 384 pieces as sp1024 of the challenge,
+    with 500 pieces as any other variant of LARGER."""
+
+    def call(variant, texts=TEXTS, model=None):
+        default = variant == "sp1024"
+        smaller = dataset / "tokenizers/tiny_384_bpe.model"
+        model = model or (smaller if default else larger_model)
+        name = f"tokenizers/fineweb_{variant[2:]}_bpe.model"
+        tokens = tokens_of(model, texts)
+        cuts = [7, len(tokens) // 2] if default else [len(tokens) // 3]  # inside of documents
+        files = {f"datasets/{name}": model.read_bytes()}
+        for number, part in enumerate(np.split(tokens, cuts)):
+            path = f"datasets/datasets/fineweb10B_{variant}/fineweb_val_{number:06d}.bin"
+            files[path] = shard_of(part)
+        stats = {"files_train": 0, "files_val": len(cuts) + 1, "tokens_val": len(tokens)}
+        entry = {"name": f"fineweb10B_{variant}", "tokenizer_name": "t", "stats": stats}
+        manifest = {"datasets": [entry], "tokenizers": [{"name": "t", "model_path": name}]}
+        files["datasets/manifest.json"] = json.dumps(manifest).encode()
+        hub.repos[REPO if default else LARGER] = files
+
+    return call
+
+
+def note(tmp_path, variant="sp4096"):
+    """What verified.json says of how canonical a copy is."""
+    path = tmp_path / f"datasets/fineweb10B_{variant}/verified.json"
+    return json.loads(path.read_text(encoding="utf-8"))["compared"]
+
+
+@pytest.mark.parametrize("variant", ["sp4096", "sp8192", "fineweb10B_sp8192"])
+def test_a_larger_vocabulary_comes_from_its_own_hub_data_set(
+    hub, fetch, publish, larger_model, variant
+):
+    name = variant.removeprefix("fineweb10B_")
+    publish(name)
+    lines = fetch("--train-shards", "0", "--variant", variant).stdout.splitlines()
+    model = f"tokenizers/fineweb_{name[2:]}_bpe.model"
+    variables = f"DATA_PATH=datasets/fineweb10B_{name} TOKENIZER_PATH={model} VOCAB_SIZE=500"
+    assert lines[-1] == variables
+    nbytes = sum(len(text.encode()) for text in TEXTS)
+    tokens = len(tokens_of(larger_model, TEXTS))
+    assert lines[-2].endswith(f": {nbytes:,} validation bytes, {nbytes / tokens:.3f} bytes a token")
+    given = ["--variant", variant, "--repo", REPO]  # which has another manifest
+    fetch("--train-shards", "0", *given, error=f"--variant {variant} is not one of {SP1024}")
+    hub.repos["somebody/else"] = hub.repos.pop(LARGER)
+    fetch("--train-shards", "0", "--variant", variant, error=f"manifest.json is not in {LARGER}")
+    fetch("--train-shards", "0", "--variant", variant, "--repo", "somebody/else")
+
+
+def test_every_variant_with_a_hub_data_set_of_its_own_is_documented():
+    lines = (ROOT / "data/README.md").read_text(encoding="utf-8").splitlines()
+    for variant, repo in fetch_fineweb.REPOS.items():
+        assert fetch_fineweb.repo_of(variant) == repo == LARGER
+        assert any(f"`{variant}`" in line and f"| `{repo}` |" in line for line in lines)
+    assert fetch_fineweb.repo_of("sp1024") == fetch_fineweb.repo_of("sp512") == REPO
+
+
+def test_the_same_text_in_two_vocabularies(fetch, publish, tmp_path):
+    publish("sp1024")
+    publish("sp4096")
+    fetch("--train-shards", "0")
+    done = fetch("--train-shards", "0", "--variant", "sp4096")
+    nbytes = sum(len(text.encode()) for text in TEXTS)
+    same = f"same text as {SP1024}: {len(TEXTS)} documents, {nbytes:,} bytes"
+    assert f"fineweb10B_sp4096: {same}\n" in done.stdout and note(tmp_path) == same
+    assert "not the published split" in note(tmp_path, "sp1024")
+    folder = tmp_path / "datasets/fineweb10B_sp4096"
+    model = tmp_path / "tokenizers/fineweb_4096_bpe.model"
+    stream = tm.TokenStream(folder, "val")
+    stream.measure(500)
+    hp = tiny_hp(data_path=str(folder), tokenizer_path=str(model), vocab_size=500)
+    assert tm.check_verified(hp, stream, "val")  # which does not read the note
+
+
+def changed(number, text):
+    return [*TEXTS[:number], text, *TEXTS[number + 1 :]]
+
+
+@pytest.mark.parametrize(
+    "texts, number",
+    [
+        (changed(16, TEXTS[16] + "!"), 17),
+        (changed(16, TEXTS[16].swapcase()), 17),
+        (changed(20, TEXTS[20][1:]), 21),
+        (TEXTS[1:], 1),
+        (TEXTS[:-1], 23),
+        ([*TEXTS, "more"], 24),
+        ([TEXTS[0] + TEXTS[1], *TEXTS[2:]], 1),
+    ],
+    ids=["longer", "other", "space", "first", "fewer", "more", "joined"],
+)
+def test_the_first_document_that_differs(fetch, publish, tmp_path, texts, number):
+    publish("sp1024")
+    publish("sp4096", texts)
+    fetch("--train-shards", "0")
+    done = fetch("--train-shards", "0", "--variant", "sp4096")
+    here, there = (
+        f"{len(text.encode())} bytes" if text else "none"
+        for text in ((*split, "")[number - 1] for split in (texts, TEXTS))
+    )
+    differing = f"document {number} ({here} here, {there} there)"
+    outcome = f"not the same text as {SP1024}: first differs in {differing}"
+    assert f"fineweb10B_sp4096: {outcome}\n" in done.stdout and note(tmp_path) == outcome
+
+
+def test_without_sp1024_it_says_how_to_compare(hub, fetch, publish, tmp_path):
+    publish("sp1024")
+    publish("sp4096")
+    line = ["--train-shards", "0", "--variant", "sp4096"]
+    done = fetch(*line)
+    how = "python data/fetch_fineweb.py --train-shards 0 --out ."
+    reason = f"there is no verified copy of it; to compare, run '{how}', and then this command"
+    assert f"sp4096: text not compared with that of {SP1024}: {reason} again\n" in done.stdout
+    assert "not compared" in note(tmp_path)
+    fetch(*how.split()[2:])
+    hub.requests.clear()
+    done = fetch(*line)
+    assert f"sp4096: same text as {SP1024}" in done.stdout
+    fetched = {path for method, path, _ in hub.requests if method == "GET"}
+    assert fetched <= {"datasets/manifest.json"}
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("datasets/fineweb10B_sp1024/fineweb_val_000001.bin", "fineweb_val_000001.bin (CRC-32) is"),
+        ("tokenizers/fineweb_1024_bpe.model", "fineweb_1024_bpe.model (SHA-256) is"),
+        ("datasets/fineweb10B_sp1024/fineweb_val_000002.bin", "truncated or damaged"),
+    ],
+    ids=["shard", "tokenizer", "truncated"],
+)
+def test_a_damaged_sp1024_is_not_compared_with(
+    fetch, publish, tmp_path, larger_model, name, reason
+):
+    publish("sp1024")
+    publish("sp4096")
+    fetch("--train-shards", "0")
+    local = tmp_path / name
+    whole = local.read_bytes()
+    damaged = {
+        "(CRC-32) is": whole[:-2] + b"\x09\x00",
+        "(SHA-256) is": larger_model.read_bytes(),
+        "truncated or damaged": whole[:-2],
+    }
+    local.write_bytes(next(raw for key, raw in damaged.items() if key in reason))
+    done = fetch("--train-shards", "0", "--variant", "sp4096")
+    (line,) = [line for line in done.stdout.splitlines() if "not compared" in line]
+    assert reason in line and line.endswith(note(tmp_path))
+
+
+def test_downloads_of_two_hub_data_sets_are_kept_apart(hub, fetch, publish, tmp_path):
+    """Both have a manifest.json, which goes to the same place."""
+    publish("sp1024")
+    publish("sp4096")
+    for variant in ("sp1024", "sp4096", "sp1024", "sp4096"):
+        fetch("--train-shards", "0", "--variant", variant)
+    for repo in (REPO, LARGER):
+        for remote, content in hub.repos[repo].items():
+            local = tmp_path / remote.removeprefix("datasets/")
+            assert "manifest" in remote or local.read_bytes() == content
+
+
+# ---- Documents of a split
+
+
+def validation_text(folder, model, tokens, cuts=()):
+    """A ValidationText of these tokens."""
+    for number, part in enumerate(np.split(np.asarray(tokens), cuts)):
+        prepare_text.write_shard(folder / f"fineweb_val_{number:06d}.bin", part)
+    return fetch_fineweb.ValidationText(folder, model)
+
+
+def documents_of(texts):
+    raw = [text if isinstance(text, bytes) else text.encode() for text in texts]
+    return [fetch_fineweb.Document(len(text), hashlib.sha256(text).digest()) for text in raw]
+
+
+@pytest.mark.parametrize("normalization", ["identity", "nmt_nfkc"])
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+def test_documents_are_the_decoded_text(tmp_path, monkeypatch, normalization, size):
+    """Wherever shards and the pieces in which they are read are cut."""
+    model = tmp_path / "t.model"
+    prepare_text.train_tokenizer([text_of(i, 300) for i in range(9)], model, 400, normalization)
+    texts = ["", *AWKWARD, "", "", *TEXTS]
+    tokens = tokens_of(model, texts)
+    val = validation_text(tmp_path, model, tokens, [1, 30, len(tokens) // 2])
+    pieces = tm.TokenStream.pieces
+
+    def small_pieces(stream, number):
+        for piece in pieces(stream, number):
+            yield from np.split(piece, range(size, len(piece), size))
+
+    monkeypatch.setattr(tm.TokenStream, "pieces", small_pieces)
+    sp = prepare_text.load_tokenizer(model)
+    decoded = [sp.decode(sp.encode(text)) for text in texts]
+    assert (decoded == texts) == (normalization == "identity")
+    found = list(val.documents())
+    assert found == documents_of(decoded)
+    assert sum(document.nbytes for document in found) == val.stream.facts["bytes"]
+    assert len(found) == val.stream.facts["documents"]
+
+
+def test_a_split_that_begins_inside_a_document(tmp_path, larger_model):
+    """Its text is a document too; bytes that are no character are compared as they are."""
+    sp = prepare_text.load_tokenizer(larger_model)
+    tokens = [*sp.encode("the rest"), 1, sp.piece_to_id("<0xFF>"), 2, *sp.encode(" x"), 1]
+    val = validation_text(tmp_path, larger_model, tokens)
+    assert list(val.documents()) == documents_of(["the rest", b"\xff x", ""])
+
+
+def test_a_space_that_decoding_drops_is_no_text(tmp_path):
+    """At the beginning of a document, by a tokenizer that removes extra spaces."""
+    model = tmp_path / "t.model"
+    prepare_text.train_tokenizer([text_of(i, 300) for i in range(9)], model, 400, "nmt_nfkc")
+    sp = prepare_text.load_tokenizer(model)
+    space, word = sp.piece_to_id("\u2581"), sp.piece_to_id("\u2581the")
+    documents = [[word, word], [space], [word, space, word]]
+    decoded = [sp.decode(tokens) for tokens in documents]
+    assert decoded == ["the the", "", "the  the"]
+    val = validation_text(tmp_path, model, [t for tokens in documents for t in [1, *tokens]])
+    assert list(val.documents()) == documents_of(decoded)
+    assert val.stream.facts["bytes"] == sum(map(len, decoded))
+
+
+def test_a_document_of_any_length_takes_the_memory_of_a_million_tokens(tmp_path, larger_model):
+    peaks = []
+    for millions in (2, 8):
+        tokens = np.resize(np.arange(4, 500), millions << 20)
+        val = validation_text(tmp_path, larger_model, tokens)
+        tracemalloc.start()
+        assert [document.nbytes for document in val.documents()] == [val.stream.facts["bytes"]]
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[0] > 1 << 20 and peaks[1] < 1.1 * peaks[0]
