@@ -166,8 +166,8 @@ class Hyperparameters:
     num_kv_heads: int = knob(4, "key/value heads, each for an equal share of H", low=1)
     mlp_mult: int = knob(2, "hidden width of the MLP over MODEL_DIM", low=1, high=64)
     tie_embeddings: bool = knob(True, "use the embedding as the output head too")
-    neighbors: int = knob(0,
-        "tokens on each side whose embeddings, from own tables, join a position's input", high=64)
+    neighbors: int = knob(0, "tokens on each side that join a position's input", high=64)
+    neighbor_dim: int = knob(32, "width of their embeddings", low=1, high=2**16)
     rope_base: float = knob(1e4, "base of the rotary frequencies", low=1)
     logit_softcap: float = knob(30.0, "logits become cap·tanh(logits/cap); 0: unchanged")
     qk_gain_init: float = knob(1.5, "initial gain of the normalised queries")
@@ -214,8 +214,8 @@ class Hyperparameters:
     val_loss_every: int = knob(1000, "steps between validations; 0: only at the end")
     checkpoint_every: float = knob(300.0,
         "seconds of training between checkpoints; 0: only when stopped")
-    resume: str = knob("auto",
-        "auto: from the last checkpoint of RUN_ID, if any; never; or the path of a checkpoint")
+    resume: str = knob("auto", "from the last checkpoint of RUN_ID, if any",
+        choices=("auto", "never"))
     skip_nonfinite: int = knob(0,
         "steps whose gradients are not finite, skipped before the run gives up")
 
@@ -962,9 +962,8 @@ def load_tokenizer(path: str, vocab_size: int):
 
 
 def text_fault(tokens: np.ndarray, sp, luts: ByteTables) -> str:
-    """What speaks against this tokenizer for tokens (n,) of a shard: their text has not the bytes
-    that the tables count, or comes back as other tokens. Random tokens, about equally frequent, are
-    no text and pass."""
+    """What speaks against this tokenizer for tokens (n,) of a shard: their text has other bytes than
+    the tables count, or comes back as other tokens. Random tokens, about equally frequent, pass."""
     boundary = luts.is_boundary.cpu().numpy()
     if np.bincount(tokens).max() <= 10 + 4 * len(tokens) / len(boundary):
         return ""
@@ -1009,8 +1008,8 @@ def check_verified(hp, stream: TokenStream, split: str) -> bool:
 
 
 def check_data(hp, stream: TokenStream, split: str, sp, luts: ByteTables):
-    """Against verified.json or, without it, against the text: all of the validation split, and the
-    beginning of every training shard."""
+    """Against verified.json or, without it, the text: all of the validation split, and the beginning
+    of every training shard."""
     if check_verified(hp, stream, split):
         return
     shards = stream.facts["shards"]
@@ -1172,8 +1171,7 @@ def apply_noise(hp, x0, probability, keys) -> tuple[Tensor, Tensor, Tensor]:
 
 def scored_capacity(hp, rows: int) -> int:
     """The most positions that are scored in a micro-batch of `rows` rows: a static shape. Most are
-    masked if every random draw is 1, or, for pairs t and 1 − t, 0 or ½; `Trainer.check` ends a run
-    that masks more."""
+    masked if every draw is 1, or, for pairs t and 1 − t, 0 or ½; `Trainer.check` notices more."""
     tokens = rows * hp.train_seq_len
     if hp.causal:
         return tokens
@@ -1276,6 +1274,17 @@ def select_positions(x, positions: Positions):
     return x if positions is None else x.flatten(0, 1).index_select(0, positions)
 
 
+# CPUs that multiply in bfloat16 do so twice as fast. What is scored is never rounded.
+FAST_BFLOAT16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def multiply(x, weight):
+    """(…, C) → (…, R) by weight (R, C), in the dtype of x; in training on CPUs in bfloat16."""
+    rounded = FAST_BFLOAT16 and not x.is_cuda and x.shape[-1] >= 64 and torch.is_grad_enabled()
+    dtype = torch.bfloat16 if rounded else x.dtype
+    return F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
+
+
 class Linear(nn.Linear):
     """A matrix, kept in float32 and applied in the dtype of its input."""
 
@@ -1284,7 +1293,7 @@ class Linear(nn.Linear):
         weight = self.weight if scale is None else scale[:, None] * self.weight
         if beside:
             weight = torch.cat([weight, *(matrix.weight for matrix in beside)])
-        return F.linear(x, weight.to(x.dtype))
+        return multiply(x, weight)
 
 
 class Attention(nn.Module):
@@ -1387,16 +1396,16 @@ class Model(nn.Module):
         std = hp.tied_embed_init_std if hp.tie_embeddings else 1.0
         shape = (hp.embedding_rows, hp.model_dim)
         self.tok_emb = nn.Embedding.from_pretrained(torch.randn(shape).mul_(std), freeze=False)
-        self.near = nn.ModuleDict()
-        for offset in hp.neighbor_offsets:
-            zeros = torch.zeros(shape)
-            self.near[str(offset)] = nn.Embedding.from_pretrained(zeros, freeze=False)
         self.build_trunk(hp)
         self.lm_head = None
         if not hp.tie_embeddings:
             self.lm_head = Linear(hp.model_dim, hp.vocab_size, bias=False)
             if self.zero_head:
                 nn.init.zeros_(self.lm_head.weight)
+        if offsets := len(hp.neighbor_offsets):
+            zeros = torch.zeros(offsets * hp.embedding_rows, hp.neighbor_dim)
+            self.near = nn.Embedding.from_pretrained(zeros, freeze=False)
+            self.near_proj = Linear(offsets * hp.neighbor_dim, hp.model_dim, bias=False)
 
     def on(self, device: torch.device) -> Model:
         """Moves to the device; activations get the dtype of COMPUTE_DTYPE."""
@@ -1408,9 +1417,12 @@ class Model(nn.Module):
         x = self.tok_emb(z)
         if self.normalize_embedding:
             x = norm(x)
-        for table, columns in zip(self.near.values(), view.neighbors, strict=True):
-            x = x + table(z[:, columns]) * (columns >= 0)[:, None]
-        return x.to(self.compute_dtype)
+        x = x.to(self.compute_dtype)
+        if offsets := len(view.neighbors):
+            tables = self.hp.embedding_rows * torch.arange(offsets, device=z.device)[:, None]
+            near = self.near(z[:, view.neighbors] + tables) * (view.neighbors >= 0)[..., None]
+            x = x + self.near_proj(near.transpose(1, 2).flatten(2).to(x.dtype))
+        return x
 
     def hidden(
         self,
@@ -1441,8 +1453,10 @@ class Model(nn.Module):
         """Logits (…, V) float32 of hidden states (…, D)."""
         weight = (self.lm_head or self.tok_emb).weight[: self.hp.vocab_size]
         cap = self.hp.logit_softcap
-        logits = F.linear(h, (weight / (cap or 1)).to(h.dtype)).float()
-        return cap * logits.tanh() if cap else logits
+        if not cap:
+            return multiply(h, weight).float()
+        half = multiply(h, weight * (2 / cap)).float().sigmoid()
+        return 2 * cap * half - cap  # cap·tanh(logits/cap), which would take longer
 
     def forward(self, z, masked_fraction: Tensor | None = None):
         return self.head(self.hidden(z, masked_fraction))
@@ -1540,12 +1554,12 @@ class Kind(NamedTuple):
     storage: str = ""  # one of QUANTIZERS; empty: what QUANT_MODE says
 
 
-BLOCK_MATRICES = r"(blocks\.\d+\.(attn|mlp)(_mod|\.\w+)|time_embed\.\d)\.weight"
+BLOCK_MATRICES = r"(blocks\.\d+\.(attn|mlp)(_mod|\.\w+)|time_embed\.\d|near_proj)\.weight"
 GAINS = r"(blocks\.\d+\.)?(attn\.q_gain|attn_scale|mlp_scale|resid_mix|skip_weights)|.*\.bias"
 KINDS = (
     Kind("matrix", BLOCK_MATRICES, "matrix_lr", optimizer="muon", decays=True),
     Kind("embed", r"tok_emb\.weight", "embed_lr"),
-    Kind("near", r"near\.-?\d+\.weight", "embed_lr"),
+    Kind("near", r"near\.weight", "embed_lr"),
     Kind("head", r"lm_head\.weight", "head_lr", decays=True),
     Kind("gain", GAINS, "scalar_lr", storage="fp16"),
 )
@@ -1691,7 +1705,7 @@ def orthogonalize(matrices, steps: int):
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    if x.is_cuda or (x.shape[-2] >= 64 and torch.cpu.get_capabilities().get("avx512_bf16")):
+    if x.is_cuda or (x.shape[-2] >= 64 and FAST_BFLOAT16):
         x = x.bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
@@ -1730,8 +1744,7 @@ class StepSettings(NamedTuple):
 
 
 class ParameterGroup(NamedTuple):
-    """Views of the flat buffers. For Muon n matrices of one shape (n, R, C), for AdamW all of a
-    kind, flat."""
+    """Views of the flat buffers: for Muon n matrices (n, R, C), for AdamW all of a kind, flat."""
 
     name: str
     muon: bool
@@ -1829,7 +1842,7 @@ class Optimizer:
 
     def step(self, step: int, lr_scale: float):
         """Adds up loss and gradients of all processes, clips them and moves the weights, or nothing
-        if they are not finite: `first_bad` says why. Returns the loss per token."""
+        if they are not finite: see `first_bad`. Returns the loss per token."""
         hp = self.hp
         all_reduce(self.grads)
         tokens, loss, dropped = self.sums
@@ -2129,7 +2142,7 @@ def storage_label(header: Mapping) -> str:
 
 def save_artifact(model, hp, path: str | Path, moments: Mapping[str, Tensor] | None = None) -> dict:
     """Packs and writes the model; its artifact_bytes, label and kinds. `input_moments` let rounding
-    errors cancel. InputError if something is not finite or not written."""
+    errors cancel. InputError for what is not finite or not written."""
     for name, tensor in [*model.named_parameters(), *(moments or {}).items()]:
         if not tensor.isfinite().all():
             reason = f"{name} or its inputs are not finite; the run has diverged"
@@ -2209,8 +2222,7 @@ def read_artifact(path: str | Path) -> Artifact:
 
 def load_artifact(path: str | Path) -> tuple[Model, Hyperparameters]:
     """A model with the weights on disk, and its hyperparameters; or InputError."""
-    artifact = read_artifact(path)
-    return artifact.model, artifact.hp
+    return read_artifact(path)[:2]
 
 
 def predicted_bytes(hp) -> int:
@@ -2227,9 +2239,9 @@ def predicted_bytes(hp) -> int:
 
 # ---- Scoring
 #
-# Bottom up: −ln p of single tokens; masks and orders whose weighted sums are code lengths; the
-# estimators; a whole split (docs/scores.md). Each window has random numbers of its own, so batches
-# and processes do not matter.
+# Bottom up: −ln p of tokens; masks and orders whose weighted sums are code lengths; the estimators;
+# a whole split (docs/scores.md). Each window has random numbers of its own, so batches and processes
+# do not matter.
 
 
 @torch.no_grad()
@@ -2987,25 +2999,16 @@ class Trainer:
         self.log(f"checkpoint:{path} time:{1000 * (time.perf_counter() - started):.0f}ms")
 
     def resume(self):
-        """Goes on from the newest sound checkpoint of this run, else from RESUME=path; InputError
-        if its settings or data were others."""
+        """Goes on from the newest sound checkpoint of this run, if any; InputError if its settings
+        or data were others."""
         hp = self.hp
-        own = on_first_process(checkpoint_paths, hp.run_id)
-        given = [] if hp.resume in ("auto", "never") else [Path(hp.resume)]
-        if set(given) & set(own[1:]):
-            remedy = "remove that, or give another RUN_ID"
-            raise InputError(f"{hp.shown('resume')}, but this run is at {own[0]}: {remedy}")
-        for path in own + given:
-            try:
-                checkpoint = read_checkpoint(path)
-            except InputError as error:
-                raise InputError(f"{hp.shown('resume')}: {error}") from None
+        for path in on_first_process(checkpoint_paths, hp.run_id):
+            checkpoint = read_checkpoint(path)
             changed = checkpoint.changed_settings(hp) if checkpoint else []
             fits = checkpoint and checkpoint.state.shape == self.optimizer.state.shape
             if not fits and not changed:
                 self.log(f"skipped:{path}: damaged, or not of this version of train_mdlm.py")
-                if path not in given:
-                    on_first_process(path.replace, f"{path}.damaged")
+                on_first_process(path.replace, f"{path}.damaged")
                 continue
             if changed or checkpoint.data != self.stream.digest:
                 made_with = " ".join(changed) or "other shards"
@@ -3013,8 +3016,6 @@ class Trainer:
                 raise InputError(f"{path} was made with {made_with}: {remedy}")
             break
         else:
-            if given:
-                raise InputError(f"{hp.shown('resume')}: no sound checkpoint there; give another")
             return
         self.progress = checkpoint.progress
         self.optimizer.averages = checkpoint.averages
@@ -3029,7 +3030,7 @@ class Trainer:
 
 def train(trainer: Trainer, val: Split) -> Model:
     """To the last iteration or the wall-clock cap; the model with its averaged weights. InputError
-    after a signal, when the checkpoint is written."""
+    after a signal, with a checkpoint."""
     hp, progress, log = trainer.hp, trainer.progress, trainer.log
     clock = Clock(trainer.device)
     with clock.paused("warm-up"):

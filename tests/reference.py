@@ -99,7 +99,10 @@ def unet_logits(model, z, row=None):
     for i, j in zip(*np.nonzero(row.sees), strict=True):
         offset = row.places[j] - row.places[i]
         if 0 < abs(offset) <= hp.neighbors:
-            x[i] += w[f"near.{offset}.weight"][z[j]]
+            n = hp.neighbor_offsets.index(offset)
+            columns = slice(n * hp.neighbor_dim, (n + 1) * hp.neighbor_dim)
+            embedding = w["near.weight"][n * hp.embedding_rows + z[j]]
+            x[i] += w["near_proj.weight"][:, columns] @ embedding
     x_emb = x
     encoder, skips = hp.num_layers // 2, []
     for i in range(hp.num_layers):

@@ -353,7 +353,8 @@ def test_the_arithmetic_is_that_of_the_matrices(lowered, preset):
     kv_width = hp.num_kv_heads * hp.head_dim
     qkv, out = width * (width + 2 * kv_width), width * width
     mlp, head = 2 * hp.mlp_mult * width * width, width * hp.vocab_size
-    products = rows * length * (2 * qkv + out + mlp) + scored * (out + mlp + head)
+    near = len(hp.neighbor_offsets) * hp.neighbor_dim * width
+    products = rows * length * (near + 2 * qkv + out + mlp) + scored * (out + mlp + head)
     for part, each in (("loss", 1), ("gradients", 2)):
         found = total(counts, "flops", part=part, kind="matrix product")
         noise = 2e-3 if hp.backbone == "dit" else 0  # what tells it of the noise is not above

@@ -96,7 +96,7 @@ def test_initial_weights_of_the_unet(tied):
             assert (value == (1.25 if "q_gain" in name else 1.0)).all(), name
         elif name.endswith("resid_mix"):
             assert (value[0] == 1).all() and (value[1] == 0).all(), name
-        elif name.endswith("proj.weight") or name.startswith(("near", "lm_head")):
+        elif name.endswith(".proj.weight") or name in ("near.weight", "lm_head.weight"):
             assert (value == 0).all(), name
         else:  # PyTorch's uniform distribution
             reach = value.shape[1] ** -0.5
@@ -128,18 +128,31 @@ def test_neighbours_start_as_nothing_and_reach_as_far_as_they_are_told(backbone)
     z = torch.tensor([[0, 1, 2, 0, 1, 2, 0]])
     told = torch.tensor([0.5])
     assert torch.equal(model(z, told), without(z, told))
-    assert sorted(model.near) == ["-1", "-2", "1", "2"]
-    shapes = {tuple(table.weight.shape) for table in model.near.values()}
-    assert shapes == {(hp.vocab_size + 1, hp.model_dim)}
+    assert model.near.weight.shape == (4 * (hp.vocab_size + 1), hp.neighbor_dim)
     for block in model.blocks:  # what is left is the input
         for branch in (block.attn, block.mlp):
             torch.nn.init.zeros_(branch.proj.weight)
-    for table in model.near.values():
-        torch.nn.init.normal_(table.weight)
+    torch.nn.init.normal_(model.near.weight)
     other = z.clone()
     other[0, 3] = 1
     moved = (model(z, told) != model(other, told)).any(-1)[0]
     assert moved.tolist() == [False, True, True, True, True, True, False]
+
+
+def test_training_on_a_cpu_rounds_factors_and_scoring_does_not(monkeypatch):
+    """As if it multiplied fast in bfloat16: 8 bits of a factor are left, but for small matrices."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(5, 64, generator=g), torch.randn(7, 64, generator=g)
+    exact = torch.nn.functional.linear(x, weight)
+    monkeypatch.setattr(tm, "FAST_BFLOAT16", True)
+    rounded = tm.multiply(x, weight)
+    assert rounded.dtype == torch.float32
+    assert 1e-3 < (rounded - exact).abs().max() < 0.2
+    assert torch.equal(tm.multiply(x[:, :32], weight[:, :32]), x[:, :32] @ weight[:, :32].T)
+    with torch.no_grad():
+        assert torch.equal(tm.multiply(x, weight), exact)
+    monkeypatch.setattr(tm, "FAST_BFLOAT16", False)
+    assert torch.equal(tm.multiply(x, weight), exact)
 
 
 def test_bfloat16_activations_stay_close():
