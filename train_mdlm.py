@@ -1,9 +1,8 @@
 """Masked diffusion language models for parameter golf: train, pack, score as a code length.
 
 Every score that this file prints is the length of a code that somebody could decode, except those
-marked biased:1, which repeat a published estimator. The defaults are PR 1699 of the
-challenge, published at 1.4784 bits per byte; llada and eos are PR 1106 and PR 1241, ar is the
-causal baseline, golf our own recipe (docs/recipe.md).
+marked biased:1, which repeat a published estimator. The defaults are PR 1699 of the challenge; llada
+and eos are PR 1106 and PR 1241, ar is the causal baseline, golf our own recipe (docs/recipe.md).
 
     # two CPU cores, the text of the installed packages
     python data/prepare_text.py --source docs
@@ -11,8 +10,6 @@ causal baseline, golf our own recipe (docs/recipe.md).
     # 8xH100, the challenge's data
     python data/fetch_fineweb.py
     torchrun --standalone --nproc_per_node=8 train_mdlm.py
-    # every hyperparameter
-    python train_mdlm.py --help
 
 The life of a token, from its shard to the score:
 
@@ -80,7 +77,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 try:
     import zstandard
-except ImportError:  # a plain torch installation: PACK=auto then does without it
+except ImportError:  # PACK=auto does without it
     zstandard = None
 
 SIZE_LIMIT_BYTES = 16_000_000  # code + artifact
@@ -114,8 +111,8 @@ def seeded(device: torch.device | str, *key) -> torch.Generator:
 
 # ---- Hyperparameters: knobs, presets, rules, help
 #
-# A knob is a field here and an environment variable, with the challenge's name, so that published
-# commands run; a preset is nothing but values for knobs.
+# A knob is a field here and an environment variable, with the challenge's name; a preset is nothing
+# but values for knobs.
 
 GROUPS = {}  # name → what its knobs are about
 
@@ -377,14 +374,16 @@ class Hyperparameters:
 # fmt: off
 MDLM16 = dict(num_layers=11, quant_mode="int7,embed:int8", quant_clip=10.0, quant_feedback=4)
 GOLF = MDLM16 | dict(
+    data_path="./data/datasets/fineweb10B_sp4096",
+    tokenizer_path="./data/tokenizers/fineweb_4096_bpe.model", vocab_size=4096,
     num_layers=8, mlp_mult=3, num_heads=9, num_kv_heads=3, neighbors=2,
     masking="count", mask_dist="normal", loss_weight="flat",
     warmdown_iters=0, warmdown_frac=0.5, ema_decay=0.0,
     adam_batch_tokens=524_288, embed_lr=0.2, tied_embed_init_std=0.05,
 )
 DEMO = GOLF | dict(  # two CPU cores
-    data_path="./data/datasets/docs_sp1024",
-    tokenizer_path="./data/tokenizers/docs_1024_bpe.model",
+    data_path="./data/datasets/docs_sp4096",
+    tokenizer_path="./data/tokenizers/docs_4096_bpe.model",
     num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=2, train_seq_len=128,
     rope_base=100.0, iterations=1300, max_wallclock_seconds=400.0, warmup_steps=0,
     train_batch_tokens=2048, train_log_every=100, val_loss_every=200, eval_max_seqs=256,
@@ -718,14 +717,14 @@ def write_file(path: Path, data: bytes):
 
 # ---- Data and bytes
 #
-# Shards are read a batch at a time, so memory does not grow with them. Bytes of text are counted
-# token by token, and checked against verified.json beside the shards or, without it, the text.
+# Shards are read a batch at a time. Bytes of text are counted token by token, and checked against
+# verified.json beside the shards or, without it, the text.
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER_INTS = 256
 SHARD_HEADER_BYTES = 4 * SHARD_HEADER_INTS
-VERIFIED = "verified.json"  # what the program that wrote the shards counted in them
+VERIFIED = "verified.json"  # what was counted when the shards were written
 BOS_ID = 1  # <s> in the challenge's tokenizers
 REMEDY = (
     "run 'python data/prepare_text.py --source docs' (for PRESET=demo) or "
@@ -898,7 +897,7 @@ class ByteTables(NamedTuple):
     base_bytes: Tensor  # (table,) int64, UTF-8 bytes without the leading space
     has_leading_space: Tensor  # (table,) bool
     is_boundary: Tensor  # (table,) bool: control and unknown tokens, which stand for no text
-    keeps_space: bool  # whether the first piece after a boundary keeps its leading space
+    keeps_space: bool  # whether the first piece after a boundary does
 
 
 def build_sentencepiece_luts(sp, vocab_size: int, device: torch.device | str = "cpu") -> ByteTables:
@@ -1054,8 +1053,7 @@ def open_validation(hp, sp, luts: ByteTables) -> Split:
 # ---- Noise and loss weights
 #
 # The reported bound is exact whatever the model was trained on, so training noise is a free choice,
-# made in four tables. One generator for each (seed, step) draws that of the global batch, so that
-# processes, restarts and micro-batches make no difference.
+# made in four tables. One generator for each (seed, step) draws that of the global batch.
 
 
 def stratified_times(u):
@@ -1547,7 +1545,7 @@ class Kind(NamedTuple):
     """How a kind of parameter is trained and stored."""
 
     name: str
-    pattern: str  # of the names of its parameters
+    pattern: str  # of its parameters' names
     lr: str  # the knob that is its learning rate
     optimizer: str = "adamw"  # or muon (where OPTIMIZER is muon)
     decays: bool = False  # even with WEIGHT_DECAY_ON=matrices
@@ -1594,7 +1592,7 @@ class Batch(NamedTuple):
     targets: Tensor  # (N,) int64, the tokens there
     weights: Tensor  # (N,) float32, of their nll; 0 fills up to N
     tokens: Tensor  # () int64, all that are not PAD
-    dropped: Tensor  # () int64, masked tokens that found no place among the N; has to be 0
+    dropped: Tensor  # () int64, masked tokens that found no place; has to be 0
     masked_fraction: Tensor | None  # (B,) float32, share that is masked; None for a causal model
     view: View | None = None  # of z; None: of a plain row
 
@@ -1695,8 +1693,8 @@ def batch_loss(model, batch: Batch):
 # ---- Optimizer and average
 #
 # Weights, gradients and moments are flat buffers of which the parameters are views: a step is a few
-# large operations and one collective. Nothing here waits for the device: a step that was not finite
-# is noted there until `Trainer.check` looks.
+# large operations and one collective. Nothing here waits for the device: what was not finite is
+# noted there until `Trainer.check` looks.
 
 
 def orthogonalize(matrices, steps: int):
@@ -2115,7 +2113,7 @@ def unpack_kind(packed: bytes, storage: str, packer: str, shapes: list[torch.Siz
 #     MAGIC · u32 length of the header · JSON header · every kind of parameter, packed · SHA-256
 #
 # Names and shapes follow from the hyperparameters in the header. Nothing in a file is executed, and
-# memory is taken only for weights that it has a bit for: spaces fill up what packs to less.
+# memory is taken only for weights that it has a bit for: spaces fill up.
 
 ARTIFACT_MAGIC = b"MDLMgolf"
 FORMAT_VERSION = 3
@@ -2342,13 +2340,13 @@ def nelbo_masks(passes: int, times, keys, allowed) -> WeightedMasks:
         masked_before = masked_before + k[:, None]
 
 
-def any_order_nll(model, window, passes: int, numbers, offset, keys):
-    """(B,) float64 nats: the NELBO of window (B, 1 + L), block by block, with the masks of
-    `nelbo_masks` for the numbers (B,) of a golden sequence."""
+def any_order_nll(model, window, scored, passes: int, numbers, offset, keys):
+    """(B,) float64 nats: the NELBO of the `scored` (B, L) of window (B, 1 + L), block by block, with
+    the masks of `nelbo_masks` for the numbers (B,) of a golden sequence."""
     length = model.block_size or keys.shape[1]
     blocks = torch.arange(keys.shape[1] // length, device=keys.device)
     times = golden_sequence((numbers[:, None] * len(blocks) + blocks).flatten(), offset)
-    allowed = maskable(model.hp, window[:, 1:]).to(keys.device).view(-1, length)
+    allowed = (scored & maskable(model.hp, window[:, 1:])).to(keys.device).view(-1, length)
     return weighted_nll(model, window, nelbo_masks(passes, times, keys.view(-1, length), allowed))
 
 
@@ -2358,7 +2356,8 @@ def nelbo(model, x0, passes: int = 4, generator: torch.Generator | None = None):
     offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
     keys = next(random_keys(x0.shape, generator))
     numbers = torch.arange(len(x0), device=device)
-    return any_order_nll(model, with_before(x0), passes, numbers, offset, keys)
+    scored = torch.ones_like(x0, dtype=torch.bool)
+    return any_order_nll(model, with_before(x0), scored, passes, numbers, offset, keys)
 
 
 TSTEP_EPS = 1e-3  # ε of the T-step bound and of the t-grid
@@ -2504,7 +2503,8 @@ def score_nelbo(model, windows: Windows):
     generator = seeded("cpu", hp.seed, "nelbo offset")
     offset = torch.rand((), generator=generator, dtype=torch.float64)
     numbers, keys = torch.tensor(windows.places), next(windows.keys("nelbo"))
-    return any_order_nll(model, windows.tokens, hp.nelbo_passes, numbers, offset, keys)
+    _, tokens, scored, _ = windows
+    return any_order_nll(model, tokens, scored, hp.nelbo_passes, numbers, offset, keys)
 
 
 def score_in_order(model, windows: Windows, place):
@@ -2542,7 +2542,7 @@ class Estimator(NamedTuple):
 
     nats: Callable[[Model, Windows], Tensor]  # (B,), or (B, L) by position
     windows: int = 0  # where SCORES gives no number; 0: all
-    rows: int = 0  # windows of every call, where rounding matters; 0: as many as VAL_BATCH_SIZE has
+    rows: int = 0  # windows of a call, where rounding matters; 0: as VAL_BATCH_SIZE says
     sliding: bool = False  # windows overlap, and score their last STRIDE tokens
     prefixes: bool = False  # log a line for each range of positions
     biased: bool = False  # not a code length, and its line says so
@@ -2554,6 +2554,7 @@ ESTIMATORS = {
         "nelbo": Estimator(score_nelbo),
         "l2r": Estimator(score_left_to_right, windows=512, prefixes=True),
         "sliding": Estimator(score_left_to_right, windows=4096, sliding=True),
+        "sliding_nelbo": Estimator(score_nelbo, windows=4096, sliding=True),
         "confidence": Estimator(score_by_confidence, windows=256, rows=16),
         "random": Estimator(score_random_order, windows=256),
         "tstep": Estimator(score_tstep, windows=1024),
@@ -2744,8 +2745,7 @@ def score_model(artifact: Artifact, hp, val: Split, log: Log):
 #
 #     u32 length of the header · JSON header · weights, moments and average in float32 · SHA-256
 #
-# A checkpoint is all that a run is: its optimizer, its clock, its hyperparameters. A run that goes
-# on from it ends in the same bytes as one that was never interrupted.
+# A run that goes on from its checkpoint ends in the same bytes as one that was never interrupted.
 
 
 @dataclasses.dataclass
@@ -2825,7 +2825,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
 
 # ---- Training
 #
-# The loop: save, stop, validate, step. The clock stands still while anything but training is done.
+# The loop: save, stop, validate, step. The clock stands still for all but the last.
 
 
 def run_fraction(hp, step: int, elapsed_ms: float) -> float:

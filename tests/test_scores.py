@@ -474,7 +474,7 @@ def test_byte_tables_of_every_kind_of_piece(keeps_space):
 
 
 @pytest.mark.parametrize("keeps_space", [False, True])
-@pytest.mark.parametrize("name", ["nelbo", "sliding"])
+@pytest.mark.parametrize("name", ["nelbo", "sliding", "sliding_nelbo"])
 def test_the_bytes_of_a_window_depend_on_the_token_before_it(
     tmp_path, monkeypatch, name, keeps_space
 ):
@@ -642,6 +642,28 @@ def test_sliding_windows_of_a_causal_model(split):
         nll = F.cross_entropy(logits, window[1:], reduction="none").double()
         bits += (nll if n == 0 else nll[-8:]).sum().item() / math.log(2)
     assert score.bpb == pytest.approx(bits / score.bytes, rel=1e-5)
+
+
+def test_the_bound_of_the_scored_half_is_the_mean_over_its_orders():
+    """After a clean half, and exact: both orders of two tokens, each token given what is left."""
+    model = random_model(tiny_hp())
+    window = torch.tensor([[1, 0, 2, 2, 1]])
+    scored = torch.tensor([[False, False, True, True]])
+
+    def bits_of(*hidden):
+        mask = torch.tensor([[position in hidden for position in range(4)]])
+        return tm.masked_nll(model, window, mask)[0].tolist()
+
+    both, first, second = bits_of(2, 3), bits_of(2), bits_of(3)
+    exact = (both[2] + second[3] + both[3] + first[2]) / 2
+    rows = 4000
+    keys = torch.rand(rows, 4, generator=torch.Generator().manual_seed(0))
+    for passes in (1, 3):
+        nats = tm.any_order_nll(
+            model, window.expand(rows, -1), scored, passes, torch.arange(rows), 0.3, keys
+        )
+        assert nats.mean().item() == pytest.approx(exact, abs=4 * (nats.std() / rows**0.5).item())
+        assert nats.std() < 0.5 * exact
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -844,7 +866,10 @@ def test_mask_sizes_of_a_spaced_subset_are_evenly_spread(split, monkeypatch):
 @pytest.mark.parametrize(
     "system, names",
     [
-        (dict(neighbors=1), ("nelbo", "l2r", "sliding", "confidence", "random", "tstep", "tgrid")),
+        (
+            dict(neighbors=1),
+            ("nelbo", "l2r", "sliding", "sliding_nelbo", "confidence", "random", "tstep", "tgrid"),
+        ),
         (dict(objective="ar"), ("ar", "sliding")),
         (dict(block_size=4), ("l2r", "ar", "nelbo", "confidence", "random")),
         (dict(backbone="dit", doc_chunks=True), ("nelbo", "l2r")),

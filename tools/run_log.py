@@ -681,9 +681,14 @@ def count_windows(run: Run, stride: int) -> int:
     return max(1 + (run.val_tokens - 1 - length) // stride, 0)
 
 
+def slides(score: ScoreLine) -> bool:
+    """Whether its windows overlap."""
+    return score.name.startswith("sliding")
+
+
 def stride_of(run: Run, score: ScoreLine) -> int:
     length = length_of(run)
-    stride = whole_setting(run.settings, "STRIDE", length) if score.name == "sliding" else length
+    stride = whole_setting(run.settings, "STRIDE", length) if slides(score) else length
     return max(min(stride, length), 1)
 
 
@@ -726,7 +731,7 @@ def faults_of_text(run: Run, scores: Iterable[ScoreLine]) -> Iterator[str]:
         if run.val_bytes is not None and run.val_bytes - score.bytes > PIECE_BYTES * left:
             unscored = f"val_bytes:{run.val_bytes}, of which {left} tokens are not scored"
             yield f"{line} has bytes:{score.bytes}, but the split has {unscored}"
-        if score.name == "sliding":
+        if slides(score):
             continue
         same = bytes_by_windows.setdefault(score.seqs, score.bytes)
         if same != score.bytes:

@@ -288,6 +288,7 @@ def positions_of_a_window(hp: tm.Hyperparameters) -> dict[str, int]:
         random=in_order,
         confidence=in_order,
         sliding=length if hp.causal else sliding,
+        sliding_nelbo=length * hp.nelbo_passes,
         ar=length,
         tstep=length * hp.tstep_steps,
         tgrid=length * (hp.final_eval_t_samples or 256),
