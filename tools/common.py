@@ -263,8 +263,11 @@ def open_validation(hp: tm.Hyperparameters) -> tm.Split:
 def check_output(path: Path, made: Callable[[Path], bool]) -> None:
     """Before hours of work: InputError if no file can be written at `path`, or if there is one
     already and made(path) says that it is of somebody else."""
+    if path.is_symlink():  # what is written would take its place
+        target = os.path.realpath(path)
+        raise InputError(f"{path}: is a symbolic link: give the name of the file, {target}")
     folder = path.parent
-    while not folder.exists() and folder != folder.parent:
+    while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(f"{path}: cannot be written: not a file name in a folder to write into")
@@ -275,7 +278,9 @@ def check_output(path: Path, made: Callable[[Path], bool]) -> None:
 
 def read_small(path: Path) -> bytes:
     """What is in a file that a tool may have made; nothing if it is too large for that."""
-    return path.read_bytes() if path.stat().st_size <= LARGEST_OUTPUT else b""
+    with path.open("rb") as file:  # perhaps a pipe, which does not say how much is in it
+        data = file.read(LARGEST_OUTPUT + 1)
+    return data if len(data) <= LARGEST_OUTPUT else b""
 
 
 def read_json(path: Path) -> object:

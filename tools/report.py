@@ -11,8 +11,10 @@ It also writes the samples that are shown, unless --samples has what tools/sampl
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -54,6 +56,8 @@ DRAWN = dict(mdlm=("ancestral", "confidence"), block=("causal", "entropy"), ar=(
 DRAWN_CALLS = 64  # for a sample of masked diffusion
 ABSENT = "Not measured: this page was made without the artifact of the run, or without its text."
 MOST_TOKENS = 1 << 16  # of a sample, and of the calls that made it
+# Of all samples on a page; tokens as often as they are in a text or in a step. So it has 20 MB.
+MOST_SHOWN = dict(samples=1 << 9, tokens=1 << 17, characters=1 << 22)
 
 
 class Choice(NamedTuple):
@@ -340,6 +344,24 @@ def read_step(step: object, length: int, path: Path) -> list[tuple[int, int]]:
     return list(zip(positions, tokens, strict=True))
 
 
+def check_steps(
+    steps: list[list[tuple[int, int]]],
+    fixed: list[bool],
+    tokens: list[int],
+    mask_id: int,
+    path: Path,
+) -> None:
+    """InputError unless the steps lead from what is given to the tokens."""
+    z = [token if given else mask_id for token, given in zip(tokens, fixed, strict=True)]
+    for position, token in itertools.chain.from_iterable(steps):
+        require(not fixed[position], path, "a step changes a position that is given")
+        z[position] = token
+    for position, (token, last) in enumerate(zip(tokens, z, strict=True)):
+        agree = token == last != mask_id
+        found = f"token {token} at position {position} of a sample, but {last} after its steps"
+        require(agree, path, found)
+
+
 def read_sample(value: object, length: int, mask_id: int, sp, path: Path) -> Sample:
     """`sp` is the tokenizer that made its tokens, or None."""
     require(isinstance(value, dict), path, "a sample is no object")
@@ -368,13 +390,11 @@ def read_sample(value: object, length: int, mask_id: int, sp, path: Path) -> Sam
             return pieces[position]
         return piece_of(sp, token)
 
-    shown = [
-        [(position, piece(position, token)) for position, token in read_step(step, length, path)]
-        for step in steps
-    ]
-    drawn = {position for step in shown for position, _ in step}
-    untouched = not any(fixed[position] for position in drawn)
-    require(untouched, path, "a step changes a position that is given")
+    steps = [read_step(step, length, path) for step in steps]
+    calls = value["calls"]
+    require(calls == len(steps), path, f"{calls} calls of a sample, but {len(steps)} steps")
+    check_steps(steps, fixed, tokens, mask_id, path)
+    shown = [[(position, piece(position, token)) for position, token in step] for step in steps]
     return Sample(value["seed"], fixed, pieces, value["calls"], value["seconds"], bits, shown)
 
 
@@ -415,11 +435,31 @@ def draw_samples(opened: Opened) -> Iterator[Samples]:
         yield samples_of(record, opened.path, opened.sp)
 
 
+def amounts(samples: Samples) -> collections.Counter:
+    """What a page has to show, by the names of MOST_SHOWN."""
+    found = collections.Counter(samples=len(samples.samples), characters=len(f"{samples.settings}"))
+    for sample in samples.samples:
+        revealed = [piece or "" for step in sample.steps for _, piece in step]
+        found["tokens"] += len(sample.pieces) + len(revealed) + len(sample.steps)
+        found["characters"] += sum(map(len, itertools.chain(sample.pieces, revealed)))
+    return found
+
+
 def gather_samples(paths: list[Path], opened: Opened | None) -> list[Samples]:
-    """Those in the files or, if none are given, some of the artifact."""
+    """Those in the files or, if none are given, some of the artifact; InputError if they are too
+    many for a page."""
     if opened and not paths:
         return list(draw_samples(opened))
-    return [read_samples(path, opened.sp if opened else None) for path in paths]
+    gathered, shown = [], collections.Counter()
+    for path in paths:
+        gathered.append(read_samples(path, opened.sp if opened else None))
+        shown += amounts(gathered[-1])
+        for name, most in MOST_SHOWN.items():
+            if shown[name] > most:
+                found = f"with it the page would show {shown[name]:,} {name} of samples and steps"
+                remedy = "give fewer or shorter samples"
+                raise InputError(f"{path}: {found}, more than {most:,}: {remedy}")
+    return gathered
 
 
 # ---- The report
