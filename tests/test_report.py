@@ -315,6 +315,8 @@ def test_wrong_logs_are_one_line(tmp_path, tool):
     other.write_text(text.replace(" MATRIX_LR=0.02", " MATRIX_LR=0.03"), encoding="utf-8")
     refused(tool(report, LOG, other, *out), "the logs differ in MATRIX_LR")
     refused(tool(report, LOG, LOG, *out), "have the same seed, 42")
+    refused(tool(report, tmp_path / "absent.txt", *out), "absent.txt: there is no such file")
+    refused(tool(report, "/dev/zero", *out), "/dev/zero: is no ordinary file")
     assert not (tmp_path / "a.html").exists()
 
 
@@ -497,6 +499,10 @@ WRONG_SAMPLES = {
     "pieces of a sample": dict(pieces=["a", "b", 3]),
     "calls of a sample": dict(calls=1.5),
     "4 calls of a sample, but 3 steps": dict(calls=4),
+    "seed of a sample": dict(seed=10**4000),
+    "seconds or bits of": dict(seconds=-1),
+    "384 in the tokens of a sample is none": dict(tokens=[5, 7, 384]),
+    "385 in the tokens of a step is none": dict(calls=1, steps=[dict(positions=[1], tokens=[385])]),
     "seconds or bits": dict(bits="many"),
     "steps of a sample": dict(steps=[]),
     "a step is no object": dict(steps=[1]),
@@ -526,7 +532,7 @@ def test_wrong_samples_are_one_line(message, samples, tool, tmp_path):
     [
         ("samples", dict(samples=[sample_json()["samples"][0]] * 30), "30 samples"),
         ("tokens", dict(samples=[sample_json()["samples"][0]] * 3), "30 tokens"),  # 3 + 4 + 3 each
-        ("characters", dict(pieces=["", "x" * 30, ""]), "102 characters"),  # three times, settings
+        ("characters", dict(pieces=["", "x" * 30, ""]), "117 characters"),  # three times, and names
     ],
 )
 def test_what_would_make_an_endless_page_is_refused(
@@ -556,6 +562,13 @@ def test_a_page_of_the_most_samples_is_no_burden():
     assert len(report_page.sample_section([shown])) < 2_000_000
     value = sample_json(samples=[one] * (report.MOST_SHOWN["samples"] // 10))
     assert len(report_page.sample_section([report.samples_of(value, Path("x"), None)])) < 1_000_000
+
+
+def test_a_samples_file_that_is_too_large_is_said_to_be(samples, tool, tmp_path, monkeypatch):
+    path = samples()
+    monkeypatch.setattr(common, "LARGEST_OUTPUT", 100)
+    done = tool(report, LOG, "--samples", path, "--out", tmp_path / "a.html")
+    refused(done, f"{path}: has more than 100 bytes, too many to be read")
 
 
 # ---- Charts

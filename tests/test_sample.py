@@ -272,6 +272,18 @@ def test_a_text_from_standard_input(files, tiny_env):
     assert done.returncode == 0 and "\nof the" in done.stdout, done.stderr
 
 
+def test_an_empty_standard_input_is_one_line(call, tmp_path):
+    (tmp_path / "empty").touch()
+    before = os.dup(0)
+    with open(tmp_path / "empty") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    try:
+        refused(call("mdlm", "--infill-file", "-"), "standard input: is empty")
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+
+
 def test_a_text_without_an_end_is_refused(call, tmp_path, monkeypatch):
     refused(call("mdlm", "--prompt-file", "/dev/zero"), "/dev/zero: has more than 16,777,216 bytes")
     pipe = tmp_path / "pipe"
@@ -327,9 +339,17 @@ def test_what_a_user_may_not_expect_is_said(call, name, arguments, notes):
     ("mdlm", ("--prompt-file", "nowhere.txt"), ["nowhere.txt"]),
     ("mdlm", ("--tokenizer", "nowhere.model"), ["nowhere.model"]),
     ("mdlm", ("--json", "."), ["cannot be written"]),
+    ("mdlm", ("--json", "a" * 252), ["too long"]),
+    ("mdlm", ("--temperature", "1e-320"), ["--temperature 1e-320 is too low", "give 0"]),
+    ("mdlm", ("--data", "nowhere"), ["--data nowhere", "no such folder"]),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_one_line(call, name, arguments, parts):
     refused(call(name, *arguments), *parts)
+
+
+def test_a_prompt_that_is_longer_than_any_text_is_refused(call, monkeypatch):
+    monkeypatch.setattr(sampling, "LONGEST", 20)
+    refused(call("ar", "--prompt", "é" * 20), "--prompt: 21 tokens are more than 20")
 
 
 def test_what_is_no_artifact_is_one_line(tool, tmp_path):
@@ -355,7 +375,7 @@ def test_symbolic_links_are_not_replaced(call, tmp_path):
     record = (folder / "a.json").read_bytes()
     for target in (folder / "a.json", tmp_path / "absent", link):
         link.symlink_to(target)
-        refused(call("mdlm", "--json", link), f"{link}: is a symbolic link", f"the file, {target}")
+        refused(call("mdlm", "--json", link), f"{link}: is a symbolic link", f"leads to, {target}")
         refused(call("mdlm", "--json", link / "b.json"), "b.json: cannot be written")
         assert Path(os.readlink(link)) == target
         link.unlink()

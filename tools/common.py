@@ -265,7 +265,7 @@ def check_output(path: Path, made: Callable[[Path], bool]) -> None:
     already and made(path) says that it is of somebody else."""
     if path.is_symlink():  # what is written would take its place
         target = os.path.realpath(path)
-        raise InputError(f"{path}: is a symbolic link: give the name of the file, {target}")
+        raise InputError(f"{path}: is a symbolic link: give the name that it leads to, {target}")
     folder = path.parent
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
@@ -274,6 +274,8 @@ def check_output(path: Path, made: Callable[[Path], bool]) -> None:
     if path.exists() and not (path.is_file() and made(path)):
         remedy = "move it away or choose another name"
         raise InputError(f"{path}: is there already, and this tool did not make it: {remedy}")
+    with contextlib.suppress(FileNotFoundError):
+        path.with_name(f"{path.name}.part").lstat()  # OSError for a name that is too long to write
 
 
 def read_small(path: Path) -> bytes:
@@ -285,8 +287,11 @@ def read_small(path: Path) -> bytes:
 
 def read_json(path: Path) -> object:
     """InputError if there is no JSON, or if it is nested so deeply that nobody wrote it."""
+    text = read_small(path)
+    if not text and path.stat().st_size:
+        raise InputError(f"{path}: has more than {LARGEST_OUTPUT:,} bytes, too many to be read")
     try:
-        return json.loads(read_small(path).decode("utf-8"))
+        return json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         reason = "" if isinstance(error, RecursionError) else f": {error}"
         raise InputError(f"{path}: is not JSON that a tool wrote{reason}") from None

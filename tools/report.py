@@ -95,6 +95,10 @@ def read_log(path: Path, curve: Curve, finished: bool) -> RunLog:
 
 def read_logs(paths: list[Path]) -> list[RunLog]:
     """By seed, runs that have not finished last; InputError as `parse_logs` has it."""
+    for path in paths:
+        if not path.is_file():  # a pipe, for example, can be read only once
+            found = "is no ordinary file" if path.exists() else "there is no such file"
+            raise InputError(f"{path}: {found}")
     curves = {path: read_curve(path) for path in paths}
     finished = [path for path in paths if has_finished(path, curves[path])]
     parse_logs(finished)
@@ -328,7 +332,7 @@ def require(holds: bool, path: Path, what: str) -> None:
 
 
 def is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300  # no NaN, and no endless integer
+    return type(value) in (int, float) and 0 <= value < 1e300  # no NaN, and no endless integer
 
 
 def read_step(step: object, length: int, path: Path) -> list[tuple[int, int]]:
@@ -352,14 +356,16 @@ def check_steps(
     path: Path,
 ) -> None:
     """InputError unless the steps lead from what is given to the tokens."""
+    for token in tokens:
+        require(0 <= token < mask_id, path, f"{token} in the tokens of a sample is none")
     z = [token if given else mask_id for token, given in zip(tokens, fixed, strict=True)]
     for position, token in itertools.chain.from_iterable(steps):
         require(not fixed[position], path, "a step changes a position that is given")
+        require(0 <= token <= mask_id, path, f"{token} in the tokens of a step is none")
         z[position] = token
     for position, (token, last) in enumerate(zip(tokens, z, strict=True)):
-        agree = token == last != mask_id
         found = f"token {token} at position {position} of a sample, but {last} after its steps"
-        require(agree, path, found)
+        require(token == last, path, found)
 
 
 def read_sample(value: object, length: int, mask_id: int, sp, path: Path) -> Sample:
@@ -375,7 +381,8 @@ def read_sample(value: object, length: int, mask_id: int, sp, path: Path) -> Sam
         right = right and all(type(one) is kind for one in values)
         require(right, path, f"{name} of a sample is no list of {length} values")
     for name in ("seed", "calls"):
-        require(type(value.get(name)) is int, path, f"{name} of a sample is no whole number")
+        whole = type(value.get(name)) is int and 0 <= value[name] < 2**63
+        require(whole, path, f"{name} of a sample is no whole number, or not one of its own")
     bits = value.get("bits")
     numbers = is_number(value.get("seconds")) and (bits is None or is_number(bits))
     require(numbers, path, "seconds or bits of a sample are no numbers")
@@ -437,7 +444,8 @@ def draw_samples(opened: Opened) -> Iterator[Samples]:
 
 def amounts(samples: Samples) -> collections.Counter:
     """What a page has to show, by the names of MOST_SHOWN."""
-    found = collections.Counter(samples=len(samples.samples), characters=len(f"{samples.settings}"))
+    heading = f"{samples.artifact}{samples.sampler}{samples.settings}"
+    found = collections.Counter(samples=len(samples.samples), characters=len(heading))
     for sample in samples.samples:
         revealed = [piece or "" for step in sample.steps for _, piece in step]
         found["tokens"] += len(sample.pieces) + len(revealed) + len(sample.steps)

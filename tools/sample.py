@@ -198,20 +198,20 @@ def describe_all(samples: list[sampling.Sample]) -> str:
 def read_text(path: Path) -> str:
     """Of a file, of a pipe or, for -, of standard input; InputError if there is no text, or more
     than anybody would want to go on with."""
-    standard_input = str(path) == "-"
+    source, name = (0, "standard input") if str(path) == "-" else (path, path)
     try:
-        with open(0 if standard_input else path, "rb", closefd=not standard_input) as file:
+        with open(source, "rb", closefd=source != 0) as file:
             text = file.read(LARGEST_TEXT + 1)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        raise InputError(f"{name}: cannot be read: {error.strerror}") from None
     if not text:
-        raise InputError(f"{path}: is empty")
+        raise InputError(f"{name}: is empty")
     if len(text) > LARGEST_TEXT:
-        raise InputError(f"{path}: has more than {LARGEST_TEXT:,} bytes, too many for a text")
+        raise InputError(f"{name}: has more than {LARGEST_TEXT:,} bytes, too many for a text")
     try:
         return text.decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        raise InputError(f"{name}: not UTF-8 text (byte {error.start})") from None
 
 
 def list_samplers() -> str:

@@ -68,6 +68,8 @@ class Loaded(NamedTuple):
 
 def load(artifact: Path, tokenizer: str | None = None, data: str | None = None) -> Loaded:
     """On the device of the machine."""
+    if data and not Path(data).is_dir():
+        raise InputError(f"--data {data}: there is no such folder")
     model, hp = common.load_model(artifact, data, tokenizer)
     loaded = Loaded(artifact.name, model.eval(), hp, *common.load_tokenizer(hp))
     check_tokenizer(artifact, hp)
@@ -200,6 +202,7 @@ def template_of_tokens(tokens: Tensor, mask_id: int) -> Template:
 GAP = re.compile(r"(?<!\\)(\\*)\[([0-9]+)\]")  # and the backslashes before it
 LONGEST = 2**20  # tokens of a text
 MOST_STEPS = 2**14
+LEAST_TEMPERATURE = 1e-9  # beside 0
 
 
 def parse_infill(text: str) -> list[str | int]:
@@ -803,6 +806,9 @@ def check(loaded: Loaded, request: Request) -> None:
         if values.get(name) is not None and not low <= values[name] <= high:
             option = f"--{name.replace('_', '-')}"
             raise InputError(f"{option} {values[name]} is not between {low} and {high}")
+    if 0 < request.temperature < LEAST_TEMPERATURE:  # logits would not stay finite
+        remedy = f"give 0 for the most probable tokens, or at least {LEAST_TEMPERATURE}"
+        raise InputError(f"--temperature {request.temperature} is too low: {remedy}")
     if request.infill and (request.prompt or request.length):
         other = "--prompt" if request.prompt else "--length"
         raise InputError(f"{other} does not go with --infill, whose template is the whole text")
