@@ -476,6 +476,28 @@ def test_of_a_long_text_the_lines_around_what_is_new_are_shown(screen):
     assert max(picture.count("\n") for picture in pictures) <= 9
 
 
+def test_pictures_that_take_long_are_few(loaded, monkeypatch):
+    """So that a long text is not written for the screen most of the time."""
+    clock, pictures = [0.0], []
+
+    def draw(view, pieces):
+        pictures.append(clock[0])
+        clock[0] += 0.1
+        return sample.common.require("rich.text").Text()
+
+    monkeypatch.setattr(sample.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(sample.LiveView, "around_new", draw)
+    some = loaded["ar"]
+    request, template = sampling.resolve(some, sampling.Request(length=300))
+    view = sample.LiveView(some, request)
+    rows = sampling.Rows(some.model, template, request, some.luts)
+    rows.steps = [[{}]]
+    for _ in range(100):  # calls of a hundredth of a second each
+        clock[0] += 0.01
+        view(rows)
+    assert pictures == pytest.approx([0.01, 0.52, 1.03], abs=0.02)
+
+
 def test_what_a_terminal_would_obey_is_escaped():
     assert sample.printable("a\x1b[2J\n\tb\x07é") == "a\\x1b[2J\n\tb\\x07é"
 

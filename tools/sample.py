@@ -34,6 +34,7 @@ import train_mdlm as tm
 from train_mdlm import InputError
 
 FRAME_SECONDS = 0.04  # between two pictures at least
+QUICK_SECONDS = 0.01  # for a picture; of one that takes twice as long there are half as many
 STYLES = dict(masked="dim", new="bold green", settled="", fixed="cyan")
 GLYPH, PLAIN_GLYPH = "\u2591", "_"  # of a masked position
 LARGEST_TEXT = 1 << 24  # bytes of a prompt or a template
@@ -77,7 +78,7 @@ class LiveView:
         self.glyph = GLYPH if can_show else PLAIN_GLYPH
         live = common.require("rich.live").Live
         self.live = live(console=self.console, auto_refresh=False, transient=True)
-        self.shown = 0.0
+        self.next_picture = 0.0
 
     def __enter__(self) -> LiveView:
         self.live.start()
@@ -87,14 +88,15 @@ class LiveView:
         self.live.stop()
 
     def __call__(self, rows: sampling.Rows) -> None:
-        now = time.monotonic()
-        if now - self.shown < FRAME_SECONDS:
+        began = time.monotonic()
+        if began < self.next_picture:
             return
-        self.shown = now
         masked = int((rows.z[0] == self.loaded.hp.mask_id).sum())
         facts = f"{sample_numbers(rows, self.request)}: call {len(rows.steps[0])}, {masked} masked"
         picture = self.around_new(list(spans(self.loaded, rows, self.glyph)))
         self.live.update(picture.append(f"\n{facts}", STYLES["masked"]), refresh=True)
+        now = time.monotonic()
+        self.next_picture = now + FRAME_SECONDS * max((now - began) / QUICK_SECONDS, 1)
 
     def around_new(self, pieces: list[tuple[str, str]]):
         """The text; of one that is too long for the screen the lines around what is new."""
