@@ -315,6 +315,8 @@ def test_wrong_logs_are_one_line(tmp_path, tool):
     other.write_text(text.replace(" MATRIX_LR=0.02", " MATRIX_LR=0.03"), encoding="utf-8")
     refused(tool(report, LOG, other, *out), "the logs differ in MATRIX_LR")
     refused(tool(report, LOG, LOG, *out), "have the same seed, 42")
+    refused(tool(report, tmp_path / "absent.txt", *out), "absent.txt: there is no such file")
+    refused(tool(report, "/dev/zero", *out), "/dev/zero: is no ordinary file")
     assert not (tmp_path / "a.html").exists()
 
 
@@ -496,13 +498,24 @@ WRONG_SAMPLES = {
     "tokens of a sample": dict(tokens=[1, 2, True]),
     "pieces of a sample": dict(pieces=["a", "b", 3]),
     "calls of a sample": dict(calls=1.5),
+    "4 calls of a sample, but 3 steps": dict(calls=4),
+    "seed of a sample": dict(seed=10**4000),
+    "seconds or bits of": dict(seconds=-1),
+    "384 in the tokens of a sample is none": dict(tokens=[5, 7, 384]),
+    "385 in the tokens of a step is none": dict(calls=1, steps=[dict(positions=[1], tokens=[385])]),
     "seconds or bits": dict(bits="many"),
     "steps of a sample": dict(steps=[]),
     "a step is no object": dict(steps=[1]),
     "the tokens of a step": dict(steps=[dict(positions=[1], tokens=["a"])]),
     "not one token for each position": dict(steps=[dict(positions=[1], tokens=[])]),
     "a position outside 0 … 2": dict(steps=[dict(positions=[3], tokens=[1])]),
-    "changes a position that is given": dict(steps=[dict(positions=[0], tokens=[1])]),
+    "changes a position that is given": dict(calls=1, steps=[dict(positions=[0], tokens=[1])]),
+    "token 7 at position 1 of a sample, but 8 after its steps": dict(
+        calls=1, steps=[dict(positions=[1, 2], tokens=[8, 9])]
+    ),
+    "token 9 at position 2 of a sample, but 384 after its steps": dict(
+        calls=1, steps=[dict(positions=[1], tokens=[7])]
+    ),
 }
 
 
@@ -512,6 +525,50 @@ def test_wrong_samples_are_one_line(message, samples, tool, tmp_path):
     done = tool(report, LOG, "--samples", path, "--out", tmp_path / "a.html")
     refused(done, f"{path}: ", message)
     assert not (tmp_path / "a.html").exists()
+
+
+@pytest.mark.parametrize(
+    "name, changes, found",
+    [
+        ("samples", dict(samples=[sample_json()["samples"][0]] * 30), "30 samples"),
+        ("tokens", dict(samples=[sample_json()["samples"][0]] * 3), "30 tokens"),  # 3 + 4 + 3 each
+        ("characters", dict(pieces=["", "x" * 30, ""]), "117 characters"),  # three times, and names
+    ],
+)
+def test_what_would_make_an_endless_page_is_refused(
+    name, changes, found, samples, tool, tmp_path, monkeypatch
+):
+    """In one file, or in several together."""
+    out = ["--logs-only", "--out", tmp_path / "a.html"]
+    path = samples(**changes)
+    monkeypatch.setitem(report.MOST_SHOWN, name, 29)
+    done = tool(report, LOG, "--samples", path, *out)
+    refused(done, f"{path}: ", f"would show {found}", "more than 29: give fewer or shorter")
+    assert not (tmp_path / "a.html").exists()
+    monkeypatch.setitem(report.MOST_SHOWN, name, int(found.split()[0]))
+    assert tool(report, LOG, "--samples", path, *out).returncode == 0
+    refused(tool(report, LOG, "--samples", path, "--samples", path, *out), f"{path}: ", name)
+
+
+def test_a_page_of_the_most_samples_is_no_burden():
+    """Sizes of the page for as much as MOST_SHOWN allows, from a tenth of it."""
+    (one,) = sample_json()["samples"]
+    length = report.MOST_SHOWN["tokens"] // 30
+    steps = [dict(positions=[n], tokens=[7]) for n in range(length)]
+    same = dict(prompt_or_template=[False] * length, tokens=[7] * length, pieces=[" the"] * length)
+    value = sample_json(samples=[one | same | dict(calls=length, steps=steps)])
+    shown = report.samples_of(value | dict(length=length), Path("x"), None)
+    assert report.amounts(shown)["tokens"] == 3 * length
+    assert len(report_page.sample_section([shown])) < 2_000_000
+    value = sample_json(samples=[one] * (report.MOST_SHOWN["samples"] // 10))
+    assert len(report_page.sample_section([report.samples_of(value, Path("x"), None)])) < 1_000_000
+
+
+def test_a_samples_file_that_is_too_large_is_said_to_be(samples, tool, tmp_path, monkeypatch):
+    path = samples()
+    monkeypatch.setattr(common, "LARGEST_OUTPUT", 100)
+    done = tool(report, LOG, "--samples", path, "--out", tmp_path / "a.html")
+    refused(done, f"{path}: has more than 100 bytes, too many to be read")
 
 
 # ---- Charts

@@ -2,13 +2,19 @@
 
 import functools
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import sample
 import sampling
 import torch
-from conftest import random_model
+from conftest import ROOT, clean_env, prepare_tiny, random_model, run_python, text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,15 +47,15 @@ def files(tiny_env, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(files, tiny_env):
-    tokenizer = tiny_env["TOKENIZER_PATH"]
-    return {name: sampling.load(path, tokenizer) for name, path in files.items()}
+    paths = tiny_env["TOKENIZER_PATH"], tiny_env["DATA_PATH"]
+    return {name: sampling.load(path, *paths) for name, path in files.items()}
 
 
 @pytest.fixture
 def call(tool, files, tiny_env, monkeypatch):
     """Calls the tool with an artifact by its name."""
-    tokenizer = tiny_env["TOKENIZER_PATH"]
-    monkeypatch.setenv("TOKENIZER_PATH", tokenizer)
+    for name in ("TOKENIZER_PATH", "DATA_PATH"):
+        monkeypatch.setenv(name, tiny_env[name])
     return lambda name, *arguments: tool(sample, files[name], *arguments)
 
 
@@ -96,9 +102,32 @@ def test_characters_of_several_bytes_stand_at_the_first():
 def test_gaps_are_read():
     assert sampling.parse_infill("Once [5] a [12].") == ["Once ", 5, " a ", 12, "."]
     assert sampling.parse_infill(r"[1]x\[2][3]y[z]") == [1, "x[2]", 3, "y[z]"]
+    assert sampling.parse_infill(f"[{'0' * 5000}2]") == [2]
     for text, reason in (("no gap", "there is no gap"), ("a [0] b", "at least one token")):
         with pytest.raises(tm.InputError, match=reason):
             sampling.parse_infill(text)
+
+
+@pytest.mark.parametrize("text, parts", [
+    (r"\[5] [1]", ["[5] ", 1]),
+    (r"\\[5]", ["\\", 5]),
+    (r"a\\\[5][1]", [r"a\[5]", 1]),
+    (r"\\\\[5]", [r"\\", 5]),
+    (r"\\ \n [1] \[z] \\[] \\", [r"\\ \n ", 1, r" \[z] \\[] \\"]),  # nothing to escape
+])  # fmt: skip
+def test_a_backslash_before_brackets(text, parts):
+    """One makes them text, two are one of them before a gap."""
+    assert sampling.parse_infill(text) == parts
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(alphabet="\\[]15x ", max_size=12))
+def test_any_text_can_be_written_before_and_behind_a_gap(text):
+    """Each backslash before brackets with a number twice, and another one in front of those."""
+    written = re.sub(r"(\\*)(?=\[[0-9]+\])", lambda run: run[0] * 2 + "\\", text)
+    before = re.sub(r"\\*$", lambda run: run[0] * 2, written)  # a gap follows
+    parts = [text, 3, text] if text else [3]
+    assert sampling.parse_infill(f"{before}[3]{written}") == parts
 
 
 @pytest.mark.parametrize("name", ["mdlm", "block", "ar"])
@@ -202,6 +231,67 @@ def test_texts_from_files(call, tmp_path):
     assert done.returncode == 0 and re.search(r"^of the.*\nthe$", done.stdout, re.M | re.S)
     template.write_bytes(b"\xff")
     refused(call("mdlm", "--prompt-file", template), "template.txt", "not UTF-8")
+    template.write_bytes(b"")
+    refused(call("mdlm", "--infill-file", template), "template.txt: is empty")
+    refused(call("mdlm", "--prompt-file", tmp_path), f"{tmp_path}: cannot be read: Is a directory")
+
+
+def write_into(pipe, data):
+    """From another thread, which ends when the reader does."""
+
+    def write():
+        try:
+            pipe.write_bytes(data)
+        except BrokenPipeError:
+            pass
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_text_from_a_pipe(call, tmp_path):
+    """As a shell makes one for <(…)."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for option, shown in (("--prompt-file", "^of the"), ("--infill-file", "^of the.* of$")):
+        writer = write_into(pipe, b"of the" if option == "--prompt-file" else b"of the [3] of")
+        done = call("mdlm", option, pipe)
+        writer.join(timeout=5)
+        assert done.returncode == 0 and re.search(shown, done.stdout, re.M | re.S), done.stderr
+
+
+def test_a_text_from_standard_input(files, tiny_env):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools/sample.py"), files["mdlm"], "--prompt-file", "-"],
+        env=clean_env(TOKENIZER_PATH=tiny_env["TOKENIZER_PATH"], DATA_PATH=tiny_env["DATA_PATH"]),
+        input="of the",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "\nof the" in done.stdout, done.stderr
+
+
+def test_an_empty_standard_input_is_one_line(call, tmp_path):
+    (tmp_path / "empty").touch()
+    before = os.dup(0)
+    with open(tmp_path / "empty") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    try:
+        refused(call("mdlm", "--infill-file", "-"), "standard input: is empty")
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+
+
+def test_a_text_without_an_end_is_refused(call, tmp_path, monkeypatch):
+    refused(call("mdlm", "--prompt-file", "/dev/zero"), "/dev/zero: has more than 16,777,216 bytes")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    monkeypatch.setattr(sample, "LARGEST_TEXT", 5)
+    writer = write_into(pipe, b"of the " * 100_000)
+    refused(call("mdlm", "--prompt-file", pipe), "pipe: has more than 5 bytes")
+    writer.join(timeout=5)
 
 
 @pytest.mark.parametrize("name, arguments, notes", [
@@ -249,9 +339,17 @@ def test_what_a_user_may_not_expect_is_said(call, name, arguments, notes):
     ("mdlm", ("--prompt-file", "nowhere.txt"), ["nowhere.txt"]),
     ("mdlm", ("--tokenizer", "nowhere.model"), ["nowhere.model"]),
     ("mdlm", ("--json", "."), ["cannot be written"]),
+    ("mdlm", ("--json", "a" * 252), ["too long"]),
+    ("mdlm", ("--temperature", "1e-320"), ["--temperature 1e-320 is too low", "give 0"]),
+    ("mdlm", ("--data", "nowhere"), ["--data nowhere", "no such folder"]),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_one_line(call, name, arguments, parts):
     refused(call(name, *arguments), *parts)
+
+
+def test_a_prompt_that_is_longer_than_any_text_is_refused(call, monkeypatch):
+    monkeypatch.setattr(sampling, "LONGEST", 20)
+    refused(call("ar", "--prompt", "é" * 20), "--prompt: 21 tokens are more than 20")
 
 
 def test_what_is_no_artifact_is_one_line(tool, tmp_path):
@@ -266,6 +364,63 @@ def test_other_files_are_not_replaced(call, tmp_path):
     path.write_text("[1, 2]")
     refused(call("mdlm", "--json", path), "mine.json", "did not make it")
     assert path.read_text() == "[1, 2]"
+
+
+def test_symbolic_links_are_not_replaced(call, tmp_path):
+    """Whether they lead to a record, to nothing or to themselves. One to a folder is followed."""
+    folder, link = tmp_path / "folder", tmp_path / "link"
+    folder.mkdir()
+    (tmp_path / "there").symlink_to(folder)
+    assert call("mdlm", "--json", tmp_path / "there/a.json").returncode == 0
+    record = (folder / "a.json").read_bytes()
+    for target in (folder / "a.json", tmp_path / "absent", link):
+        link.symlink_to(target)
+        refused(call("mdlm", "--json", link), f"{link}: is a symbolic link", f"leads to, {target}")
+        refused(call("mdlm", "--json", link / "b.json"), "b.json: cannot be written")
+        assert Path(os.readlink(link)) == target
+        link.unlink()
+    assert (folder / "a.json").read_bytes() == record
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "there"]
+
+
+# ---- The tokenizer
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """The tokenizer and the data of another text, of the same size."""
+    root = tmp_path_factory.mktemp("other")
+    files = [root / f"doc{n}.txt" for n in range(100, 112)]
+    for n, path in enumerate(files):
+        path.write_text(text_of(n, 900), encoding="utf-8")
+    prepare_tiny(files, root)
+    return root / "tokenizers/tiny_384_bpe.model", root / "datasets/tiny_sp384"
+
+
+def test_the_tokenizer_of_other_data_is_refused(call, files, tiny_env, other, tmp_path):
+    tokenizer, data = other
+    both = ["is not the tokenizer of the data in", "--tokenizer and --data"]
+    refused(call("mdlm", "--tokenizer", tokenizer), f"{tokenizer}: ", tiny_env["DATA_PATH"], *both)
+    refused(call("mdlm", "--data", data), tiny_env["TOKENIZER_PATH"], f"{data}: ", *both)
+    assert call("mdlm", "--tokenizer", tokenizer, "--data", data).returncode == 0
+    for damaged in (None, "[]", "{", '{"tokenizer_sha256": ""}'):  # then nobody knows
+        if damaged is not None:
+            (tmp_path / tm.VERIFIED).write_text(damaged)
+        assert call("mdlm", "--tokenizer", tokenizer, "--data", tmp_path).returncode == 0
+
+
+def test_the_tokenizer_is_that_of_the_log_beside_the_artifact(tool, tiny_env, other, tmp_path):
+    """Whatever the data are that are at hand."""
+    run_python("train_mdlm.py", cwd=tmp_path, RUN_ID="r", **tiny_env | dict(ITERATIONS="2"))
+    artifact = tmp_path / "logs/r.mdlm"
+    tokenizer, data = other
+    wrong = ["--tokenizer", tokenizer, "--data", data]
+    right = ["--tokenizer", tiny_env["TOKENIZER_PATH"], "--data", data]
+    refused(tool(sample, artifact, *wrong), f"{tokenizer}: r.mdlm was trained with another")
+    assert tool(sample, artifact, *right).returncode == 0
+    shutil.copy(artifact, tmp_path / "logs/s.mdlm")  # without a log
+    assert tool(sample, tmp_path / "logs/s.mdlm", *wrong).returncode == 0
+    refused(tool(sample, tmp_path / "logs/s.mdlm", *right), "is not the tokenizer of the data")
 
 
 def test_a_text_that_the_tokenizer_changes_is_refused(loaded, monkeypatch):
@@ -321,6 +476,28 @@ def test_of_a_long_text_the_lines_around_what_is_new_are_shown(screen):
     assert max(picture.count("\n") for picture in pictures) <= 9
 
 
+def test_pictures_that_take_long_are_few(loaded, monkeypatch):
+    """So that a long text is not written for the screen most of the time."""
+    clock, pictures = [0.0], []
+
+    def draw(view, pieces):
+        pictures.append(clock[0])
+        clock[0] += 0.1
+        return sample.common.require("rich.text").Text()
+
+    monkeypatch.setattr(sample.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(sample.LiveView, "around_new", draw)
+    some = loaded["ar"]
+    request, template = sampling.resolve(some, sampling.Request(length=300))
+    view = sample.LiveView(some, request)
+    rows = sampling.Rows(some.model, template, request, some.luts)
+    rows.steps = [[{}]]
+    for _ in range(100):  # calls of a hundredth of a second each
+        clock[0] += 0.01
+        view(rows)
+    assert pictures == pytest.approx([0.01, 0.52, 1.03], abs=0.02)
+
+
 def test_what_a_terminal_would_obey_is_escaped():
     assert sample.printable("a\x1b[2J\n\tb\x07é") == "a\\x1b[2J\n\tb\\x07é"
 
@@ -331,6 +508,17 @@ def test_without_rich_the_lines_are_plain(loaded, monkeypatch, capsys):
     view = sample.choose_view(loaded["mdlm"], sampling.Request(sampler="l2r"))
     assert isinstance(view, sample.PlainView)
     assert "package rich is missing" in capsys.readouterr().out
+
+
+def test_a_terminal_that_can_only_print_gets_lines(call, monkeypatch):
+    """As in an editor, or on a serial line: no escapes, and nothing is written over."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for term in ("dumb", "unknown"):
+        monkeypatch.setenv("TERM", term)
+        done = call("mdlm", "--sampler", "l2r")
+        shares = re.findall(r"^sample 1 of 1: (\d+) %, (\d+) calls$", done.stdout, re.M)
+        assert shares == [("25", "4"), ("50", "8"), ("75", "12"), ("100", "16")]
+        assert "\x1b" not in done.stdout and "\r" not in done.stdout
 
 
 def test_help_names_every_sampler(tool):

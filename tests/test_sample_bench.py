@@ -162,7 +162,12 @@ def test_a_bench(call, tmp_path, name):
     ("ar", ("--num", 1), ["--num 1", "2 windows"]),
     ("ar", ("--num", 10**6), ["--num 1000000", "validation split has"]),
     ("ar", ("--calls", "8,few"), ["--calls"]),
-    ("ar", ("--gaps", "16"), ["gaps end below 16"]),
+    ("ar", ("--gaps", "1,16"), ["--gaps 1,16", "have to be shorter", "mdlm.mdlm has 16 tokens"]),
+    ("ar", ("--gaps", "0,3"), ["--gaps 0,3", "0 is not between 1 and"]),
+    ("ar", ("--calls", "9" * 5000), ["--calls 999", "whole numbers separated by commas"]),
+    ("ar", ("--calls", "4,17000"), ["17000 is not between 1 and 16384"]),
+    ("ar", ("--calls", "17,99"), ["--calls 17,99: none of them is possible", "take 1 to 16"]),
+    ("ar", ("--samplers", "l2r,,eb"), ["--samplers l2r,,eb: takes names separated by commas"]),
     ("ar", ("--samplers", "l2r,causal"), ["--sampler causal", "no causal half"]),
     ("ar", ("--temperature", -1), ["--temperature"]),
 ])  # fmt: skip
@@ -172,6 +177,22 @@ def test_what_makes_no_sense_is_one_line(call, tmp_path, judge, arguments, parts
     for part in parts:
         assert part in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["README.md", "sample_bench.json", "sample_bench.png"])
+def test_a_symbolic_link_is_left_alone(call, tmp_path, name):
+    (tmp_path / name).symlink_to(tmp_path / "absent")
+    done = call("mdlm", "ar", tmp_path)
+    assert done.returncode == 2 and f"{name}: is a symbolic link" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_blocks_need_calls_of_their_own(call, tmp_path):
+    done = call("block", "ar", tmp_path, "--calls", "2,3", "--samplers", "causal,eb")
+    assert done.returncode == 2 and "--calls 2,3: none of them is possible" in done.stderr
+    assert "16 tokens of block.mdlm take 4 to 16" in done.stderr
+    done = call("block", "ar", tmp_path, "--calls", "2", "--samplers", "causal, causal")
+    assert done.returncode == 0 and done.stdout.count("| causal |") == 1
 
 
 @pytest.mark.parametrize("name", ["README.md", "sample_bench.json", "sample_bench.png"])

@@ -263,25 +263,35 @@ def open_validation(hp: tm.Hyperparameters) -> tm.Split:
 def check_output(path: Path, made: Callable[[Path], bool]) -> None:
     """Before hours of work: InputError if no file can be written at `path`, or if there is one
     already and made(path) says that it is of somebody else."""
+    if path.is_symlink():  # what is written would take its place
+        target = os.path.realpath(path)
+        raise InputError(f"{path}: is a symbolic link: give the name that it leads to, {target}")
     folder = path.parent
-    while not folder.exists() and folder != folder.parent:
+    while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(f"{path}: cannot be written: not a file name in a folder to write into")
     if path.exists() and not (path.is_file() and made(path)):
         remedy = "move it away or choose another name"
         raise InputError(f"{path}: is there already, and this tool did not make it: {remedy}")
+    with contextlib.suppress(FileNotFoundError):
+        path.with_name(f"{path.name}.part").lstat()  # OSError for a name that is too long to write
 
 
 def read_small(path: Path) -> bytes:
     """What is in a file that a tool may have made; nothing if it is too large for that."""
-    return path.read_bytes() if path.stat().st_size <= LARGEST_OUTPUT else b""
+    with path.open("rb") as file:  # perhaps a pipe, which does not say how much is in it
+        data = file.read(LARGEST_OUTPUT + 1)
+    return data if len(data) <= LARGEST_OUTPUT else b""
 
 
 def read_json(path: Path) -> object:
     """InputError if there is no JSON, or if it is nested so deeply that nobody wrote it."""
+    text = read_small(path)
+    if not text and path.stat().st_size:
+        raise InputError(f"{path}: has more than {LARGEST_OUTPUT:,} bytes, too many to be read")
     try:
-        return json.loads(read_small(path).decode("utf-8"))
+        return json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         reason = "" if isinstance(error, RecursionError) else f": {error}"
         raise InputError(f"{path}: is not JSON that a tool wrote{reason}") from None

@@ -11,8 +11,10 @@ It also writes the samples that are shown, unless --samples has what tools/sampl
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -54,6 +56,8 @@ DRAWN = dict(mdlm=("ancestral", "confidence"), block=("causal", "entropy"), ar=(
 DRAWN_CALLS = 64  # for a sample of masked diffusion
 ABSENT = "Not measured: this page was made without the artifact of the run, or without its text."
 MOST_TOKENS = 1 << 16  # of a sample, and of the calls that made it
+# Of all samples on a page; tokens as often as they are in a text or in a step. So it has 20 MB.
+MOST_SHOWN = dict(samples=1 << 9, tokens=1 << 17, characters=1 << 22)
 
 
 class Choice(NamedTuple):
@@ -91,6 +95,10 @@ def read_log(path: Path, curve: Curve, finished: bool) -> RunLog:
 
 def read_logs(paths: list[Path]) -> list[RunLog]:
     """By seed, runs that have not finished last; InputError as `parse_logs` has it."""
+    for path in paths:
+        if not path.is_file():  # a pipe, for example, can be read only once
+            found = "is no ordinary file" if path.exists() else "there is no such file"
+            raise InputError(f"{path}: {found}")
     curves = {path: read_curve(path) for path in paths}
     finished = [path for path in paths if has_finished(path, curves[path])]
     parse_logs(finished)
@@ -324,7 +332,7 @@ def require(holds: bool, path: Path, what: str) -> None:
 
 
 def is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300  # no NaN, and no endless integer
+    return type(value) in (int, float) and 0 <= value < 1e300  # no NaN, and no endless integer
 
 
 def read_step(step: object, length: int, path: Path) -> list[tuple[int, int]]:
@@ -340,6 +348,26 @@ def read_step(step: object, length: int, path: Path) -> list[tuple[int, int]]:
     return list(zip(positions, tokens, strict=True))
 
 
+def check_steps(
+    steps: list[list[tuple[int, int]]],
+    fixed: list[bool],
+    tokens: list[int],
+    mask_id: int,
+    path: Path,
+) -> None:
+    """InputError unless the steps lead from what is given to the tokens."""
+    for token in tokens:
+        require(0 <= token < mask_id, path, f"{token} in the tokens of a sample is none")
+    z = [token if given else mask_id for token, given in zip(tokens, fixed, strict=True)]
+    for position, token in itertools.chain.from_iterable(steps):
+        require(not fixed[position], path, "a step changes a position that is given")
+        require(0 <= token <= mask_id, path, f"{token} in the tokens of a step is none")
+        z[position] = token
+    for position, (token, last) in enumerate(zip(tokens, z, strict=True)):
+        found = f"token {token} at position {position} of a sample, but {last} after its steps"
+        require(token == last, path, found)
+
+
 def read_sample(value: object, length: int, mask_id: int, sp, path: Path) -> Sample:
     """`sp` is the tokenizer that made its tokens, or None."""
     require(isinstance(value, dict), path, "a sample is no object")
@@ -353,7 +381,8 @@ def read_sample(value: object, length: int, mask_id: int, sp, path: Path) -> Sam
         right = right and all(type(one) is kind for one in values)
         require(right, path, f"{name} of a sample is no list of {length} values")
     for name in ("seed", "calls"):
-        require(type(value.get(name)) is int, path, f"{name} of a sample is no whole number")
+        whole = type(value.get(name)) is int and 0 <= value[name] < 2**63
+        require(whole, path, f"{name} of a sample is no whole number, or not one of its own")
     bits = value.get("bits")
     numbers = is_number(value.get("seconds")) and (bits is None or is_number(bits))
     require(numbers, path, "seconds or bits of a sample are no numbers")
@@ -368,13 +397,11 @@ def read_sample(value: object, length: int, mask_id: int, sp, path: Path) -> Sam
             return pieces[position]
         return piece_of(sp, token)
 
-    shown = [
-        [(position, piece(position, token)) for position, token in read_step(step, length, path)]
-        for step in steps
-    ]
-    drawn = {position for step in shown for position, _ in step}
-    untouched = not any(fixed[position] for position in drawn)
-    require(untouched, path, "a step changes a position that is given")
+    steps = [read_step(step, length, path) for step in steps]
+    calls = value["calls"]
+    require(calls == len(steps), path, f"{calls} calls of a sample, but {len(steps)} steps")
+    check_steps(steps, fixed, tokens, mask_id, path)
+    shown = [[(position, piece(position, token)) for position, token in step] for step in steps]
     return Sample(value["seed"], fixed, pieces, value["calls"], value["seconds"], bits, shown)
 
 
@@ -415,11 +442,32 @@ def draw_samples(opened: Opened) -> Iterator[Samples]:
         yield samples_of(record, opened.path, opened.sp)
 
 
+def amounts(samples: Samples) -> collections.Counter:
+    """What a page has to show, by the names of MOST_SHOWN."""
+    heading = f"{samples.artifact}{samples.sampler}{samples.settings}"
+    found = collections.Counter(samples=len(samples.samples), characters=len(heading))
+    for sample in samples.samples:
+        revealed = [piece or "" for step in sample.steps for _, piece in step]
+        found["tokens"] += len(sample.pieces) + len(revealed) + len(sample.steps)
+        found["characters"] += sum(map(len, itertools.chain(sample.pieces, revealed)))
+    return found
+
+
 def gather_samples(paths: list[Path], opened: Opened | None) -> list[Samples]:
-    """Those in the files or, if none are given, some of the artifact."""
+    """Those in the files or, if none are given, some of the artifact; InputError if they are too
+    many for a page."""
     if opened and not paths:
         return list(draw_samples(opened))
-    return [read_samples(path, opened.sp if opened else None) for path in paths]
+    gathered, shown = [], collections.Counter()
+    for path in paths:
+        gathered.append(read_samples(path, opened.sp if opened else None))
+        shown += amounts(gathered[-1])
+        for name, most in MOST_SHOWN.items():
+            if shown[name] > most:
+                found = f"with it the page would show {shown[name]:,} {name} of samples and steps"
+                remedy = "give fewer or shorter samples"
+                raise InputError(f"{path}: {found}, more than {most:,}: {remedy}")
+    return gathered
 
 
 # ---- The report

@@ -3,10 +3,12 @@
     python tools/sample.py logs/<run>.mdlm
     python tools/sample.py logs/<run>.mdlm --prompt "Returns the" --num 4
     python tools/sample.py logs/<run>.mdlm --infill "Once [5] a [12]." --sampler confidence
+    python tools/sample.py logs/<run>.mdlm --prompt-file - < beginning.txt
 
 A gap of a template, [5], is so many tokens, and the text around it is kept exactly; a space before
-a gap comes with its first token. Write \\[5] for brackets that are no gap. Without --steps a model
-call writes one position.
+a gap comes with its first token. Write \\[5] for brackets that are no gap, and \\\\[5] for a
+backslash before a gap; anywhere else a backslash is one. Without --steps a model call writes one
+position.
 
 At the end of a sample: its model calls, the tokens per second, and its bits, −log2 of what the
 model gave the tokens, where the order is known without them. --json FILE writes every step.
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -31,8 +34,10 @@ import train_mdlm as tm
 from train_mdlm import InputError
 
 FRAME_SECONDS = 0.04  # between two pictures at least
+QUICK_SECONDS = 0.01  # for a picture; of one that takes twice as long there are half as many
 STYLES = dict(masked="dim", new="bold green", settled="", fixed="cyan")
 GLYPH, PLAIN_GLYPH = "\u2591", "_"  # of a masked position
+LARGEST_TEXT = 1 << 24  # bytes of a prompt or a template
 
 
 # ---- Text on a screen
@@ -73,7 +78,7 @@ class LiveView:
         self.glyph = GLYPH if can_show else PLAIN_GLYPH
         live = common.require("rich.live").Live
         self.live = live(console=self.console, auto_refresh=False, transient=True)
-        self.shown = 0.0
+        self.next_picture = 0.0
 
     def __enter__(self) -> LiveView:
         self.live.start()
@@ -83,14 +88,15 @@ class LiveView:
         self.live.stop()
 
     def __call__(self, rows: sampling.Rows) -> None:
-        now = time.monotonic()
-        if now - self.shown < FRAME_SECONDS:
+        began = time.monotonic()
+        if began < self.next_picture:
             return
-        self.shown = now
         masked = int((rows.z[0] == self.loaded.hp.mask_id).sum())
         facts = f"{sample_numbers(rows, self.request)}: call {len(rows.steps[0])}, {masked} masked"
         picture = self.around_new(list(spans(self.loaded, rows, self.glyph)))
         self.live.update(picture.append(f"\n{facts}", STYLES["masked"]), refresh=True)
+        now = time.monotonic()
+        self.next_picture = now + FRAME_SECONDS * max((now - began) / QUICK_SECONDS, 1)
 
     def around_new(self, pieces: list[tuple[str, str]]):
         """The text; of one that is too long for the screen the lines around what is new."""
@@ -114,11 +120,17 @@ class LiveView:
         self.console.print(text(facts + "\n", STYLES["masked"]))
 
 
+def can_write_over() -> bool:
+    """Whether standard output is a terminal, and one that can replace what it shows."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
 class PlainView:
-    """Lines for a file, or for a terminal without the package rich."""
+    """Lines for a file, or for a terminal that can do no more, or without the package rich."""
 
     def __init__(self, loaded: sampling.Loaded, request: sampling.Request):
         self.loaded, self.request = loaded, request
+        self.writes_over = can_write_over()
         self.progress = common.Progress("written")
         self.quarter = 0
 
@@ -132,11 +144,12 @@ class PlainView:
         drawn = ~rows.fixed
         left = (rows.z == self.loaded.hp.mask_id).sum().item()
         done = 1 - left / (drawn.sum().item() * len(rows.z))
-        self.progress(done)
+        if self.writes_over:
+            self.progress(done)
         quarter = int(4 * done)
         if not done:  # another batch
             self.quarter = 0
-        if quarter > self.quarter and not sys.stdout.isatty():
+        if quarter > self.quarter and not self.writes_over:
             calls = max(map(len, rows.steps))
             share = f"{25 * quarter} %, {counted(calls, 'call')}"
             print(f"{sample_numbers(rows, self.request)}: {share}", flush=True)
@@ -148,7 +161,7 @@ class PlainView:
 
 
 def choose_view(loaded: sampling.Loaded, request: sampling.Request) -> LiveView | PlainView:
-    if not sys.stdout.isatty():
+    if not can_write_over():
         return PlainView(loaded, request)
     try:
         return LiveView(loaded, request)
@@ -185,10 +198,22 @@ def describe_all(samples: list[sampling.Sample]) -> str:
 
 
 def read_text(path: Path) -> str:
+    """Of a file, of a pipe or, for -, of standard input; InputError if there is no text, or more
+    than anybody would want to go on with."""
+    source, name = (0, "standard input") if str(path) == "-" else (path, path)
     try:
-        return tm.read_file(path).decode()
+        with open(source, "rb", closefd=source != 0) as file:
+            text = file.read(LARGEST_TEXT + 1)
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read: {error.strerror}") from None
+    if not text:
+        raise InputError(f"{name}: is empty")
+    if len(text) > LARGEST_TEXT:
+        raise InputError(f"{name}: has more than {LARGEST_TEXT:,} bytes, too many for a text")
+    try:
+        return text.decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        raise InputError(f"{name}: not UTF-8 text (byte {error.start})") from None
 
 
 def list_samplers() -> str:
@@ -206,10 +231,11 @@ def parse_arguments() -> argparse.Namespace:
     names = ", ".join(sampling.SAMPLERS)
     parser.add_argument("--sampler", default="", metavar="NAME", help=f"one of {names}")
     texts = parser.add_mutually_exclusive_group()
+    file_help = "the same from a file or a pipe; -: from standard input"
     texts.add_argument("--prompt", default="", metavar="TEXT", help="how the text begins")
-    texts.add_argument("--prompt-file", type=Path, metavar="FILE", help="the same from a file")
+    texts.add_argument("--prompt-file", type=Path, metavar="FILE", help=file_help)
     texts.add_argument("--infill", metavar="TEXT", help="a template with gaps")
-    texts.add_argument("--infill-file", type=Path, metavar="FILE", help="the same from a file")
+    texts.add_argument("--infill-file", type=Path, metavar="FILE", help=file_help)
     length_help = "tokens of the text, the prompt included; default: a window"
     parser.add_argument("--length", type=int, default=0, help=length_help)
     parser.add_argument("--steps", type=int, help="model calls of a text at most")
@@ -228,6 +254,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-cache", dest="cache", action="store_false", help=cache_help)
     json_help = "write every step into this file"
     parser.add_argument("--json", type=Path, metavar="FILE", help=json_help)
+    data_help = "folder of the data that the artifact was trained with, by which a wrong tokenizer "
+    data_help += "is told; default: DATA_PATH, or that of the preset"
+    parser.add_argument("--data", help=data_help)
     common.add_tokenizer_option(parser)
     return parser.parse_args()
 
@@ -250,7 +279,7 @@ def main() -> None:
         made = common.made_object("sampler", "mask_id", "samples")
         common.check_output(arguments.json, made)
     request = request_of(arguments)
-    loaded = sampling.load(arguments.artifact, arguments.tokenizer)
+    loaded = sampling.load(arguments.artifact, arguments.tokenizer, arguments.data)
     request, template = sampling.resolve(loaded, request)
     for note in sampling.notes(loaded, template):
         print(f"note: {note}")

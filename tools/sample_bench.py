@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -318,6 +319,28 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def listed_numbers(option: str, text: str, most: int) -> list[int]:
+    """What an option lists, sorted; InputError unless they are whole numbers from 1 to `most`."""
+    if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", text):
+        raise InputError(f"{option} {text[:40]}: takes whole numbers separated by commas")
+    found = sorted({int(part) for part in text.split(",")})
+    for number in (found[0], found[-1]):
+        if not 1 <= number <= most:
+            raise InputError(f"{option} {text}: {number} is not between 1 and {most}")
+    return found
+
+
+def check_calls(bench: Bench, names: list[str], calls: list[int]) -> None:
+    """InputError if a sampler would have no row at all."""
+    least = bench.length // (bench.loaded.hp.block_size or bench.length)
+    if any(least <= number <= bench.length for number in calls):
+        return
+    if any(sampling.SAMPLERS[name].options for name in names):
+        given = ",".join(map(str, calls))
+        window = f"{bench.length} tokens of {bench.loaded.name} take {least} to {bench.length}"
+        raise InputError(f"--calls {given}: none of them is possible: {window}")
+
+
 def load_both(arguments: argparse.Namespace) -> tuple[sampling.Loaded, sampling.Loaded]:
     """The artifact and its judge; InputError unless they are of the same text."""
     paths = [arguments.artifact, arguments.judge]
@@ -332,9 +355,11 @@ def chosen_samplers(bench: Bench, asked: str) -> list[str]:
     system = bench.loaded.hp.system
     known = [name for name, row in sampling.SAMPLERS.items() if system in row.systems]
     names = [name.strip() for name in asked.split(",")] if asked else known
-    for name in names:
+    for name in dict.fromkeys(names):
+        if not name:
+            raise InputError(f"--samplers {asked}: takes names separated by commas")
         sampling.check(bench.loaded, bench.request._replace(sampler=name))
-    return names
+    return list(dict.fromkeys(names))
 
 
 def held_out_windows(bench: Bench) -> Tensor:
@@ -348,6 +373,7 @@ def held_out_windows(bench: Bench) -> Tensor:
 
 
 def check_out(out: Path) -> None:
+    common.check_output(out / "README.md", lambda path: True)
     sweep.check_readme(out, TABLE_BEGINS)
     made = common.made_object("judge", "samplers", "gaps")
     common.check_output(out / "sample_bench.json", made)
@@ -386,15 +412,17 @@ def main() -> None:
     arguments = parse_arguments()
     out = arguments.out
     check_out(out)
-    calls = sorted(set(sweep.numbers("--calls", arguments.calls)))
-    gaps = sorted(set(sweep.numbers("--gaps", arguments.gaps)))
+    calls = listed_numbers("--calls", arguments.calls, sampling.MOST_STEPS)
+    gaps = listed_numbers("--gaps", arguments.gaps, sampling.LONGEST)
     if arguments.num < 2:
         raise InputError(f"--num {arguments.num}: give 2 windows or more, for a standard error")
     request = sampling.Request(**{name: getattr(arguments, name) for name in SETTINGS})
     bench = Bench(*load_both(arguments), request)
     names = chosen_samplers(bench, arguments.samplers)
-    if calls[0] < 1 or not 1 <= gaps[0] <= gaps[-1] < bench.length:
-        raise InputError(f"--calls and --gaps begin at 1, and gaps end below {bench.length} tokens")
+    check_calls(bench, names, calls)
+    if gaps[-1] >= bench.length:
+        window = f"a window of {bench.loaded.name} has {bench.length} tokens"
+        raise InputError(f"--gaps {arguments.gaps}: gaps have to be shorter, {window}")
     report = run(bench, names, calls, gaps)
     text = to_markdown(report)
     tm.write_file(out / "README.md", text.encode())

@@ -14,6 +14,7 @@ docs/sampling.md says what the record holds.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -26,6 +27,7 @@ from typing import NamedTuple
 import codec
 import common
 import decoding
+import run_log
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,8 +68,56 @@ class Loaded(NamedTuple):
 
 def load(artifact: Path, tokenizer: str | None = None, data: str | None = None) -> Loaded:
     """On the device of the machine."""
+    if data and not Path(data).is_dir():
+        raise InputError(f"--data {data}: there is no such folder")
     model, hp = common.load_model(artifact, data, tokenizer)
-    return Loaded(artifact.name, model.eval(), hp, *common.load_tokenizer(hp))
+    loaded = Loaded(artifact.name, model.eval(), hp, *common.load_tokenizer(hp))
+    check_tokenizer(artifact, hp)
+    return loaded
+
+
+# ---- The tokenizer
+#
+# An artifact does not say with which tokenizer it was trained. Any other one of the same size makes
+# nonsense of its tokens, so what is at hand is asked: the log of the run, then the data.
+
+
+def logged_tokenizer(artifact: Path) -> str:
+    """SHA-256 of the tokenizer of the run, if its log is beside its artifact; else empty."""
+    log = artifact.with_suffix(".txt")
+    if log.is_file() and log.stat().st_size <= common.LARGEST_OUTPUT:
+        with contextlib.suppress(InputError, OSError):
+            run = run_log.parse_log(log)
+            if run.artifact_bytes == artifact.stat().st_size:
+                return run.tokenizer_sha256
+    return ""
+
+
+def tokenizer_of_data(folder: Path) -> str:
+    """SHA-256 of the tokenizer that made the shards there, if verified.json is there; else
+    empty."""
+    path = folder / tm.VERIFIED
+    if path.is_file():
+        with contextlib.suppress(InputError, OSError):
+            verified = common.read_json(path)
+            return str(verified.get("tokenizer_sha256", "")) if isinstance(verified, dict) else ""
+    return ""
+
+
+def check_tokenizer(artifact: Path, hp: tm.Hyperparameters) -> None:
+    """InputError if the log beside the artifact, or without one the data, is of another one than
+    `hp` names."""
+    digest = tm.file_sha256(hp.tokenizer_path)
+    if logged := logged_tokenizer(artifact):
+        if logged != digest:
+            said = f"its log says SHA-256 {logged[:12]}…, not {digest[:12]}…"
+            wrong = f"{hp.tokenizer_path}: {artifact.name} was trained with another tokenizer"
+            raise InputError(f"{wrong} ({said}): give that one with --tokenizer")
+        return
+    if tokenizer_of_data(Path(hp.data_path)) not in ("", digest):
+        wrong = f"{hp.tokenizer_path}: is not the tokenizer of the data in {hp.data_path}"
+        remedy = "give those that the artifact was trained with, --tokenizer and --data"
+        raise InputError(f"{wrong}: {remedy}")
 
 
 # ---- Tokens as text
@@ -78,7 +128,7 @@ def characters(run: bytes) -> list[str]:
     U+FFFD."""
     added = []
     while len(added) < len(run):
-        rest = run[len(added) :]
+        rest = run[len(added) : len(added) + 4]
         for size in range(1, 5):
             try:
                 added += [rest[:size].decode(), *[""] * (min(size, len(rest)) - 1)]
@@ -94,11 +144,12 @@ def is_byte(loaded: Loaded, token: int) -> bool:
     return token < loaded.hp.vocab_size and loaded.tokenizer.is_byte(token)
 
 
-def byte_run(loaded: Loaded, tokens: list[int]) -> bytes:
-    """The bytes that `tokens` begin with."""
+def byte_run(loaded: Loaded, tokens: list[int], first: int) -> bytes:
+    """The bytes that `tokens` have from the first one on."""
+    rest = (tokens[place] for place in range(first, len(tokens)))
     names = map(
         loaded.tokenizer.id_to_piece,
-        itertools.takewhile(functools.partial(is_byte, loaded), tokens),
+        itertools.takewhile(functools.partial(is_byte, loaded), rest),
     )
     return bytes(int(name[3:5], 16) for name in names)  # <0x41>
 
@@ -116,7 +167,7 @@ def pieces_of(
             found.append(unwritten)
             begins = False
         elif sp.is_byte(token):
-            found += characters(byte_run(loaded, tokens[len(found) :]))
+            found += characters(byte_run(loaded, tokens, len(found)))
             begins = False
         else:
             text = sp.id_to_piece(token).replace("\u2581", " ")
@@ -148,25 +199,43 @@ def template_of_tokens(tokens: Tensor, mask_id: int) -> Template:
     return Template(tokens, fixed, torch.zeros_like(fixed))
 
 
-GAP = re.compile(r"(?<!\\)\[([0-9]+)\]")
+GAP = re.compile(r"(?<!\\)(\\*)\[([0-9]+)\]")  # and the backslashes before it
 LONGEST = 2**20  # tokens of a text
 MOST_STEPS = 2**14
+LEAST_TEMPERATURE = 1e-9  # beside 0
 
 
 def parse_infill(text: str) -> list[str | int]:
-    r"""Fixed text and gaps, in tokens: `Once [5] a` is ["Once ", 5, " a"]; `\[5]` is no gap."""
-    parts: list[str | int] = []
-    for i, part in enumerate(GAP.split(text)):
-        if i % 2 and len(part.lstrip("0")) > len(str(LONGEST)):
-            raise InputError(f"--infill: a gap of {part[:20]} tokens is longer than {LONGEST:,}")
-        parts.append(int(part) if i % 2 else re.sub(r"\\(?=\[[0-9]+\])", "", part))
+    r"""Fixed text and gaps, in tokens: `Once [5] a` is ["Once ", 5, " a"].
+
+    `\[5]` is no gap but the text [5]. So before brackets with a number, and only there, a backslash
+    of the text is written as two: `\\[5]` is a backslash and a gap.
+    """
+    parts: list[str | int] = [""]
+    end = 0
+    for match in GAP.finditer(text):
+        backslashes, number = match.groups()
+        parts[-1] += text[end : match.start()] + backslashes[: len(backslashes) // 2]
+        end = match.end()
+        if len(backslashes) % 2:
+            parts[-1] += f"[{number}]"
+        else:
+            parts += [gap_of(number.lstrip("0") or "0"), ""]
+    parts[-1] += text[end:]
     if sum(part for part in parts if isinstance(part, int)) > LONGEST:
         raise InputError(f"--infill: the gaps have more than {LONGEST:,} tokens together")
-    if 0 in parts:
-        raise InputError("--infill: a gap has at least one token, so [0] is none")
     if len(parts) == 1:
         raise InputError("--infill: there is no gap; write one of five tokens as [5]")
     return [part for part in parts if part != ""]
+
+
+def gap_of(number: str) -> int:
+    """The tokens of a gap; `number` has no needless zero."""
+    if len(number) > len(str(LONGEST)):
+        raise InputError(f"--infill: a gap of {number[:20]} tokens is longer than {LONGEST:,}")
+    if number == "0":
+        raise InputError("--infill: a gap has at least one token, so [0] is none")
+    return int(number)
 
 
 def encode_exactly(loaded: Loaded, text: str, option: str, begins: bool) -> list[int]:
@@ -219,6 +288,8 @@ def fill_up(tokens: list[int], length: int, hp: tm.Hyperparameters) -> list[int]
 
 def check_length(loaded: Loaded, length: int, option: str) -> None:
     window = loaded.hp.train_seq_len
+    if length > LONGEST:
+        raise InputError(f"{option}: {length:,} tokens are more than {LONGEST:,}")
     if loaded.hp.system == "mdlm" and length > window:
         found = f"{length} tokens are more than the {window} of a window of {loaded.name}"
         remedy = "only causal models and those with blocks go on beyond it"
@@ -735,6 +806,9 @@ def check(loaded: Loaded, request: Request) -> None:
         if values.get(name) is not None and not low <= values[name] <= high:
             option = f"--{name.replace('_', '-')}"
             raise InputError(f"{option} {values[name]} is not between {low} and {high}")
+    if 0 < request.temperature < LEAST_TEMPERATURE:  # logits would not stay finite
+        remedy = f"give 0 for the most probable tokens, or at least {LEAST_TEMPERATURE}"
+        raise InputError(f"--temperature {request.temperature} is too low: {remedy}")
     if request.infill and (request.prompt or request.length):
         other = "--prompt" if request.prompt else "--length"
         raise InputError(f"{other} does not go with --infill, whose template is the whole text")
