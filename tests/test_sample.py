@@ -357,6 +357,7 @@ def test_what_is_no_artifact_is_one_line(tool, tmp_path):
     refused(tool(sample, path), "x.mdlm", "no such file")
     path.write_bytes(b"something")
     refused(tool(sample, path), "x.mdlm", "not an artifact")
+    refused(tool(sample, "."), ".: there is no such file")
 
 
 def test_other_files_are_not_replaced(call, tmp_path):

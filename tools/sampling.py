@@ -67,20 +67,7 @@ class Loaded(NamedTuple):
     luts: tm.ByteTables
 
 
-def load(artifact: Path, tokenizer: str | None = None, data: str | None = None) -> Loaded:
-    """On the device of the machine. Paths that are not given are those of the log beside the
-    artifact, if they are here."""
-    if data and not Path(data).is_dir():
-        raise InputError(f"--data {data}: there is no such folder")
-    run = run_of(artifact)
-    paths = path_of(run, "DATA_PATH", data), path_of(run, "TOKENIZER_PATH", tokenizer)
-    model, hp = common.load_model(artifact, *paths)
-    loaded = Loaded(artifact.name, model.eval(), hp, *common.load_tokenizer(hp))
-    check_tokenizer(artifact, hp, run)
-    return loaded
-
-
-# ---- The tokenizer
+# ---- Artifacts and their tokenizers
 #
 # An artifact does not say with which tokenizer it was trained. Any other one of the same size makes
 # nonsense of its tokens, so what is at hand is asked: the log of the run, then the data.
@@ -88,7 +75,7 @@ def load(artifact: Path, tokenizer: str | None = None, data: str | None = None) 
 
 def run_of(artifact: Path) -> run_log.Run | None:
     """What the log beside an artifact says, if it is that of its run."""
-    log = artifact.with_suffix(".txt")
+    log = artifact.parent / f"{artifact.stem}.txt"
     if log.is_file() and log.stat().st_size <= common.LARGEST_OUTPUT:
         with contextlib.suppress(InputError, OSError):
             run = run_log.parse_log(log)
@@ -129,6 +116,19 @@ def check_tokenizer(artifact: Path, hp: tm.Hyperparameters, run: run_log.Run | N
         wrong = f"{hp.tokenizer_path}: is not the tokenizer of the data in {hp.data_path}"
         remedy = "give those that the artifact was trained with, --tokenizer and --data"
         raise InputError(f"{wrong}: {remedy}")
+
+
+def load(artifact: Path, tokenizer: str | None = None, data: str | None = None) -> Loaded:
+    """On the device of the machine. Paths that are not given are those of the log beside the
+    artifact, if they are here."""
+    if data and not Path(data).is_dir():
+        raise InputError(f"--data {data}: there is no such folder")
+    run = run_of(artifact)
+    paths = path_of(run, "DATA_PATH", data), path_of(run, "TOKENIZER_PATH", tokenizer)
+    model, hp = common.load_model(artifact, *paths)
+    loaded = Loaded(artifact.name, model.eval(), hp, *common.load_tokenizer(hp))
+    check_tokenizer(artifact, hp, run)
+    return loaded
 
 
 # ---- Tokens as text
