@@ -374,7 +374,7 @@ def read_sample(value: object, length: int, mask_id: int, sp, path: Path) -> Sam
         require(right, path, f"{name} of a sample is no list of {length} values")
     for name in ("seed", "calls"):
         whole = type(value.get(name)) is int and 0 <= value[name] < 2**63
-        require(whole, path, f"{name} of a sample is no whole number, or not one of its own")
+        require(whole, path, f"{name} of a sample is no whole number from 0 to 2⁶³")
     bits = value.get("bits")
     numbers = is_number(value.get("seconds")) and (bits is None or is_number(bits))
     require(numbers, path, "seconds or bits of a sample are no numbers")
