@@ -357,6 +357,7 @@ def test_what_is_no_artifact_is_one_line(tool, tmp_path):
     refused(tool(sample, path), "x.mdlm", "no such file")
     path.write_bytes(b"something")
     refused(tool(sample, path), "x.mdlm", "not an artifact")
+    refused(tool(sample, "."), ".: there is no such file")
 
 
 def test_other_files_are_not_replaced(call, tmp_path):
@@ -409,7 +410,9 @@ def test_the_tokenizer_of_other_data_is_refused(call, files, tiny_env, other, tm
         assert call("mdlm", "--tokenizer", tokenizer, "--data", tmp_path).returncode == 0
 
 
-def test_the_tokenizer_is_that_of_the_log_beside_the_artifact(tool, tiny_env, other, tmp_path):
+def test_the_tokenizer_is_that_of_the_log_beside_the_artifact(
+    tool, tiny_env, other, tmp_path, monkeypatch
+):
     """Whatever the data are that are at hand."""
     run_python("train_mdlm.py", cwd=tmp_path, RUN_ID="r", **tiny_env | dict(ITERATIONS="2"))
     artifact = tmp_path / "logs/r.mdlm"
@@ -418,6 +421,9 @@ def test_the_tokenizer_is_that_of_the_log_beside_the_artifact(tool, tiny_env, ot
     right = ["--tokenizer", tiny_env["TOKENIZER_PATH"], "--data", data]
     refused(tool(sample, artifact, *wrong), f"{tokenizer}: r.mdlm was trained with another")
     assert tool(sample, artifact, *right).returncode == 0
+    monkeypatch.delenv("TOKENIZER_PATH", raising=False)
+    monkeypatch.delenv("DATA_PATH", raising=False)
+    assert tool(sample, artifact).returncode == 0  # the log says where they are
     shutil.copy(artifact, tmp_path / "logs/s.mdlm")  # without a log
     assert tool(sample, tmp_path / "logs/s.mdlm", *wrong).returncode == 0
     refused(tool(sample, tmp_path / "logs/s.mdlm", *right), "is not the tokenizer of the data")

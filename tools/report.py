@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import itertools
 import math
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -263,17 +262,10 @@ class Opened(NamedTuple):
     val: tm.Split
 
 
-def path_of(run: Run, name: str, given: str | None) -> str | None:
-    """The path that is given, else in the environment, else that of the run if it is here; None:
-    that of the preset."""
-    logged = run.settings.get(name, "")
-    return given or os.environ.get(name) or (logged if logged and Path(logged).exists() else None)
-
-
 def open_artifact(artifact: Path, run: Run, choice: Choice) -> Opened:
     """InputError if it is not the artifact of the run, or if the text is another one."""
-    data = path_of(run, "DATA_PATH", choice.data)
-    tokenizer = path_of(run, "TOKENIZER_PATH", choice.tokenizer)
+    data = sampling.path_of(run, "DATA_PATH", choice.data)
+    tokenizer = sampling.path_of(run, "TOKENIZER_PATH", choice.tokenizer)
     model, hp = common.load_model(artifact, data, tokenizer)
     check_belongs(artifact, hp, run)
     hp = with_run_settings(hp, run)
@@ -382,7 +374,7 @@ def read_sample(value: object, length: int, mask_id: int, sp, path: Path) -> Sam
         require(right, path, f"{name} of a sample is no list of {length} values")
     for name in ("seed", "calls"):
         whole = type(value.get(name)) is int and 0 <= value[name] < 2**63
-        require(whole, path, f"{name} of a sample is no whole number, or not one of its own")
+        require(whole, path, f"{name} of a sample is no whole number from 0 to 2⁶³")
     bits = value.get("bits")
     numbers = is_number(value.get("seconds")) and (bits is None or is_number(bits))
     require(numbers, path, "seconds or bits of a sample are no numbers")

@@ -255,9 +255,11 @@ def parse_arguments() -> argparse.Namespace:
     json_help = "write every step into this file"
     parser.add_argument("--json", type=Path, metavar="FILE", help=json_help)
     data_help = "folder of the data that the artifact was trained with, by which a wrong tokenizer "
-    data_help += "is told; default: DATA_PATH, or that of the preset"
+    data_help += "is told; default: DATA_PATH, or that of the run or of its preset"
     parser.add_argument("--data", help=data_help)
-    common.add_tokenizer_option(parser)
+    tokenizer_help = "SentencePiece model; default: TOKENIZER_PATH, or that of the run or its "
+    tokenizer_help += "preset"
+    parser.add_argument("--tokenizer", help=tokenizer_help)
     return parser.parse_args()
 
 

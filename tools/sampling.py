@@ -18,6 +18,7 @@ import contextlib
 import functools
 import itertools
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -66,31 +67,28 @@ class Loaded(NamedTuple):
     luts: tm.ByteTables
 
 
-def load(artifact: Path, tokenizer: str | None = None, data: str | None = None) -> Loaded:
-    """On the device of the machine."""
-    if data and not Path(data).is_dir():
-        raise InputError(f"--data {data}: there is no such folder")
-    model, hp = common.load_model(artifact, data, tokenizer)
-    loaded = Loaded(artifact.name, model.eval(), hp, *common.load_tokenizer(hp))
-    check_tokenizer(artifact, hp)
-    return loaded
-
-
-# ---- The tokenizer
+# ---- Artifacts and their tokenizers
 #
 # An artifact does not say with which tokenizer it was trained. Any other one of the same size makes
 # nonsense of its tokens, so what is at hand is asked: the log of the run, then the data.
 
 
-def logged_tokenizer(artifact: Path) -> str:
-    """SHA-256 of the tokenizer of the run, if its log is beside its artifact; else empty."""
-    log = artifact.with_suffix(".txt")
+def run_of(artifact: Path) -> run_log.Run | None:
+    """What the log beside an artifact says, if it is that of its run."""
+    log = artifact.parent / f"{artifact.stem}.txt"
     if log.is_file() and log.stat().st_size <= common.LARGEST_OUTPUT:
         with contextlib.suppress(InputError, OSError):
             run = run_log.parse_log(log)
             if run.artifact_bytes == artifact.stat().st_size:
-                return run.tokenizer_sha256
-    return ""
+                return run
+    return None
+
+
+def path_of(run: run_log.Run | None, name: str, given: str | None) -> str | None:
+    """The path that is given, else in the environment, else that of the run if it is here; None:
+    that of the preset."""
+    logged = run.settings.get(name, "") if run else ""
+    return given or os.environ.get(name) or (logged if logged and Path(logged).exists() else None)
 
 
 def tokenizer_of_data(folder: Path) -> str:
@@ -104,13 +102,13 @@ def tokenizer_of_data(folder: Path) -> str:
     return ""
 
 
-def check_tokenizer(artifact: Path, hp: tm.Hyperparameters) -> None:
-    """InputError if the log beside the artifact, or without one the data, is of another one than
-    `hp` names."""
+def check_tokenizer(artifact: Path, hp: tm.Hyperparameters, run: run_log.Run | None) -> None:
+    """InputError if the run or, where nothing says what it had, the data have another one than `hp`
+    names."""
     digest = tm.file_sha256(hp.tokenizer_path)
-    if logged := logged_tokenizer(artifact):
-        if logged != digest:
-            said = f"its log says SHA-256 {logged[:12]}…, not {digest[:12]}…"
+    if run and run.tokenizer_sha256:
+        if run.tokenizer_sha256 != digest:
+            said = f"its log says SHA-256 {run.tokenizer_sha256[:12]}…, not {digest[:12]}…"
             wrong = f"{hp.tokenizer_path}: {artifact.name} was trained with another tokenizer"
             raise InputError(f"{wrong} ({said}): give that one with --tokenizer")
         return
@@ -118,6 +116,19 @@ def check_tokenizer(artifact: Path, hp: tm.Hyperparameters) -> None:
         wrong = f"{hp.tokenizer_path}: is not the tokenizer of the data in {hp.data_path}"
         remedy = "give those that the artifact was trained with, --tokenizer and --data"
         raise InputError(f"{wrong}: {remedy}")
+
+
+def load(artifact: Path, tokenizer: str | None = None, data: str | None = None) -> Loaded:
+    """On the device of the machine. Paths that are not given are those of the log beside the
+    artifact, if they are here."""
+    if data and not Path(data).is_dir():
+        raise InputError(f"--data {data}: there is no such folder")
+    run = run_of(artifact)
+    paths = path_of(run, "DATA_PATH", data), path_of(run, "TOKENIZER_PATH", tokenizer)
+    model, hp = common.load_model(artifact, *paths)
+    loaded = Loaded(artifact.name, model.eval(), hp, *common.load_tokenizer(hp))
+    check_tokenizer(artifact, hp, run)
+    return loaded
 
 
 # ---- Tokens as text
