@@ -1,8 +1,8 @@
 """Masked diffusion language models for parameter golf: train, pack, score as a code length.
 
 Every score that this file prints is the length of a code that somebody could decode, except those
-marked biased:1, which repeat a published estimator. The defaults are PR 1699 of the challenge; llada
-and eos are PR 1106 and PR 1241, ar is the causal baseline, golf our own recipe (docs/recipe.md).
+marked biased:1, which repeat a published estimator. The defaults are PR 1699 of the challenge;
+llada and eos are PR 1106 and PR 1241, ar is the causal baseline, golf our own (docs/recipe.md).
 
     # two CPU cores, the text of the installed packages
     python data/prepare_text.py --source docs
@@ -164,7 +164,7 @@ class Hyperparameters:
     mlp_mult: int = knob(2, "hidden width of the MLP over MODEL_DIM", low=1, high=64)
     tie_embeddings: bool = knob(True, "use the embedding as the output head too")
     neighbors: int = knob(0, "tokens on each side that join a position's input", high=64)
-    neighbor_dim: int = knob(32, "width of their embeddings", low=1, high=2**16)
+    neighbor_dim: int = knob(64, "width of their embeddings", low=1, high=2**16)
     rope_base: float = knob(1e4, "base of the rotary frequencies", low=1)
     logit_softcap: float = knob(30.0, "logits become cap·tanh(logits/cap); 0: unchanged")
     qk_gain_init: float = knob(1.5, "initial gain of the normalised queries")
@@ -377,16 +377,17 @@ GOLF = MDLM16 | dict(
     data_path="./data/datasets/fineweb10B_sp4096",
     tokenizer_path="./data/tokenizers/fineweb_4096_bpe.model", vocab_size=4096,
     num_layers=8, mlp_mult=3, num_heads=9, num_kv_heads=3, neighbors=2,
-    masking="count", mask_dist="normal", loss_weight="flat",
+    quant_mode="int7,embed:int7", masking="count", mask_dist="normal", loss_weight="flat",
     warmdown_iters=0, warmdown_frac=0.5, ema_decay=0.0,
     adam_batch_tokens=524_288, embed_lr=0.2, tied_embed_init_std=0.05,
 )
 DEMO = GOLF | dict(  # two CPU cores
     data_path="./data/datasets/docs_sp4096",
     tokenizer_path="./data/tokenizers/docs_4096_bpe.model",
-    num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=2, train_seq_len=128,
-    rope_base=100.0, iterations=1300, max_wallclock_seconds=400.0, warmup_steps=0,
-    train_batch_tokens=2048, train_log_every=100, val_loss_every=200, eval_max_seqs=256,
+    num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=2, neighbor_dim=128,
+    train_seq_len=128, rope_base=100.0,
+    iterations=1300, max_wallclock_seconds=400.0, warmup_steps=0, train_batch_tokens=2048,
+    train_log_every=100, val_loss_every=200, eval_max_seqs=256,
     scores="nelbo,l2r:32", nelbo_passes=1, val_batch_size=2048,
 )
 BLOCK = GOLF | dict(
@@ -961,8 +962,8 @@ def load_tokenizer(path: str, vocab_size: int):
 
 
 def text_fault(tokens: np.ndarray, sp, luts: ByteTables) -> str:
-    """What speaks against this tokenizer for tokens (n,) of a shard: their text has other bytes than
-    the tables count, or comes back as other tokens. Random tokens, about equally frequent, pass."""
+    """What speaks against this tokenizer for tokens (n,) of a shard: their text has other bytes
+    than the tables count, or gives other tokens. Random tokens, about equally frequent, pass."""
     boundary = luts.is_boundary.cpu().numpy()
     if np.bincount(tokens).max() <= 10 + 4 * len(tokens) / len(boundary):
         return ""
@@ -1007,8 +1008,8 @@ def check_verified(hp, stream: TokenStream, split: str) -> bool:
 
 
 def check_data(hp, stream: TokenStream, split: str, sp, luts: ByteTables):
-    """Against verified.json or, without it, the text: all of the validation split, and the beginning
-    of every training shard."""
+    """Against verified.json or, without it, the text: all of the validation split, the beginning of
+    every training shard."""
     if check_verified(hp, stream, split):
         return
     shards = stream.facts["shards"]
@@ -2238,8 +2239,7 @@ def predicted_bytes(hp) -> int:
 # ---- Scoring
 #
 # Bottom up: −ln p of tokens; masks and orders whose weighted sums are code lengths; the estimators;
-# a whole split (docs/scores.md). Each window has random numbers of its own, so batches and processes
-# do not matter.
+# a whole split (docs/scores.md). Each window has random numbers of its own.
 
 
 @torch.no_grad()
@@ -2341,8 +2341,8 @@ def nelbo_masks(passes: int, times, keys, allowed) -> WeightedMasks:
 
 
 def any_order_nll(model, window, scored, passes: int, numbers, offset, keys):
-    """(B,) float64 nats: the NELBO of the `scored` (B, L) of window (B, 1 + L), block by block, with
-    the masks of `nelbo_masks` for the numbers (B,) of a golden sequence."""
+    """(B,) float64 nats: the NELBO of the `scored` (B, L) of window (B, 1 + L), by blocks, with the
+    masks of `nelbo_masks` for the numbers (B,) of a golden sequence."""
     length = model.block_size or keys.shape[1]
     blocks = torch.arange(keys.shape[1] // length, device=keys.device)
     times = golden_sequence((numbers[:, None] * len(blocks) + blocks).flatten(), offset)

@@ -127,7 +127,11 @@ def test_a_backbone(train, monkeypatch):
     printed = train("bag", BACKBONE="bag", SCORES="l2r:8", NEIGHBORS="1")
     assert list(score_lines(printed)) == ["nelbo", "l2r"]
     model, hp = tm.load_artifact("logs/bag.mdlm")
-    assert type(model) is Bag and hp.backbone == "bag" and len(model.near.weight) == 2 * hp.embedding_rows
+    assert (
+        type(model) is Bag
+        and hp.backbone == "bag"
+        and len(model.near.weight) == 2 * hp.embedding_rows
+    )
     # It has no attention, and without neighbours no order matters.
     model = random_model(tiny_hp(backbone="bag"))
     x0 = reference.all_sequences(3, 4)

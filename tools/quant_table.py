@@ -107,9 +107,12 @@ class QuantTable:
         every_kind = info["kinds"].values()
         kinds = [kind for kind_name, kind in info["kinds"].items() if kind_name != "gain"]
         count = sum(kind["weights"] for kind in kinds)
-        packers = {
-            packer: 8 * sum(kind["packed_bytes"][packer] for kind in kinds) / count
-            for packer in kinds[0]["packed_bytes"]
+        sizes = [kind["packed_bytes"] for kind in kinds]
+        packers = {  # None where a large kind was not packed with it
+            name: 8 * sum(size[name] for size in sizes) / count
+            if all(name in size for size in sizes)
+            else None
+            for name in tm.PACKERS
         }
         return dict(
             row=name,
@@ -142,7 +145,7 @@ def line(figures: dict) -> str:
         f"{figures['artifact_bytes']:,}",
         f"{figures['bits_per_weight']:.3f}",
         f"{figures['entropy']:.3f}",
-        *(f"{bits:.3f}" for bits in figures["packers"].values()),
+        *("–" if bits is None else f"{bits:.3f}" for bits in figures["packers"].values()),
         f"{figures['error']:.1e}",
         f"{figures['cost']:+.4f} ± {figures['stderr']:.4f}",
         f"{figures['seconds']:.0f}",
