@@ -484,8 +484,11 @@ def help_text(wanted: Sequence[str] = ()) -> str:
 def knob_help(spec: dataclasses.Field) -> Iterator[str]:
     """Default and meaning, choices, and the presets that set it."""
     yield f"    {spec.name.upper()}={spec.default}  {spec.metadata['meaning']}"
-    presets = {name: values for name, values in PRESETS.items() if spec.name in values}
-    changed = [f"{name}: {values[spec.name]}" for name, values in presets.items()]
+    presets = {}  # by value
+    for name, values in PRESETS.items():
+        if spec.name in values:
+            presets.setdefault(values[spec.name], []).append(name)
+    changed = [f"{', '.join(names)}: {value}" for value, names in presets.items()]
     for note in (" | ".join(choices_of(spec)), "; ".join(changed)):
         if note:
             yield f"        {note}"
@@ -654,7 +657,7 @@ class Log:
 
     def __init__(self, path: Path | None = None):
         self.path = path
-        self.lock = None  # its open file, locked while this process lives
+        self.lock = None  # its open file, locked
 
     def __call__(self, line: str, screen: bool = True, every_rank: bool = False):
         if screen and rank() == 0:
@@ -902,7 +905,7 @@ class ByteTables(NamedTuple):
 
 
 def build_sentencepiece_luts(sp, vocab_size: int, device: torch.device | str = "cpu") -> ByteTables:
-    """Of a SentencePiece model, exact also where spaces begin a piece or a text."""
+    """Of a SentencePiece model, exact also where a space begins a piece."""
     pieces = int(sp.vocab_size())
     size = max(pieces, vocab_size + 2)  # MASK and PAD stand for no text
     base = np.zeros(size, np.int64)
@@ -2722,7 +2725,7 @@ def score_model(artifact: Artifact, hp, val: Split, log: Log):
     label = artifact.storage.replace("+", "_")
     scores = final_scores(hp)
     for name in hp.requested_scores:
-        if name not in scores:  # l2r, one of the defaults, is the headline of a causal model
+        if name not in scores:  # l2r is a default
             log(f"score:{name} is not for {hp.system} models", screen=name != "l2r")
     started = time.perf_counter()
     for name, seqs in scores.items():

@@ -93,8 +93,8 @@ def test_artifacts_of_two_texts_cannot_be_compared(artifacts, tiny_env, tool, mo
         monkeypatch.delenv(name, raising=False)
     pair = [artifacts / "mdlm.mdlm", artifacts / "demo.mdlm"]
     for options, message in [
-        ([], "TOKENIZER_PATH=./data/tokenizers/docs_1024_bpe.model, but"),
-        (where(tiny_env)[2:], "DATA_PATH=./data/datasets/docs_sp1024, but"),
+        ([], "TOKENIZER_PATH=./data/tokenizers/docs_4096_bpe.model, but"),
+        (where(tiny_env)[2:], "DATA_PATH=./data/datasets/docs_sp4096, but"),
     ]:
         done = tool(compare, *pair, *options)
         assert done.returncode == 2 and done.stderr.count("\n") == 1

@@ -257,8 +257,9 @@ def test_the_headline_comes_first_with_the_windows_of_its_knob():
 
 
 def test_other_scores_have_a_default_number_of_windows():
-    found = scores("nelbo,l2r,sliding,confidence,random,tstep,tgrid", final_eval_max_seqs=40)
-    windows = dict(l2r=512, sliding=4096, confidence=256, random=256, tstep=1024, tgrid=256)
+    windows = dict(l2r=512, sliding=4096, sliding_nelbo=4096)
+    windows |= dict(confidence=256, random=256, tstep=1024, tgrid=256)
+    found = scores(",".join(["nelbo", *windows]), final_eval_max_seqs=40)
     assert found == {"nelbo": 40} | windows
     assert {name: row.windows for name, row in tm.ESTIMATORS["mdlm"].items()} == (
         {"nelbo": 0} | windows
