@@ -385,7 +385,7 @@ DEMO = GOLF | dict(  # two CPU cores
     data_path="./data/datasets/docs_sp4096",
     tokenizer_path="./data/tokenizers/docs_4096_bpe.model",
     num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=2, neighbor_dim=128,
-    train_seq_len=128, rope_base=100.0,
+    train_seq_len=128, rope_base=100.0, tied_embed_lr=0.2, embed_lr=0.4,
     iterations=1300, max_wallclock_seconds=400.0, warmup_steps=0, train_batch_tokens=2048,
     train_log_every=100, val_loss_every=200, eval_max_seqs=256,
     scores="nelbo,l2r:32", nelbo_passes=1, val_batch_size=2048,
@@ -1551,7 +1551,7 @@ class Kind(NamedTuple):
     name: str
     pattern: str  # of its parameters' names
     lr: str  # the knob that is its learning rate
-    optimizer: str = "adamw"  # or muon (where OPTIMIZER is muon)
+    optimizer: str = "adamw"  # or muon, if OPTIMIZER is
     decays: bool = False  # even with WEIGHT_DECAY_ON=matrices
     storage: str = ""  # one of QUANTIZERS; empty: what QUANT_MODE says
 
@@ -2049,7 +2049,7 @@ def entropy_bits(planes: np.ndarray) -> float:
     return bits
 
 
-SAMPLE_BYTES = 1 << 20  # of a kind, to see which packers can win
+SAMPLE_BYTES = 1 << 20  # of a kind, to choose packers
 
 
 def pack_each(names: Sequence[str], raw: bytes) -> dict[str, bytes]:
