@@ -276,6 +276,10 @@ def speed_table(predictions: dict[str, Prediction], processes: int) -> str:
 # ---- Scores
 
 
+# Tokens of the challenge's validation split by vocabulary. The larger ones are in published logs.
+SPLIT_TOKENS = {1024: published.TOKENS, 4096: 45_508_608, 8192: 40_540_160}
+
+
 def positions_of_a_window(hp: tm.Hyperparameters) -> dict[str, int]:
     """How many go through the model for each score of a window."""
     length = hp.train_seq_len
@@ -308,7 +312,8 @@ def score_table(hp: tm.Hyperparameters, counts: Counts, machines: dict[str, Mach
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     each, total = positions_of_a_window(hp), 0
     for name, windows in tm.final_scores(hp).items():
-        windows = windows or published.TOKENS // hp.train_seq_len
+        split = SPLIT_TOKENS.get(hp.vocab_size, published.TOKENS)
+        windows = windows or split // hp.train_seq_len
         lines.append(score_row(name, f"{windows:,}", windows * each[name], counts, machines))
         total += windows * each[name]
     return "\n".join([*lines, score_row("all", "", total, counts, machines)])
