@@ -290,6 +290,7 @@ KNOBS = dict(  # values of those that define the predictor, and how it is stored
     mlp_mult=[1, 3],
     tie_embeddings=[False, True],
     neighbors=[0, 1, 5, 64],
+    neighbor_dim=[1, 8, 32],
     rope_base=[1.0, 1e4],
     logit_softcap=[0.0, 30.0],
     qk_gain_init=[0.0, 1.5],
@@ -335,7 +336,9 @@ def test_what_is_saved_is_read_whatever_the_knobs(tmp_path):
 
 def test_a_small_file_claims_no_large_model(tmp_path):
     """Zeros that would unpack to all of its weights; the same zeros are read from a larger file."""
-    hp = tm.Hyperparameters(num_layers=1, model_dim=256, num_heads=4, neighbors=64, pack="lzma")
+    hp = tm.Hyperparameters(
+        num_layers=1, model_dim=256, num_heads=4, neighbors=64, neighbor_dim=256, pack="lzma"
+    )
     model = tm.build_model(hp)
     with torch.no_grad():
         for parameter in model.parameters():
