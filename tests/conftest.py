@@ -19,7 +19,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tools")]
 
 import train_mdlm as tm  # noqa: E402
 
-tm.FAST_BFLOAT16 = False  # the same arithmetic on every processor; its test puts it back
+FAST_BFLOAT16 = tm.FAST_BFLOAT16  # as it is in the processes that a test starts
+tm.FAST_BFLOAT16 = False  # the same arithmetic on every processor
 
 WORDS = """
 the of and to in a is that for it as was with be by on not he his but at are this have from or

@@ -393,12 +393,12 @@ LLADA = Ceiling(44, 30, 48, 339, 2.06, 0.46)
 CEILINGS = {
     "mdlm": MDLM,
     "mdlm16": MDLM,
-    "golf": Ceiling(27, 30, 40, 438, 14.8, 2.8),
-    "block": Ceiling(27, 44, 42, 517, 25.8, 5.0),
+    "golf": Ceiling(30, 30, 40, 471, 17.2, 3.0),
+    "block": Ceiling(30, 44, 42, 527, 30.6, 5.4),
     "llada": LLADA,
     "eos": LLADA,
     "ar": Ceiling(27, 25, 33, 341, 14.8, 2.6),
-    "demo": Ceiling(27, 29, 38, 435, 0.036, 0.027),
+    "demo": Ceiling(30, 29, 37, 466, 0.065, 0.093),
 }
 
 

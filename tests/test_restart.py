@@ -19,7 +19,7 @@ import prepare_text
 import pytest
 import run_log
 import torch
-from conftest import torchrun
+from conftest import FAST_BFLOAT16, torchrun
 
 import train_mdlm as tm
 
@@ -370,14 +370,20 @@ def test_another_number_of_processes(env, tmp_path):
     log = body_of(tmp_path / "logs/w.txt")
     assert re.findall(r"^world_size:(\d)", log, re.MULTILINE) == ["2", "1", "2"]
     assert log.count("\nresumed:") == 2
-    undisturbed = run(env, tmp_path, stop_at(32), RUN_ID="u")[2]
+
+    def as_torchrun_has_it():
+        tm.FAST_BFLOAT16 = FAST_BFLOAT16
+        stop_at(32)()
+
+    undisturbed = run(env, tmp_path, as_torchrun_has_it, RUN_ID="u")[2]
 
     def losses(text):
         found = re.findall(r"^step:(\d+)/400 train_loss:(\S+)", text, re.MULTILINE)
         return {int(step): float(loss) for step, loss in found}
 
     found, wanted = losses(log), losses(undisturbed)
-    assert all(abs(found[step] - wanted[step]) < 2e-3 for step in range(1, 33))
+    rounding = 2e-2 if FAST_BFLOAT16 else 2e-3  # of factors, too
+    assert max(abs(found[step] - wanted[step]) for step in range(1, 33)) < rounding
 
 
 def wait_at_checkpoint():

@@ -124,7 +124,7 @@ def test_a_backslash_before_brackets(text, parts):
 @given(text=st.text(alphabet="\\[]15x ", max_size=12))
 def test_any_text_can_be_written_before_and_behind_a_gap(text):
     """Each backslash before brackets with a number twice, and another one in front of those."""
-    written = re.sub(r"(\\*)(?=\[[0-9]+\])", lambda run: run[0] * 2 + "\\", text)
+    written = re.sub(r"(?<!\\)(\\*)(?=\[[0-9]+\])", lambda run: run[0] * 2 + "\\", text)
     before = re.sub(r"\\*$", lambda run: run[0] * 2, written)  # a gap follows
     parts = [text, 3, text] if text else [3]
     assert sampling.parse_infill(f"{before}[3]{written}") == parts

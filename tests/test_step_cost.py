@@ -316,7 +316,9 @@ def test_positions_of_a_window():
     of = step_cost.positions_of_a_window
     golf = of(tm.Hyperparameters("golf", nelbo_passes=3, stride=16, chain_group=2, tstep_steps=5))
     expected = dict(nelbo=3 * 1024, l2r=512 * 1024, random=512 * 1024, confidence=512 * 1024)
-    expected |= dict(sliding=8 * 1024, ar=1024, tstep=5 * 1024, tgrid=256 * 1024)
+    expected |= dict(
+        sliding=8 * 1024, sliding_nelbo=3 * 1024, ar=1024, tstep=5 * 1024, tgrid=256 * 1024
+    )
     assert golf == expected
     block = of(tm.Hyperparameters("block", nelbo_passes=3, train_seq_len=64))
     assert (block["l2r"], block["nelbo"], block["ar"]) == (4 * 128, 3 * 128, 64)
