@@ -164,7 +164,7 @@ class Hyperparameters:
     mlp_mult: int = knob(2, "hidden width of the MLP over MODEL_DIM", low=1, high=64)
     tie_embeddings: bool = knob(True, "use the embedding as the output head too")
     neighbors: int = knob(0, "tokens on each side that join a position's input", high=64)
-    neighbor_dim: int = knob(64, "width of their embeddings", low=1, high=2**16)
+    neighbor_dim: int = knob(32, "width of their embeddings", low=1, high=2**16)
     rope_base: float = knob(1e4, "base of the rotary frequencies", low=1)
     logit_softcap: float = knob(30.0, "logits become cap·tanh(logits/cap); 0: unchanged")
     qk_gain_init: float = knob(1.5, "initial gain of the normalised queries")
@@ -377,7 +377,7 @@ GOLF = MDLM16 | dict(
     data_path="./data/datasets/fineweb10B_sp4096",
     tokenizer_path="./data/tokenizers/fineweb_4096_bpe.model", vocab_size=4096,
     num_layers=8, mlp_mult=3, num_heads=9, num_kv_heads=3, neighbors=2,
-    quant_mode="int7,embed:int7", masking="count", mask_dist="normal", loss_weight="flat",
+    masking="count", mask_dist="normal", loss_weight="flat",
     warmdown_iters=0, warmdown_frac=0.5, ema_decay=0.0,
     adam_batch_tokens=524_288, embed_lr=0.2, tied_embed_init_std=0.05,
 )
@@ -847,8 +847,8 @@ class TokenStream:
 
 
 class DocumentStream(TokenStream):
-    """The shards as documents, from <s> to <s>, in chunks of at most L tokens, then PAD: shuffled
-    shards, and shuffled chunks of each, in every epoch. A visit is one shard in one epoch."""
+    """The shards as documents, from <s> to <s>, in chunks of at most L tokens, then PAD: shards and
+    the chunks of each are shuffled in every epoch. A visit is one shard in one epoch."""
 
     def __init__(self, folder: str | Path, split: str, hp):
         super().__init__(folder, split)
@@ -1938,9 +1938,8 @@ def row_scales(rows, quantizer: Quantizer, clip: float):
 
 
 def feed_back(rows, scales, quantizer: Quantizer, moments):
-    """Codes (R, C) of rows (R, C), rounded column by column, those with the largest inputs first:
-    later ones make up for the error of each, given `moments` Σ x xᵀ (C, C) of the inputs x (GPTQ,
-    Frantar et al. 2022)."""
+    """Codes (R, C) of rows (R, C), rounded column by column, largest inputs first: later ones make
+    up for the error of each, given `moments` Σ x xᵀ (C, C) of the inputs x (GPTQ, Frantar 2022)."""
     order = moments.diagonal().argsort(descending=True)
     damped = moments[order][:, order].double()
     damped.diagonal().add_(0.01 * moments.diagonal().mean() + 1e-30)
@@ -1974,7 +1973,7 @@ def quantize(
 
 @torch.no_grad()
 def input_moments(model, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """Σ x xᵀ (C, C) of the inputs x of every matrix (…, C), by its name, over all processes."""
+    """Σ x xᵀ (C, C) of the inputs x of each matrix (…, C), by name, over all processes."""
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
     moments = {}
 
@@ -1988,7 +1987,9 @@ def input_moments(model, batches: Iterable[Batch]) -> dict[str, Tensor]:
     matrices = (module for module in names if isinstance(module, nn.Linear))
     hooks = [module.register_forward_pre_hook(add) for module in matrices]
     for batch in batches:
-        add(model.lm_head or model.tok_emb, [batch_hidden(model, batch)])
+        hidden = batch_hidden(model, batch)
+        if model.lm_head:  # a tied one is an input too
+            add(model.lm_head, [hidden])
     for hook in hooks:
         hook.remove()
     return {name: all_reduce(moment) for name, moment in moments.items()}
@@ -3093,7 +3094,7 @@ def train(trainer: Trainer, val: Split) -> Model:
 
 
 def hardware(device: torch.device) -> str:
-    """For example 8xNVIDIA_H100_80GB_HBM3 or 2xCPU_AVX512_(2_threads)."""
+    """Such as 8xNVIDIA_H100_80GB_HBM3 or 2xCPU_AVX512_(2_threads)."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:

@@ -1,5 +1,6 @@
 """Packing: what is written is what is read, and nothing else is accepted."""
 
+import dataclasses
 import hashlib
 import json
 import lzma
@@ -196,8 +197,7 @@ def test_error_feedback_is_that_of_the_closed_form():
 
 
 def test_input_moments_are_those_of_the_inputs():
-    """Of the first matrix: of the normalised embeddings; of the tied embedding: of the hidden
-    states."""
+    """Of the first matrix: of the normalised embeddings; of the head: of the hidden states."""
     hp = tiny_hp(num_layers=2)
     model = random_model(hp)
     z = torch.randint(0, 4, (5, 4), generator=torch.Generator().manual_seed(6))
@@ -210,9 +210,12 @@ def test_input_moments_are_those_of_the_inputs():
     first = moments["blocks.0.attn.c_q.weight"]
     assert torch.allclose(first, 2 * x.T @ x, rtol=1e-4, atol=1e-4)
     h = model.hidden(z, None, positions)
-    assert torch.allclose(moments["tok_emb.weight"], 2 * h.T @ h, rtol=1e-4, atol=1e-4)
+    untied = tm.build_model(dataclasses.replace(model.hp, tie_embeddings=False))
+    untied.load_state_dict(model.state_dict(), strict=False)
+    head = tm.input_moments(untied, [batch, batch])["lm_head.weight"]
+    assert torch.allclose(head, 2 * h.T @ h, rtol=1e-4, atol=1e-4)
     matrices = {name for name, _ in model.named_parameters() if tm.kind_of(name).name == "matrix"}
-    assert moments.keys() == matrices | {"tok_emb.weight"}
+    assert moments.keys() == matrices  # a tied embedding is an input too
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
