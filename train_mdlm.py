@@ -657,7 +657,7 @@ class Log:
 
     def __init__(self, path: Path | None = None):
         self.path = path
-        self.lock = None  # its open file, locked
+        self.lock = None  # its file, locked
 
     def __call__(self, line: str, screen: bool = True, every_rank: bool = False):
         if screen and rank() == 0:
@@ -731,8 +731,8 @@ SHARD_HEADER_BYTES = 4 * SHARD_HEADER_INTS
 VERIFIED = "verified.json"  # what was counted when the shards were written
 BOS_ID = 1  # <s> in the challenge's tokenizers
 REMEDY = (
-    "run 'python data/prepare_text.py --source docs' (for PRESET=demo) or "
-    "'python data/fetch_fineweb.py'"
+    "run 'python data/prepare_text.py --source docs' (demo) or "
+    "'python data/fetch_fineweb.py' (golf, block: --variant sp4096)"
 )
 
 
@@ -1276,7 +1276,7 @@ def select_positions(x, positions: Positions):
     return x if positions is None else x.flatten(0, 1).index_select(0, positions)
 
 
-# CPUs that multiply in bfloat16 do so twice as fast. What is scored is never rounded.
+# Some CPUs multiply in bfloat16 twice as fast. What is scored is never rounded.
 FAST_BFLOAT16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
@@ -2050,7 +2050,7 @@ def entropy_bits(planes: np.ndarray) -> float:
     return bits
 
 
-SAMPLE_BYTES = 1 << 20  # of a kind, to choose packers
+SAMPLE_BYTES = 1 << 20  # of a kind, to pick a packer
 
 
 def pack_each(names: Sequence[str], raw: bytes) -> dict[str, bytes]:
@@ -2749,7 +2749,7 @@ def score_model(artifact: Artifact, hp, val: Split, log: Log):
 #
 #     u32 length of the header · JSON header · weights, moments and average in float32 · SHA-256
 #
-# A run that goes on from its checkpoint ends in the same bytes as one that was never interrupted.
+# A run that goes on from its checkpoint ends in the same bytes as one never interrupted.
 
 
 @dataclasses.dataclass
