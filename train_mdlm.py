@@ -111,8 +111,7 @@ def seeded(device: torch.device | str, *key) -> torch.Generator:
 
 # ---- Hyperparameters: knobs, presets, rules, help
 #
-# A knob is a field here and an environment variable, with the challenge's name; a preset is nothing
-# but values for knobs.
+# A knob is a field here and an environment variable, with the challenge's name; a preset is values.
 
 GROUPS = {}  # name → what its knobs are about
 
@@ -484,7 +483,7 @@ def help_text(wanted: Sequence[str] = ()) -> str:
 def knob_help(spec: dataclasses.Field) -> Iterator[str]:
     """Default and meaning, choices, and the presets that set it."""
     yield f"    {spec.name.upper()}={spec.default}  {spec.metadata['meaning']}"
-    presets = {}  # by value
+    presets = {}
     for name, values in PRESETS.items():
         if spec.name in values:
             presets.setdefault(values[spec.name], []).append(name)
@@ -621,7 +620,7 @@ class Clock:
     def __init__(self, device: torch.device):
         self.device = device
         self.stopped = 0.0  # when a signal told this process to stop
-        self.pauses = collections.Counter()  # seconds by name
+        self.pauses = collections.Counter()
         self.started = self.now()
 
     def now(self) -> float:
@@ -868,7 +867,7 @@ class DocumentStream(TokenStream):
         path = self.files[self.order(epoch)[place]]
         shard = np.array(open_shard(path))
         documents = np.union1d([0], np.flatnonzero(shard == BOS_ID))  # the first may lack its <s>
-        chunks = ceil_div(np.diff(documents, append=len(shard)), self.length)  # of each document
+        chunks = ceil_div(np.diff(documents, append=len(shard)), self.length)
         first_of_document = np.repeat(chunks.cumsum() - chunks, chunks)
         within_document = np.arange(chunks.sum()) - first_of_document
         starts = np.repeat(documents, chunks) + self.length * within_document
@@ -966,7 +965,7 @@ def load_tokenizer(path: str, vocab_size: int):
 
 def text_fault(tokens: np.ndarray, sp, luts: ByteTables) -> str:
     """What speaks against this tokenizer for tokens (n,) of a shard: their text has other bytes
-    than the tables count, or gives other tokens. Random tokens, about equally frequent, pass."""
+    than the tables count, or gives other tokens. Random tokens pass."""
     boundary = luts.is_boundary.cpu().numpy()
     if np.bincount(tokens).max() <= 10 + 4 * len(tokens) / len(boundary):
         return ""
@@ -1441,6 +1440,10 @@ class Model(nn.Module):
             view = block_view(self.hp, self.block_size, columns, length // 2)
         elif view is None:
             view = plain_view(self.hp, length, self.hp.causal, z.device)
+        return self.states(z, masked_fraction, positions, view)
+
+    def states(self, z, masked_fraction: Tensor | None, positions: Positions, view: View):
+        """`hidden`, for the compiler: `flex_attention` takes no mask made in its graph."""
         x = self.embed(z, view)
         view = view._replace(rotary=[table.to(x.dtype) for table in view.rotary])
         mask = view.mask
@@ -1805,7 +1808,7 @@ class Optimizer:
         self.grads = torch.zeros(total + 3, device=device)
         self.sums = self.grads[total:]  # tokens, loss, dropped tokens; all-reduced with the rest
         self.counts = torch.zeros(2, device=device)  # steps that were taken, and that were skipped
-        self.dropped = torch.zeros((), device=device)  # see `Batch.dropped`
+        self.dropped = torch.zeros((), device=device)
         self.groups = [
             self._make_group(group, slice(begin, begin + size))
             for group, begin, size in zip(grouped, begins, sizes, strict=True)
@@ -2323,7 +2326,7 @@ def random_keys(shape: Sequence[int], generator: Generators) -> Iterator[Tensor]
 
 def nelbo_masks(passes: int, times, keys, allowed) -> WeightedMasks:
     """Masks of k of the n `allowed` (B, L) positions, and weights: the weighted nll is an unbiased
-    estimate of E_k E_mask (n/k)·nll for k uniform on 1 … n (docs/scores.md).
+    estimate of E_k E_mask (n/k)·nll for k uniform on 1 … n.
 
     Small masks vary most, so with several passes k = 1 + ⌊n·t^1.5⌋ favours them, for which P(k)
     makes up. Pass i has t = `times` (B,) in [0, 1) in the i-th of `passes` strata, in half of them
@@ -2398,8 +2401,8 @@ def ordered_nll(model, window, place, group: int = 1, context: Tensor | int = 0)
     place = place.unflatten(-1, (-1, model.block_size or x0.shape[1]))
     steps = (ranks(place).flatten(-2).to(x0.device) - context) // group
     steps = steps.expand(x0.shape).masked_fill(~maskable(model.hp, x0), -1)
-    calls = steps.amax(1) + 1  # of each row
-    row = torch.repeat_interleave(calls)  # (total calls,)
+    calls = steps.amax(1) + 1
+    row = torch.repeat_interleave(calls)
     step = torch.arange(len(row), device=x0.device) - (calls.cumsum(0) - calls)[row]
     pass_tokens = 65_536 if x0.is_cuda else 2_048
     at_once = max(pass_tokens // x0.shape[1], 1)
@@ -2722,7 +2725,7 @@ def score_model(artifact: Artifact, hp, val: Split, log: Log):
     device = val.luts.base_bytes.device
     model = artifact.model.on(device)
     model.block_size = hp.block_size
-    model.hidden = compiled(model.hidden, hp, device)
+    model.states = compiled(model.states, hp, device)
     label = artifact.storage.replace("+", "_")
     scores = final_scores(hp)
     for name in hp.requested_scores:
@@ -2823,7 +2826,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
             and bool(checkpoint.state.isfinite().all())
         )
         return checkpoint if sound else None
-    except Exception:  # there are as many kinds as ways to damage a file
+    except Exception:  # of as many kinds as ways to damage it
         return None
 
 
@@ -3180,7 +3183,7 @@ def open_log(hp, env: Mapping[str, str], device: torch.device) -> Log:
     overridden = [hp.shown(name) for name in names if name.upper() in env]
     log("overridden: " + (" ".join(overridden) or "nothing"))
     for warning in near_misses(env):
-        log(warning, screen=False)  # `run` has printed it
+        log(warning, screen=False)
     return log
 
 
@@ -3253,7 +3256,7 @@ def run(env: Mapping[str, str]):
         score_model(artifact, hp, val, log)
         log(f"finished:{hp.run_id}")
     except BaseException as error:
-        with contextlib.suppress(OSError):  # which may be a full disk
+        with contextlib.suppress(OSError):
             log(f"error: rank:{rank()} {explain(error)}", screen=False, every_rank=True)
         raise
 
@@ -3263,7 +3266,7 @@ def main():
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed
             setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # without Unicode
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     on_signals(signal.default_int_handler)  # raises a KeyboardInterrupt
     try:
         if arguments and arguments[0] in ("-h", "--help"):
