@@ -296,7 +296,7 @@ def lowered(library, tmp_path_factory):
     """Counts of a step of two layers, by preset."""
 
     def count(folder, presets):
-        requests = [lowering.Request(vars(two_layers(preset)), GPUS) for preset in presets]
+        requests = [lowering.Request(vars(two_layers(preset)), GPUS, True) for preset in presets]
         for preset, counts in zip(presets, lowering.count_steps(requests, library), strict=True):
             (folder / preset).write_bytes(pickle.dumps(counts))
 
@@ -331,6 +331,11 @@ def test_the_loss_is_one_graph_forward_and_one_backward(lowered, preset):
     counts = lowered(preset)
     assert (counts.graphs["loss"], counts.graphs["gradients"]) == (1, 1)
     assert total(counts, "times", part="loss", compiled=False) == 0
+
+
+@every_preset
+def test_a_pass_of_scoring_is_one_graph(lowered, preset):
+    assert lowered(preset).graphs["score"] == 1
 
 
 @every_preset

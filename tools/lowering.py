@@ -62,6 +62,7 @@ class Request(NamedTuple):
 
     knobs: dict  # of the hyperparameters
     processes: int  # that share a batch
+    scored: bool = False  # whether a pass of scoring goes through the compiler too
 
 
 # ---- In the parent
@@ -481,6 +482,28 @@ def count_one(recorder: Recorder, hp: tm.Hyperparameters, processes: int) -> Cou
     )
 
 
+class Done(Exception):
+    """The pass is lowered; nothing is added up."""
+
+
+def lower_score(hp: tm.Hyperparameters) -> None:
+    """A pass of the model as `tm.score_model` compiles it, with two masked positions."""
+    rows, length = 2, hp.train_seq_len * (2 if hp.block_size else 1)
+
+    def one_pass(name, model, *others):
+        with torch.no_grad():
+            z = torch.zeros(rows, length, dtype=torch.int64, device=absent_gpu.DEVICE)
+            model.hidden(z, positions=torch.zeros_like(z[:, 0]))
+        raise Done
+
+    luts = types.SimpleNamespace(base_bytes=torch.zeros(1, device=absent_gpu.DEVICE))
+    artifact = types.SimpleNamespace(model=tm.build_model(hp), storage="")
+    real_windows, tm.score_windows = tm.score_windows, one_pass
+    with contextlib.suppress(Done):
+        tm.score_model(artifact, hp, types.SimpleNamespace(luts=luts), tm.Log())
+    tm.score_windows = real_windows
+
+
 def count_in_child(requests: list) -> Iterator[Counts]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -496,10 +519,13 @@ def count_in_child(requests: list) -> Iterator[Counts]:
     fake_mode, recorder = FakeTensorMode(), Recorder()
     compile_without_device(recorder, fake_mode)
     watch(recorder)
-    for knobs, processes in requests:
+    for knobs, processes, scored in requests:
         hp = tm.Hyperparameters(**knobs)
         with fake_mode, Eager(recorder):
             counts = count_one(recorder, hp, processes)
+            if scored:
+                recorder.kernels = collections.Counter()  # they are not of the step
+                recorder.within("score", lower_score)(hp)
         yield counts
 
 
