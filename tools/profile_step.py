@@ -1,12 +1,12 @@
 """Measures a training step where it runs: its time, its kernels, and what runs the attention.
 
     PRESET=golf torchrun --standalone --nproc_per_node=8 tools/profile_step.py
-    PRESET=golf torchrun --standalone --nproc_per_node=8 tools/profile_step.py --predicted 45.1
+    PRESET=golf torchrun --standalone --nproc_per_node=8 tools/profile_step.py --predicted 41.9
 
 The hyperparameters are those of the script, from the environment; so is the data. Nothing is
-written. The first process prints the time of a step as the median of --steps, tokens per second,
-and the slowest kernels of one more step. tools/step_cost.py predicts that time without a GPU;
---predicted shows how far it is off.
+written. The first process prints the mean time of --steps steps at the pace of training, tokens per
+second, and the slowest kernels of one more step. tools/step_cost.py predicts that time without a
+GPU; --predicted shows how far it is off.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import statistics
 from typing import NamedTuple
 
 import common
@@ -37,15 +36,22 @@ class Kernel(NamedTuple):
     calls: int
 
 
-def timed_steps(trainer: tm.Trainer, steps: int) -> list[float]:
-    """Milliseconds of each, after the compiler is warm."""
-    clock = tm.Clock(trainer.device)
-    times = []
+def train_step(trainer: tm.Trainer, step: int) -> None:
+    """At a learning rate of 0; with the average of the weights, which the last part of a run has
+    and tools/step_cost.py counts."""
+    trainer.step(step, 0.0)
+    if trainer.hp.ema_decay:
+        trainer.optimizer.update_average()
+
+
+def mean_ms(trainer: tm.Trainer, steps: int) -> float:
+    """Milliseconds of a step at the pace of `tm.train`: the host goes on while the device works,
+    reads the clock after each step, and waits for all of them only at the end."""
+    clock = tm.Clock(trainer.device)  # waits for what the device still does
     for step in range(steps):
-        since = clock.now()
-        trainer.step(step, 0.0)
-        times.append(1000 * (clock.now() - since))
-    return times
+        train_step(trainer, step)
+        clock.read()
+    return 1000 * (clock.now() - clock.started) / steps
 
 
 def kernels_of_a_step(trainer: tm.Trainer) -> list[Kernel]:
@@ -53,7 +59,7 @@ def kernels_of_a_step(trainer: tm.Trainer) -> list[Kernel]:
     on_gpu = trainer.device.type == "cuda"
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profile:
-        trainer.step(0, 0.0)
+        train_step(trainer, 0)
         if on_gpu:
             torch.cuda.synchronize(trainer.device)
     found = []
@@ -64,13 +70,14 @@ def kernels_of_a_step(trainer: tm.Trainer) -> list[Kernel]:
 
 
 def kernel_table(kernels: list[Kernel], rows: int) -> str:
-    """Markdown, with a last row for the rest."""
+    """Markdown, with a row for the rest and one for all of them."""
     total = sum(kernel.ms for kernel in kernels)
     rest = kernels[rows:]
     shown = kernels[:rows]
     if rest:
         summed = sum(kernel.ms for kernel in rest)
         shown.append(Kernel("all others", summed, sum(kernel.calls for kernel in rest)))
+    shown.append(Kernel("all", total, sum(kernel.calls for kernel in kernels)))
     lines = ["| kernel | calls | ms | share |", "|---|---|---|---|"]
     for kernel in shown:
         name = common.one_line(kernel.name).replace("|", "/")[:NAME_WIDTH]
@@ -84,13 +91,11 @@ def attention_kernels(kernels: list[Kernel]) -> str:
     return ", ".join(common.one_line(name)[:NAME_WIDTH] for name in names[:4]) or "none found"
 
 
-def speed_lines(times: list[float], hp: tm.Hyperparameters, predicted: float | None) -> list[str]:
-    ms = statistics.median(times)
+def speed_lines(ms: float, hp: tm.Hyperparameters, predicted: float | None) -> list[str]:
     steps = 1000 * tm.BUDGET_SECONDS / ms
     tokens = hp.train_batch_tokens
     lines = [
-        f"step:{ms:.2f}ms fastest:{min(times):.2f}ms slowest:{max(times):.2f}ms "
-        f"tokens_per_s:{1000 * tokens / ms:,.0f}",
+        f"step:{ms:.2f}ms tokens_per_s:{1000 * tokens / ms:,.0f}",
         f"steps in {tm.BUDGET_SECONDS:.0f} s:{steps:,.0f} tokens:{steps * tokens / 1e9:.2f} G",
     ]
     if predicted:
@@ -116,13 +121,13 @@ def profiled(arguments: argparse.Namespace) -> str:
     tokenizer, luts = common.load_tokenizer(hp)
     stream = tm.open_training(hp, tokenizer, luts)
     trainer = tm.Trainer(hp, stream, device, tm.Log())
-    timed_steps(trainer, 3)  # compiles
-    times = timed_steps(trainer, arguments.steps)
+    mean_ms(trainer, 3)  # compiles
+    ms = mean_ms(trainer, arguments.steps)
     kernels = kernels_of_a_step(trainer)
     lines = [
         f"{hp.preset} on {tm.hardware(device)}, torch {torch.__version__}: "
         f"{hp.train_batch_tokens:,} tokens a step, {len(trainer.micros)} micro-batches",
-        *speed_lines(times, hp, arguments.predicted),
+        *speed_lines(ms, hp, arguments.predicted),
         f"memory:{tm.peak_memory(device)}",
         f"attention: {attention_kernels(kernels)}",
         "",
@@ -134,7 +139,7 @@ def profiled(arguments: argparse.Namespace) -> str:
 @common.run_tool
 def main() -> None:
     parser = common.argument_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=20, help="that are timed")
+    parser.add_argument("--steps", type=int, default=50, help="that are timed")
     parser.add_argument("--rows", type=int, default=25, help="of the table of kernels")
     predicted_help = "milliseconds of a step, by tools/step_cost.py"
     parser.add_argument("--predicted", type=positive, metavar="MS", help=predicted_help)
