@@ -73,6 +73,21 @@ def test_gamma_gives_so_many_calls(bench, calls):
     assert sample_bench.mean_calls(found) == pytest.approx(calls, rel=0.1)
 
 
+def test_the_search_for_gamma_says_what_it_tries(bench, monkeypatch, capsys):
+    """Before each try, because that may take long."""
+    tries, draw = [], sampling.draw
+
+    def noted(loaded, request):
+        tries.append((request.gamma, capsys.readouterr().out))
+        return draw(loaded, request)
+
+    monkeypatch.setattr(sampling, "draw", noted)
+    sample_bench.gamma_for(bench, bench.request._replace(sampler="eb"), 5)
+    assert tries[0][0] == 1
+    for gamma, said in tries:
+        assert said == f"eb: looking for 5 calls, trying gamma {gamma:g}\n"
+
+
 @pytest.mark.parametrize("length", [1, 3])
 def test_true_tokens_of_a_gap_cost_what_the_scores_say(loaded, bench, windows, length):
     start = (WINDOW - length) // 2

@@ -120,6 +120,8 @@ def gamma_for(bench: Bench, request: sampling.Request, calls: int) -> float:
     probe = request._replace(num=min(PROBE, request.num))
 
     def taken(gamma: float) -> float:
+        tried = f"looking for {calls} calls, trying gamma {gamma:g}"
+        print(f"{request.sampler}: {tried}", flush=True)
         return mean_calls(list(sampling.draw(bench.loaded, probe._replace(gamma=gamma))))
 
     if calls >= bench.length:
