@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import sample_bench
@@ -71,6 +73,21 @@ def test_gamma_gives_so_many_calls(bench, calls):
     gamma = sample_bench.gamma_for(bench, request, calls)
     found = list(sampling.draw(bench.loaded, request._replace(gamma=gamma, num=4)))
     assert sample_bench.mean_calls(found) == pytest.approx(calls, rel=0.1)
+
+
+def test_the_search_for_gamma_says_what_it_tries(bench, monkeypatch, capsys):
+    """Before each try, because that may take long."""
+    tries, draw = [], sampling.draw
+
+    def noted(loaded, request):
+        tries.append((request.gamma, capsys.readouterr().out))
+        return draw(loaded, request)
+
+    monkeypatch.setattr(sampling, "draw", noted)
+    sample_bench.gamma_for(bench, bench.request._replace(sampler="eb"), 5)
+    assert tries[0][0] == 1
+    for gamma, said in tries:
+        assert said == f"eb: looking for 5 calls, trying gamma {gamma:g}\n"
 
 
 @pytest.mark.parametrize("length", [1, 3])
@@ -155,6 +172,60 @@ def test_a_bench(call, tmp_path, name):
     assert (tmp_path / "sample_bench.png").read_bytes()[:4] == b"\x89PNG"
     if name == "ar":
         assert call(name, "ar", tmp_path).returncode == 0  # its own files are replaced
+
+
+def stop_in_call(monkeypatch, name, number):
+    """Ctrl-C at the beginning of that call of a function of the tool."""
+    function, calls = getattr(sample_bench, name), []
+
+    def stopped(*arguments):
+        calls.append(arguments)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return function(*arguments)
+
+    monkeypatch.setattr(sample_bench, name, stopped)
+
+
+def rows_of(out):
+    """Those of samplers and of gaps, without their times."""
+    report = json.loads((out / "sample_bench.json").read_text())
+    for row in report["samplers"]:
+        del row["tokens_per_second"]
+    return report["samplers"], report["gaps"]
+
+
+@pytest.mark.parametrize("name, number, samplers, gaps", [
+    ("measure", 3, 2, 0),
+    ("gamma_for", 2, 3, 0),
+    ("measure_gaps", 4, 4, 3),
+])  # fmt: skip
+def test_ctrl_c_keeps_what_is_finished(call, tmp_path, monkeypatch, name, number, samplers, gaps):
+    chosen = ("--samplers", "l2r,eb")  # 4 rows, and 8 of gaps
+    with monkeypatch.context() as patch:
+        stop_in_call(patch, name, number)
+        done = call("mdlm", "ar", tmp_path, *chosen)
+    assert (done.returncode, done.stderr) == (2, "sample_bench.py: error: stopped by Ctrl-C\n")
+    found = rows_of(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    missing = 12 - samplers - gaps
+    assert text.endswith(f"\nInterrupted: {missing} of 12 rows are missing.\n")
+    assert done.stdout.endswith(text) and text.count("Gaps in the middle") == bool(gaps)
+    assert (tmp_path / "sample_bench.png").read_bytes()[:4] == b"\x89PNG"
+    assert call("mdlm", "ar", tmp_path, *chosen).returncode == 0  # what is not whole is replaced
+    assert "Interrupted" not in (tmp_path / "README.md").read_text()
+    whole = rows_of(tmp_path)
+    assert found == (whole[0][:samplers], whole[1][:gaps])
+
+
+def test_ctrl_c_before_the_first_row_replaces_nothing(call, tmp_path, monkeypatch):
+    chosen = ("--samplers", "l2r", "--calls", "4")
+    assert call("mdlm", "ar", tmp_path, *chosen).returncode == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    stop_in_call(monkeypatch, "measure", 1)
+    done = call("mdlm", "ar", tmp_path, *chosen)
+    assert (done.returncode, done.stderr) == (2, "sample_bench.py: error: stopped by Ctrl-C\n")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before and before
 
 
 @pytest.mark.parametrize("judge, arguments, parts", [

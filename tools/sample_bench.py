@@ -14,7 +14,7 @@ left to right by the artifact and by the judge, which see the left side alone: h
 probable tokens are the true ones, and how many bits the true ones cost.
 
 OUT/README.md is the table, OUT/sample_bench.json the same for programs, OUT/sample_bench.png the
-picture.
+picture. After Ctrl-C they have the rows that were finished, and say how many are missing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +55,11 @@ class Bench(NamedTuple):
     @property
     def length(self) -> int:
         return self.loaded.hp.train_seq_len
+
+    @property
+    def fewest_calls(self) -> int:
+        """Of a window: one for each block."""
+        return self.length // (self.loaded.hp.block_size or self.length)
 
 
 # ---- Quality of texts
@@ -120,6 +124,8 @@ def gamma_for(bench: Bench, request: sampling.Request, calls: int) -> float:
     probe = request._replace(num=min(PROBE, request.num))
 
     def taken(gamma: float) -> float:
+        tried = f"looking for {calls} calls, trying gamma {gamma:g}"
+        print(f"{request.sampler}: {tried}", flush=True)
         return mean_calls(list(sampling.draw(bench.loaded, probe._replace(gamma=gamma))))
 
     if calls >= bench.length:
@@ -135,21 +141,30 @@ def gamma_for(bench: Bench, request: sampling.Request, calls: int) -> float:
     return (low + high) / 2
 
 
-def asked_requests(bench: Bench, name: str, calls: list[int]) -> Iterator[sampling.Request]:
-    """The requests that come closest to the numbers of calls that this sampler can take."""
+def possible_calls(bench: Bench, calls: list[int]) -> list[int]:
+    """Those of `calls` that a window can take, if its sampler has a choice."""
+    return [number for number in calls if bench.fewest_calls <= number <= bench.length]
+
+
+def planned_rows(bench: Bench, names: list[str], calls: list[int]) -> list[tuple[str, int]]:
+    """Sampler and model calls of each row."""
+    possible = possible_calls(bench, calls)
+    return [
+        (name, number)
+        for name in names
+        for number in (possible if sampling.SAMPLERS[name].options else [bench.length])
+    ]
+
+
+def request_for(bench: Bench, name: str, calls: int) -> sampling.Request:
+    """The request that comes closest to so many calls."""
     request = bench.request._replace(sampler=name)
     options = sampling.SAMPLERS[name].options
     if not options:  # a call for each token
-        yield request
-        return
-    blocks = bench.length // (bench.loaded.hp.block_size or bench.length)
-    for number in calls:
-        if number < blocks or number > bench.length:
-            continue
-        if "steps" in options:
-            yield request._replace(steps=number)
-        else:
-            yield request._replace(gamma=gamma_for(bench, request, number))
+        return request
+    if "steps" in options:
+        return request._replace(steps=calls)
+    return request._replace(gamma=gamma_for(bench, request, calls))
 
 
 def measure(bench: Bench, request: sampling.Request) -> dict:
@@ -250,29 +265,38 @@ def table(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def gap_cell(row: dict) -> str:
+    bits = f"{row['bits']:.1f} ± {row['stderr']:.1f} bits"
+    return f"{100 * row['exact_match']:.0f} %, {bits}"
+
+
 def gap_table(report: dict) -> str:
     gaps = sorted({row["gap"] for row in report["gaps"]})
     heads = ["filled", *(f"{gap} token{'s' * (gap > 1)}" for gap in gaps)]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for name in dict.fromkeys(row["filling"] for row in report["gaps"]):
         own = {row["gap"]: row for row in report["gaps"] if row["filling"] == name}
-        cells = [
-            f"{100 * own[gap]['exact_match']:.0f} %, "
-            f"{own[gap]['bits']:.1f} ± {own[gap]['stderr']:.1f} bits"
-            for gap in gaps
-        ]
+        cells = [gap_cell(own[gap]) if gap in own else "" for gap in gaps]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def to_markdown(report: dict) -> str:
-    return (
+    text = (
         f"{TABLE_BEGINS}: {report['artifact']}, {report['num']} windows of {report['length']} "
         f"tokens for each row, temperature {report['temperature']:g}, top-p {report['top_p']:g}; "
-        f"perplexity under {report['judge']}:\n\n{table(report)}\n"
-        f"Gaps in the middle of {report['num']} held-out windows: exact matches of the most "
-        f"probable tokens, and bits of the true ones:\n\n{gap_table(report)}"
+        f"perplexity under {report['judge']}:\n\n{table(report)}"
     )
+    if report["gaps"]:
+        text += (
+            f"\nGaps in the middle of {report['num']} held-out windows: exact matches of the most "
+            f"probable tokens, and bits of the true ones:\n\n{gap_table(report)}"
+        )
+    planned = report["planned_rows"]
+    missing = planned - len(report["samplers"]) - len(report["gaps"])
+    if missing:
+        text += f"\nInterrupted: {missing} of {planned} rows are missing.\n"
+    return text
 
 
 def draw_picture(report: dict, path: Path) -> None:
@@ -332,12 +356,12 @@ def listed_numbers(option: str, text: str, most: int) -> list[int]:
 
 def check_calls(bench: Bench, names: list[str], calls: list[int]) -> None:
     """InputError if a sampler would have no row at all."""
-    least = bench.length // (bench.loaded.hp.block_size or bench.length)
-    if any(least <= number <= bench.length for number in calls):
+    if possible_calls(bench, calls):
         return
     if any(sampling.SAMPLERS[name].options for name in names):
         given = ",".join(map(str, calls))
-        window = f"{bench.length} tokens of {bench.loaded.name} take {least} to {bench.length}"
+        possible = f"take {bench.fewest_calls} to {bench.length}"
+        window = f"{bench.length} tokens of {bench.loaded.name} {possible}"
         raise InputError(f"--calls {given}: none of them is possible: {window}")
 
 
@@ -380,31 +404,46 @@ def check_out(out: Path) -> None:
     common.check_picture(out / "sample_bench.png")
 
 
-def run(bench: Bench, names: list[str], calls: list[int], gaps: list[int]) -> dict:
-    """The report; a line on the screen for each row."""
+def write_report(report: dict, out: Path) -> None:
+    """Into the folder, and the table on the screen."""
+    text = to_markdown(report)
+    tm.write_file(out / "README.md", text.encode())
+    tm.write_file(out / "sample_bench.json", common.to_json(report, indent=2).encode())
+    draw_picture(report, out / "sample_bench.png")
+    print(f"\n{text}", end="")
+
+
+def run(bench: Bench, names: list[str], calls: list[int], gaps: list[int], out: Path) -> None:
+    """Measures and writes the report; a line on the screen for each row."""
     windows = held_out_windows(bench)
+    plan = planned_rows(bench, names, calls)
+    gap_plan = list(itertools.product(fillings(bench), gaps))
     report = dict(
         artifact=bench.loaded.name,
         judge=bench.judge.name,
         length=bench.length,
         asked_calls=calls,
         **{name: getattr(bench.request, name) for name in SETTINGS},
+        planned_rows=len(plan) + len(gap_plan),
         held_out=quality(bench, windows),
         samplers=[],
         gaps=[],
     )
     started = time.monotonic()
-    for name in names:
-        for request in asked_requests(bench, name, calls):
-            row = measure(bench, request)
+    try:
+        for name, number in plan:
+            row = measure(bench, request_for(bench, name, number))
             report["samplers"].append(row)
             facts = f"{row['calls']:.1f} calls, perplexity {row['perplexity']:.1f}"
             seconds = time.monotonic() - started
             print(f"{name}: {facts}, entropy {row['entropy']:.2f} ({seconds:.0f} s)", flush=True)
-    report["gaps"] = [
-        measure_gaps(bench, way, windows, gap) for way in fillings(bench) for gap in gaps
-    ]
-    return report
+        for way, length in gap_plan:
+            row = measure_gaps(bench, way, windows, length)
+            report["gaps"].append(row)
+            print(f"{way.name}: gap of {length}, {row['bits']:.1f} bits", flush=True)
+    finally:  # what is finished is kept, also after Ctrl-C
+        if report["samplers"]:
+            write_report(report, out)
 
 
 @common.run_tool
@@ -423,12 +462,7 @@ def main() -> None:
     if gaps[-1] >= bench.length:
         window = f"a window of {bench.loaded.name} has {bench.length} tokens"
         raise InputError(f"--gaps {arguments.gaps}: gaps have to be shorter, {window}")
-    report = run(bench, names, calls, gaps)
-    text = to_markdown(report)
-    tm.write_file(out / "README.md", text.encode())
-    tm.write_file(out / "sample_bench.json", common.to_json(report, indent=2).encode())
-    draw_picture(report, out / "sample_bench.png")
-    print(f"\n{text}", end="")
+    run(bench, names, calls, gaps, out)
 
 
 if __name__ == "__main__":
