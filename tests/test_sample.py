@@ -446,6 +446,7 @@ def screen(call, monkeypatch):
     """Calls the tool as on a terminal of so many columns."""
     monkeypatch.setattr(sample, "choose_view", sample.LiveView)
     monkeypatch.setattr(sample, "FRAME_SECONDS", 0)
+    monkeypatch.setattr(sample, "TEXT_SECONDS", 0)
 
     def show(*arguments, columns=100, **env):
         for name, value in dict(env, FORCE_COLOR="1", COLUMNS=str(columns), TERM="xterm").items():
@@ -502,6 +503,39 @@ def test_pictures_that_take_long_are_few(loaded, monkeypatch):
         clock[0] += 0.01
         view(rows)
     assert pictures == pytest.approx([0.01, 0.52, 1.03], abs=0.02)
+
+
+@pytest.mark.parametrize("options, delay, each", [
+    (dict(), None, 0.25),  # 6 calls
+    (dict(), 0.7, 0.7),
+    (dict(), 0.0, 0.0),
+    (dict(steps=4), None, 0.25),
+    (dict(infill="", steps=300), None, 3 / 16),  # more steps than tokens
+])  # fmt: skip
+def test_a_short_text_can_be_watched(loaded, monkeypatch, options, delay, each):
+    """Every call has a picture, and the last one stays too."""
+    clock, pictures = [100.0], []
+
+    def sleep(seconds):
+        clock[0] += seconds
+
+    monkeypatch.setattr(sample.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(sample.time, "sleep", sleep)
+    monkeypatch.setattr(sample.LiveView, "picture", lambda *_: pictures.append(clock[0]))
+    some = loaded["mdlm"]
+    values = dict(infill="the [6] of", sampler="l2r") | options
+    request, _ = sampling.resolve(some, sampling.Request(**values))
+    view = sample.LiveView(some, request, delay)
+    (one,) = sampling.draw(some, request, view)
+    view.show(one, "")
+    expected = [100 + each * call for call in range(one.calls + 2)]
+    assert [*pictures, clock[0]] == pytest.approx(expected)
+
+
+def test_a_wrong_delay_is_one_line(call):
+    for text in ("-1", "nan", "61", "soon"):
+        refused(call("mdlm", "--delay", text), f"--delay: {text}: give 0 to 60 seconds")
+    assert call("mdlm", "--delay", "60").returncode == 0  # not waited for: no terminal
 
 
 def test_what_a_terminal_would_obey_is_escaped():

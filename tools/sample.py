@@ -20,6 +20,7 @@ Samplers, the first one that the model has is the default:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import sys
@@ -35,6 +36,9 @@ from train_mdlm import InputError
 
 FRAME_SECONDS = 0.04  # between two pictures at least
 QUICK_SECONDS = 0.01  # for a picture; of one that takes twice as long there are half as many
+TEXT_SECONDS = 3.0  # for a text at least, so that it can be watched
+LONGEST_DELAY = 0.25  # of them for a call
+MOST_DELAY = 60.0  # seconds that a call may be asked to stay on the screen
 STYLES = dict(masked="dim", new="bold green", settled="", fixed="cyan")
 GLYPH, PLAIN_GLYPH = "\u2591", "_"  # of a masked position
 LARGEST_TEXT = 1 << 24  # bytes of a prompt or a template
@@ -69,16 +73,22 @@ def sample_numbers(rows: sampling.Rows, request: sampling.Request) -> str:
 
 
 class LiveView:
-    """Shows the first text of a batch while it is being written."""
+    """Shows the first text of a batch while it is being written.
 
-    def __init__(self, loaded: sampling.Loaded, request: sampling.Request):
-        self.loaded, self.request = loaded, request
+    Each call stays for `delay` seconds at least; None: as long as it takes to watch the text.
+    """
+
+    def __init__(
+        self, loaded: sampling.Loaded, request: sampling.Request, delay: float | None = None
+    ):
+        self.loaded, self.request, self.delay = loaded, request, delay
         self.console = common.require("rich.console").Console(highlight=False)
         can_show = self.console.encoding.lower().startswith("utf")
         self.glyph = GLYPH if can_show else PLAIN_GLYPH
         live = common.require("rich.live").Live
         self.live = live(console=self.console, auto_refresh=False, transient=True)
         self.next_picture = 0.0
+        self.next_call = 0.0
 
     def __enter__(self) -> LiveView:
         self.live.start()
@@ -88,6 +98,23 @@ class LiveView:
         self.live.stop()
 
     def __call__(self, rows: sampling.Rows) -> None:
+        self.wait()
+        self.next_call = time.monotonic() + self.delay_of(rows)
+        self.picture(rows)
+
+    def wait(self) -> None:
+        """Until the last call has been on the screen long enough."""
+        time.sleep(max(self.next_call - time.monotonic(), 0))
+
+    def delay_of(self, rows: sampling.Rows) -> float:
+        """Seconds for a call."""
+        if self.delay is not None:
+            return self.delay
+        drawn = int((~rows.fixed).sum())
+        calls = min(rows.settings.get("steps") or drawn, drawn)
+        return min(TEXT_SECONDS / calls, LONGEST_DELAY)
+
+    def picture(self, rows: sampling.Rows) -> None:
         began = time.monotonic()
         if began < self.next_picture:
             return
@@ -111,6 +138,7 @@ class LiveView:
         return text("\n").join([*lines[first : first + room], text()])
 
     def show(self, sample: sampling.Sample, facts: str) -> None:
+        self.wait()
         self.live.update("", refresh=True)
         text = common.require("rich.text").Text
         pieces = sampling.pieces_of(self.loaded, sample.tokens)
@@ -160,11 +188,13 @@ class PlainView:
         print(f"{printable(''.join(pieces))}\n{facts}\n", flush=True)
 
 
-def choose_view(loaded: sampling.Loaded, request: sampling.Request) -> LiveView | PlainView:
+def choose_view(
+    loaded: sampling.Loaded, request: sampling.Request, delay: float | None = None
+) -> LiveView | PlainView:
     if not can_write_over():
         return PlainView(loaded, request)
     try:
-        return LiveView(loaded, request)
+        return LiveView(loaded, request, delay)
     except InputError as error:
         print(f"note: no live view, {error}")
         return PlainView(loaded, request)
@@ -195,6 +225,14 @@ def describe_all(samples: list[sampling.Sample]) -> str:
 
 
 # ---- Command line
+
+
+def delay_of_option(text: str) -> float:
+    """An argument that is a number of seconds for a call."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= MOST_DELAY:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: give 0 to {MOST_DELAY:g} seconds")
 
 
 def read_text(path: Path) -> str:
@@ -252,6 +290,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=defaults.batch, help=batch_help)
     cache_help = "keep no keys and values: slower, the same samples"
     parser.add_argument("--no-cache", dest="cache", action="store_false", help=cache_help)
+    delay_help = "on a terminal, of each call at least; 0: as fast as it is; default: so that a "
+    delay_help += f"text takes about {TEXT_SECONDS:g} s, at most {LONGEST_DELAY} for each call"
+    delay = dict(type=delay_of_option, metavar="SECONDS", help=delay_help)
+    parser.add_argument("--delay", **delay)
     json_help = "write every step into this file"
     parser.add_argument("--json", type=Path, metavar="FILE", help=json_help)
     data_help = "folder of the data that the artifact was trained with, by which a wrong tokenizer "
@@ -287,7 +329,7 @@ def main() -> None:
         print(f"note: {note}")
     samples = []
     try:
-        with choose_view(loaded, request) as view:
+        with choose_view(loaded, request, arguments.delay) as view:
             for sample in sampling.draw(loaded, request, view):
                 samples.append(sample)
                 view.show(sample, describe(sample, len(samples), request))
