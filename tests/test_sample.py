@@ -205,6 +205,7 @@ def test_a_record_can_be_replayed(call, loaded, tmp_path, name):
         printed = sample.printable("".join(one["pieces"]))
         assert printed.startswith("the") and printed in done.stdout
         assert f"{one['bits']:.1f} bits" in done.stdout
+    assert "steps" not in record["settings"]  # a call for each token
     again = sampling.record(
         loaded[name], sampling.Request(prompt="the", num=3, sampler=record["sampler"])
     )
@@ -212,6 +213,18 @@ def test_a_record_can_be_replayed(call, loaded, tmp_path, name):
         del one["seconds"], one["bits"]
     assert again == record
     assert call(name, "--json", path).returncode == 0  # its own file is replaced
+
+
+def test_the_settings_of_a_record_are_those_that_shaped_it(loaded):
+    some = loaded["mdlm"]
+    always = dict(temperature=1.0, top_p=1.0)
+    for options, own in (
+        (dict(sampler="l2r"), dict()),
+        (dict(sampler="l2r", steps=3), dict(steps=3)),
+        (dict(sampler="remdm"), dict(eta=0.02)),
+        (dict(sampler="eb", prompt="the"), dict(gamma=0.1, prompt="the")),
+    ):
+        assert sampling.record(some, sampling.Request(**options))["settings"] == own | always
 
 
 def test_progress_in_a_file_and_figures(call):

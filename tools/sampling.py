@@ -673,12 +673,12 @@ class Sampler(NamedTuple):
 
     fill: Callable[[Part], Iterator[None]]
     about: str
-    options: dict  # the settings of its own, with their defaults; steps 0: one for each position
+    options: dict  # the settings of its own, with their defaults; None: there is none
     systems: tuple[str, ...] = ("mdlm", "block")
     exact: bool = True  # a decoder knows the order, so there is an exact code length
 
 
-STEPS = dict(steps=0)
+STEPS = dict(steps=None)  # without it a call for each position
 # The first one that a model has is its default.
 SAMPLERS = {
     "causal": Sampler(
@@ -725,17 +725,18 @@ SAMPLERS = {
     "remdm": Sampler(
         ancestral,
         "ancestral with remasking, ReMDM-cap: with probability eta at most (Wang et al. 2025)",
-        dict(steps=0, eta=0.02),
+        dict(steps=None, eta=0.02),
         exact=False,
     ),
 }
 
 
 def settings_of(request: Request) -> dict:
-    """The settings of its sampler."""
+    """The settings of its sampler; without steps if they are not given."""
     options = SAMPLERS[request.sampler].options
     given = {name: getattr(request, name) for name in options}
-    return {name: options[name] if value is None else value for name, value in given.items()}
+    settings = options | {name: value for name, value in given.items() if value is not None}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def fill_window(rows: Rows, columns: slice) -> Iterator[None]:
