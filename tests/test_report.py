@@ -317,6 +317,8 @@ def test_wrong_logs_are_one_line(tmp_path, tool):
     refused(tool(report, LOG, LOG, *out), "have the same seed, 42")
     refused(tool(report, tmp_path / "absent.txt", *out), "absent.txt: there is no such file")
     refused(tool(report, "/dev/zero", *out), "/dev/zero: is no ordinary file")
+    (tmp_path / "a.mdlm").write_bytes(b"\xff")
+    refused(tool(report, tmp_path / "a.mdlm", *out), "a.mdlm: is no log of a run, and no text")
     assert not (tmp_path / "a.html").exists()
 
 
@@ -431,6 +433,7 @@ def test_wrong_artifacts_are_one_line(run, tool, tmp_path, tiny_env):
         if data:
             (tmp_path / name).write_bytes(data)
         refused(tool(report, run, "--artifact", tmp_path / name, *out), message)
+    refused(tool(report, run, "--artifact", tmp_path, *out), f"{tmp_path}: is a folder")
     hp = dataclasses.replace(tm.Hyperparameters.from_env(tiny_env), num_layers=2)
     tm.save_artifact(random_model(hp), hp, tmp_path / "other.mdlm")
     done = tool(report, run, "--artifact", tmp_path / "other.mdlm", *out)
@@ -525,6 +528,12 @@ def test_wrong_samples_are_one_line(message, samples, tool, tmp_path):
     done = tool(report, LOG, "--samples", path, "--out", tmp_path / "a.html")
     refused(done, f"{path}: ", message)
     assert not (tmp_path / "a.html").exists()
+
+
+def test_samples_that_are_not_there_are_one_line(tool, tmp_path):
+    for path, fault in ((tmp_path, "is a folder"), ("/none.json", "there is no such file")):
+        done = tool(report, LOG, "--samples", path, "--out", tmp_path / "a.html")
+        refused(done, f"--samples {path}: {fault}")
 
 
 @pytest.mark.parametrize(

@@ -335,6 +335,7 @@ def test_what_a_user_may_not_expect_is_said(call, name, arguments, notes):
     ("mdlm", ("--prompt", "of the of", "--length", 2), ["--length 2", "nothing would be written"]),
     ("mdlm", ("--gamma", 1), ["--gamma is not for"]),
     ("mdlm", ("--sampler", "eb", "--steps", 4), ["--steps is not for --sampler eb", "--gamma"]),
+    ("mdlm", ("--steps", 99999), ["--steps 99999 is not between 1 and 16384"]),
     ("mdlm", ("--temperature", -1), ["--temperature -1.0 is not between 0"]),
     ("mdlm", ("--temperature", "nan"), ["--temperature nan"]),
     ("mdlm", ("--top-p", 0), ["--top-p 0.0"]),
@@ -370,7 +371,7 @@ def test_what_is_no_artifact_is_one_line(tool, tmp_path):
     refused(tool(sample, path), "x.mdlm", "no such file")
     path.write_bytes(b"something")
     refused(tool(sample, path), "x.mdlm", "not an artifact")
-    refused(tool(sample, "."), ".: there is no such file")
+    refused(tool(sample, "."), ".: is a folder")
 
 
 def test_other_files_are_not_replaced(call, tmp_path):
@@ -437,9 +438,32 @@ def test_the_tokenizer_is_that_of_the_log_beside_the_artifact(
     monkeypatch.delenv("TOKENIZER_PATH", raising=False)
     monkeypatch.delenv("DATA_PATH", raising=False)
     assert tool(sample, artifact).returncode == 0  # the log says where they are
+    log = artifact.with_suffix(".txt")
+    whole = log.read_text()
+    relative = {name: f"TOKENIZER_PATH={name}" for name in ("mine.model", "absent.model")}
+    named = f"TOKENIZER_PATH={tiny_env['TOKENIZER_PATH']}"
+    shutil.copy(tiny_env["TOKENIZER_PATH"], tmp_path / "mine.model")
+    log.write_text(whole.replace(named, relative["mine.model"]))
+    assert tool(sample, artifact).returncode == 0  # seen from where the run was started
+    log.write_text(whole.replace(named, relative["absent.model"]))
+    absent = f"absent.model, which {log} names: there is no such file; give it with --tokenizer"
+    refused(tool(sample, artifact), absent)
+    log.write_text(whole)
     shutil.copy(artifact, tmp_path / "logs/s.mdlm")  # without a log
     assert tool(sample, tmp_path / "logs/s.mdlm", *wrong).returncode == 0
     refused(tool(sample, tmp_path / "logs/s.mdlm", *right), "is not the tokenizer of the data")
+
+
+def test_a_tokenizer_that_is_none_is_told_by_who_named_it(call, tool, files, tmp_path, monkeypatch):
+    none = "is no SentencePiece model; give the .model that the artifact was trained with"
+    refused(call("mdlm", "--tokenizer", ROOT / "README.md"), "--tokenizer ", f"README.md: {none}")
+    refused(call("mdlm", "--tokenizer", "/nope"), "--tokenizer /nope: there is no such file")
+    refused(call("mdlm", "--tokenizer", tmp_path), f"--tokenizer {tmp_path}: is a folder")
+    monkeypatch.setenv("TOKENIZER_PATH", "/nope")
+    refused(call("mdlm"), "TOKENIZER_PATH=/nope: there is no such file")
+    monkeypatch.delenv("TOKENIZER_PATH")
+    monkeypatch.chdir(tmp_path)
+    refused(tool(sample, files["mdlm"]), "which preset mdlm names: there is no such file")
 
 
 def test_a_text_that_the_tokenizer_changes_is_refused(loaded, monkeypatch):

@@ -98,6 +98,11 @@ def read_logs(paths: list[Path]) -> list[RunLog]:
         if not path.is_file():  # a pipe, for example, can be read only once
             found = "is no ordinary file" if path.exists() else "there is no such file"
             raise InputError(f"{path}: {found}")
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            remedy = "give the .txt that a run wrote beside its artifact"
+            raise InputError(f"{path}: is no log of a run, and no text: {remedy}") from None
     curves = {path: read_curve(path) for path in paths}
     finished = [path for path in paths if has_finished(path, curves[path])]
     parse_logs(finished)
@@ -262,14 +267,16 @@ class Opened(NamedTuple):
     val: tm.Split
 
 
-def open_artifact(artifact: Path, run: Run, choice: Choice) -> Opened:
+def open_artifact(artifact: Path, log: RunLog, choice: Choice) -> Opened:
     """InputError if it is not the artifact of the run, or if the text is another one."""
-    data = sampling.path_of(run, "DATA_PATH", choice.data)
-    tokenizer = sampling.path_of(run, "TOKENIZER_PATH", choice.tokenizer)
+    sampling.check_artifact(artifact)
+    run, path = log.run, log.curve.path
+    data = sampling.path_of(run, path, "DATA_PATH", choice.data)
+    tokenizer = sampling.path_of(run, path, "TOKENIZER_PATH", choice.tokenizer)
     model, hp = common.load_model(artifact, data, tokenizer)
     check_belongs(artifact, hp, run)
     hp = with_run_settings(hp, run)
-    sp, luts = common.load_tokenizer(hp)
+    sp, luts = sampling.load_tokenizer(hp, run, path, choice.tokenizer)
     val = tm.open_validation(hp, sp, luts)
     check_text(val, hp, run)
     return Opened(artifact, model, hp, sp, val)
@@ -399,6 +406,8 @@ def read_sample(value: object, length: int, mask_id: int, sp, path: Path) -> Sam
 
 def read_samples(path: Path, sp) -> Samples:
     """InputError unless it is what tools/sample.py --json writes."""
+    if path.is_dir() or not path.exists():  # it may be a pipe
+        raise InputError(f"--samples {path}: {sampling.no_file(path)}")
     return samples_of(common.read_json(path), path, sp)
 
 
@@ -465,29 +474,29 @@ def gather_samples(paths: list[Path], opened: Opened | None) -> list[Samples]:
 # ---- The report
 
 
-def find_artifact(logs: list[RunLog], given: Path | None) -> tuple[Path | None, Run | None]:
-    """An artifact, and the run that made it: of the runs whose artifact is as long, the first."""
+def find_artifact(logs: list[RunLog], given: Path | None) -> tuple[Path | None, RunLog | None]:
+    """An artifact, and the log of its run: of the runs whose artifact is as long, the first."""
     finished = [log for log in logs if log.run]
     if given and not finished:
         raise InputError(f"{given}: none of the runs has finished, so it is of none of them")
     if given:
         size = given.stat().st_size if given.is_file() else 0
-        same = [log.run for log in finished if log.run.artifact_bytes == size]
-        return given, (same or [finished[0].run])[0]
+        same = [log for log in finished if log.run.artifact_bytes == size]
+        return given, (same or finished)[0]
     for log in finished:
         beside = log.curve.path.with_suffix(".mdlm")
         if beside.is_file():
-            return beside, log.run
+            return beside, log
     return None, None
 
 
 def open_chosen(logs: list[RunLog], choice: Choice) -> Opened | None:
     """The model to measure; None if there is none, or if the one beside a log cannot be used."""
-    artifact, run = find_artifact(logs, choice.artifact) if choice.model else (None, None)
+    artifact, log = find_artifact(logs, choice.artifact) if choice.model else (None, None)
     if not artifact:
         return None
     try:
-        return open_artifact(artifact, run, choice)
+        return open_artifact(artifact, log, choice)
     except InputError as error:
         if choice.artifact:
             raise

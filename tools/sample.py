@@ -274,7 +274,7 @@ def parse_arguments() -> argparse.Namespace:
     texts.add_argument("--prompt-file", type=Path, metavar="FILE", help=file_help)
     texts.add_argument("--infill", metavar="TEXT", help="a template with gaps")
     texts.add_argument("--infill-file", type=Path, metavar="FILE", help=file_help)
-    length_help = "tokens of the text, the prompt included; default: a window"
+    length_help = "tokens of the text, the prompt included; default, or 0: a window"
     parser.add_argument("--length", type=int, default=0, help=length_help)
     parser.add_argument("--steps", type=int, help="model calls of a text at most")
     parser.add_argument("--gamma", type=float, help="of eb: bound in nats (0.1)")

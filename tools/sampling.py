@@ -73,9 +73,24 @@ class Loaded(NamedTuple):
 # nonsense of its tokens, so what is at hand is asked: the log of the run, then the data.
 
 
+def no_file(path: Path) -> str:
+    """Of a path that is no file: what is there."""
+    return "is a folder" if path.is_dir() else "there is no such file"
+
+
+def check_artifact(artifact: Path) -> None:
+    """InputError unless there is such a file."""
+    if not artifact.is_file():
+        raise InputError(f"{artifact}: {no_file(artifact)}; give the .mdlm of a run")
+
+
+def log_beside(artifact: Path) -> Path:
+    return artifact.parent / f"{artifact.stem}.txt"
+
+
 def run_of(artifact: Path) -> run_log.Run | None:
     """What the log beside an artifact says, if it is that of its run."""
-    log = artifact.parent / f"{artifact.stem}.txt"
+    log = log_beside(artifact)
     if log.is_file() and log.stat().st_size <= common.LARGEST_OUTPUT:
         with contextlib.suppress(InputError, OSError):
             run = run_log.parse_log(log)
@@ -84,11 +99,34 @@ def run_of(artifact: Path) -> run_log.Run | None:
     return None
 
 
-def path_of(run: run_log.Run | None, name: str, given: str | None) -> str | None:
-    """The path that is given, else in the environment, else that of the run if it is here; None:
-    that of the preset."""
+def path_of(run: run_log.Run | None, log: Path, name: str, given: str | None) -> str | None:
+    """The path that is given, else in the environment, else that of the run if it is there: seen
+    from here, or from where the run wrote logs/<run>.txt. None: that of the preset."""
     logged = run.settings.get(name, "") if run else ""
-    return given or os.environ.get(name) or (logged if logged and Path(logged).exists() else None)
+    places = [Path(logged), log.absolute().parent.parent / logged] if logged else []
+    there = next((str(place) for place in places if place.exists()), None)
+    return given or os.environ.get(name) or there
+
+
+def load_tokenizer(
+    hp: tm.Hyperparameters, run: run_log.Run | None, log: Path, given: str | None
+) -> tuple[object, tm.ByteTables]:
+    """As `common.load_tokenizer`, but InputError says who named a file that is no tokenizer."""
+    path = hp.tokenizer_path
+    named, remedy = f"{path}, which preset {hp.preset} names", "give it with --tokenizer"
+    if given or os.environ.get("TOKENIZER_PATH"):
+        named = f"--tokenizer {path}" if given else f"TOKENIZER_PATH={path}"
+        remedy = "give the .model that the artifact was trained with"
+    elif run and run.settings.get("TOKENIZER_PATH"):
+        named = f"{run.settings['TOKENIZER_PATH']}, which {log} names"
+    if not Path(path).is_file():
+        raise InputError(f"{named}: {no_file(Path(path))}; {remedy}")
+    try:
+        return common.load_tokenizer(hp)
+    except InputError as error:
+        if not str(error).startswith("TOKENIZER_PATH="):
+            raise
+        raise InputError(f"{named}: is no SentencePiece model; {remedy}") from None
 
 
 def tokenizer_of_data(folder: Path) -> str:
@@ -123,10 +161,14 @@ def load(artifact: Path, tokenizer: str | None = None, data: str | None = None) 
     artifact, if they are here."""
     if data and not Path(data).is_dir():
         raise InputError(f"--data {data}: there is no such folder")
-    run = run_of(artifact)
-    paths = path_of(run, "DATA_PATH", data), path_of(run, "TOKENIZER_PATH", tokenizer)
+    check_artifact(artifact)
+    run, log = run_of(artifact), log_beside(artifact)
+    paths = (
+        path_of(run, log, "DATA_PATH", data),
+        path_of(run, log, "TOKENIZER_PATH", tokenizer),
+    )
     model, hp = common.load_model(artifact, *paths)
-    loaded = Loaded(artifact.name, model.eval(), hp, *common.load_tokenizer(hp))
+    loaded = Loaded(artifact.name, model.eval(), hp, *load_tokenizer(hp, run, log, tokenizer))
     check_tokenizer(artifact, hp, run)
     return loaded
 
@@ -808,7 +850,7 @@ def check(loaded: Loaded, request: Request) -> None:
     values = request._asdict() | settings_of(request)
     limits = dict(
         length=(0, LONGEST),
-        steps=(0, MOST_STEPS),
+        steps=(1, MOST_STEPS),
         num=(1, 2**20),
         batch=(1, 2**16),
         seed=(0, 2**62),
