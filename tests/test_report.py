@@ -254,6 +254,58 @@ def test_colours_are_there_in_both_themes():
     assert {f"--s{n}" for n in range(charts.COLORS)} <= light
 
 
+def linear(colour):
+    """Red, green and blue of #rgb or #rrggbb, as light: sRGB, IEC 61966-2-1."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    values = torch.tensor(list(bytes.fromhex(digits))).double() / 255
+    return torch.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+XYZ = torch.tensor(
+    [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+).double()
+
+
+def contrast(one, other):
+    """From 1 to 21 (WCAG 2)."""
+    low, high = sorted((XYZ[1] @ linear(colour)).item() for colour in (one, other))
+    return (high + 0.05) / (low + 0.05)
+
+
+def difference(one, other):
+    """CIE 1976; about 2 can just be seen."""
+
+    def lab(colour):
+        x = XYZ @ linear(colour) / XYZ.sum(1)
+        f = torch.where(x > (6 / 29) ** 3, x ** (1 / 3), x / (3 * (6 / 29) ** 2) + 4 / 29)
+        return torch.stack([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+    return (lab(one) - lab(other)).norm().item()
+
+
+def test_contrast_and_difference_are_those_of_their_definitions():
+    assert contrast("#fff", "#000000") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.005)
+    assert difference("#fff", "#000") == pytest.approx(100, abs=0.01)
+    assert difference("#ff0000", "#00ff00") == pytest.approx(170.6, abs=0.1)
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_text_can_be_read_on_every_shade_and_shades_can_be_told_apart(theme):
+    sheet = (common.TOOLS / "report.css").read_text(encoding="utf-8")
+    block = re.findall(r"^:root.*?\{(.*?)^\}", sheet, re.MULTILINE | re.DOTALL)[theme]
+    colours = dict(re.findall(r"--(\w+): (#\w+);", block))
+    cost = ["page", *(f"b{n}" for n in range(1, len(report_page.BITS_STEPS) + 1))]
+    order = [f"o{n}" for n in range(report_page.ORDER_SHADES)]
+    for name in [*cost, *order, "given", "soft"]:
+        assert contrast(colours["ink"], colours[name]) >= 4.5, name
+    for name in ("quiet", "accent", "warning"):
+        assert contrast(colours[name], colours["page"]) >= 4.5, name
+    for one, other in [*itertools.pairwise(cost), *itertools.pairwise(order)]:
+        assert difference(colours[one], colours[other]) >= 6, (one, other)
+    assert difference(colours[cost[-2]], colours[cost[-1]]) >= 12
+
+
 # ---- Logs
 
 
