@@ -505,7 +505,17 @@ def test_an_artifact_that_cannot_be_used_is_left_out_if_nobody_asked_for_it(run,
     done = tool(report, run, "--data", tmp_path, "--out", tmp_path / "a.html")
     assert done.returncode == 0 and done.stderr.startswith("not measured: ")
     assert done.stderr.count("\n") == 1
-    assert "Not measured" in page_of(tmp_path / "a.html")[1].words
+    assert "or the text of its run, could not be used" in page_of(tmp_path / "a.html")[1].words
+
+
+def test_a_log_without_an_artifact_is_told(run, tool, tmp_path):
+    alone = tmp_path / "alone.txt"
+    shutil.copy(run, alone)
+    done = tool(report, alone, "--out", tmp_path / "a.html")
+    assert done.returncode == 0
+    assert done.stderr == (f"not measured: no artifact beside {alone}\n")
+    assert "without the artifact of the run." in page_of(tmp_path / "a.html")[1].words
+    assert not tool(report, alone, "--logs-only", "--out", tmp_path / "a.html").stderr
 
 
 def test_text_of_another_run_is_refused(run):

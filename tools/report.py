@@ -53,7 +53,8 @@ PASS_TOKENS = 1 << 16  # of one call of the model
 ORDERS = 16  # random ones, for every token of the passage
 DRAWN = dict(mdlm=("ancestral", "confidence"), block=("causal", "entropy"), ar=("causal",))
 DRAWN_CALLS = 64  # for a sample of masked diffusion
-ABSENT = "Not measured: this page was made without the artifact of the run, or without its text."
+ABSENT = "Not measured: this page was made without the artifact of the run."
+UNUSED = "Not measured: the artifact beside the log, or the text of its run, could not be used."
 MOST_TOKENS = 1 << 16  # of a sample, and of the calls that made it
 # Of all samples on a page; tokens as often as they are in a text or in a step. So it has 20 MB.
 MOST_SHOWN = dict(samples=1 << 9, tokens=1 << 17, characters=1 << 22)
@@ -490,30 +491,35 @@ def find_artifact(logs: list[RunLog], given: Path | None) -> tuple[Path | None, 
     return None, None
 
 
-def open_chosen(logs: list[RunLog], choice: Choice) -> Opened | None:
-    """The model to measure; None if there is none, or if the one beside a log cannot be used."""
-    artifact, log = find_artifact(logs, choice.artifact) if choice.model else (None, None)
+def open_chosen(logs: list[RunLog], choice: Choice) -> tuple[Opened | None, str, str]:
+    """The model to measure; None if there is none, or if the one beside a log cannot be used: then
+    what the page says of it, and what the user should know."""
+    if not choice.model:
+        return None, ABSENT, ""
+    artifact, log = find_artifact(logs, choice.artifact)
     if not artifact:
-        return None
+        finished = [str(log.curve.path) for log in logs if log.run]
+        return None, ABSENT, f"no artifact beside {', '.join(finished)}" if finished else ""
     try:
-        return open_artifact(artifact, log, choice)
+        return open_artifact(artifact, log, choice), "", ""
     except InputError as error:
         if choice.artifact:
             raise
-        print(f"not measured: {common.one_line(str(error))}", file=sys.stderr)
-        return None
+        return None, UNUSED, common.one_line(str(error))
 
 
 def build(paths: list[Path], choice: Choice, title: str = "") -> Report:
     """All that the page shows; InputError for files that are wrong or do not belong together."""
     logs = read_logs(paths)
-    opened = open_chosen(logs, choice)
+    opened, absent, reason = open_chosen(logs, choice)
     samples = gather_samples(list(choice.samples), opened)
+    if reason:
+        print(f"not measured: {reason}", file=sys.stderr)
     measured = None
     if opened:
         has_positions = any(log.positions for log in logs)
         measured = measure(opened, choice.seqs, choice.window, has_positions)
-    return Report(title or default_title(logs), logs, measured, ABSENT, samples)
+    return Report(title or default_title(logs), logs, measured, absent, samples)
 
 
 def add_samples_option(parser: argparse.ArgumentParser) -> None:
@@ -530,7 +536,12 @@ def main() -> None:
     add_samples_option(parser)
     parser.add_argument("--window", type=int, help="first window of the passage; default: middle")
     common.add_seqs_option(parser, default=WINDOWS)
-    common.add_data_options(parser)
+    for name, variable, what in (
+        ("--data", "DATA_PATH", "folder with the shards"),
+        ("--tokenizer", "TOKENIZER_PATH", "SentencePiece model"),
+    ):
+        text = f"{what}; default: {variable}, or that of the run or of its preset"
+        parser.add_argument(name, help=text)
     parser.add_argument("--out", type=Path, default=Path("report.html"))
     arguments = parser.parse_args()
     if arguments.logs_only and arguments.artifact:

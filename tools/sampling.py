@@ -6,7 +6,7 @@ is its code length, so it is exact where a decoder would know the order: from th
 before, or from a public seed. Each sample has a seed and random numbers of its own, so batches make
 no difference, up to rounding.
 
-    loaded = sampling.load(Path("logs/golf.mdlm"))
+    loaded = sampling.load(Path("logs/golf.mdlm"))  # with tools/ on sys.path
     record = sampling.record(loaded, sampling.Request(sampler="confidence", num=4))
 
 docs/sampling.md says what the record holds.
