@@ -165,16 +165,20 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     return Parser(description=description, formatter_class=formatter)
 
 
-def add_tokenizer_option(parser: argparse.ArgumentParser) -> None:
-    text = "SentencePiece model; default: TOKENIZER_PATH, or that of the artifact's preset"
+OF_THE_PRESET = "that of the artifact's preset"
+
+
+def add_tokenizer_option(parser: argparse.ArgumentParser, otherwise: str = OF_THE_PRESET) -> None:
+    text = f"SentencePiece model; default: TOKENIZER_PATH, or {otherwise}"
     parser.add_argument("--tokenizer", help=text)
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """The options --data and --tokenizer, which `with_paths` understands."""
-    text = "folder with the shards; default: DATA_PATH, or that of the artifact's preset"
+def add_data_options(parser: argparse.ArgumentParser, otherwise: str = OF_THE_PRESET) -> None:
+    """The options --data and --tokenizer, which `with_paths` understands; `otherwise` says what is
+    taken without them and their variables."""
+    text = f"folder with the shards; default: DATA_PATH, or {otherwise}"
     parser.add_argument("--data", help=text)
-    add_tokenizer_option(parser)
+    add_tokenizer_option(parser, otherwise)
 
 
 def add_seqs_option(parser: argparse.ArgumentParser, default: int) -> None:

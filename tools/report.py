@@ -99,11 +99,6 @@ def read_logs(paths: list[Path]) -> list[RunLog]:
         if not path.is_file():  # a pipe, for example, can be read only once
             found = "is no ordinary file" if path.exists() else "there is no such file"
             raise InputError(f"{path}: {found}")
-        try:
-            path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            remedy = "give the .txt that a run wrote beside its artifact"
-            raise InputError(f"{path}: is no log of a run, and no text: {remedy}") from None
     curves = {path: read_curve(path) for path in paths}
     finished = [path for path in paths if has_finished(path, curves[path])]
     parse_logs(finished)
@@ -536,12 +531,7 @@ def main() -> None:
     add_samples_option(parser)
     parser.add_argument("--window", type=int, help="first window of the passage; default: middle")
     common.add_seqs_option(parser, default=WINDOWS)
-    for name, variable, what in (
-        ("--data", "DATA_PATH", "folder with the shards"),
-        ("--tokenizer", "TOKENIZER_PATH", "SentencePiece model"),
-    ):
-        text = f"{what}; default: {variable}, or that of the run or of its preset"
-        parser.add_argument(name, help=text)
+    common.add_data_options(parser, "that of the run or of its preset")
     parser.add_argument("--out", type=Path, default=Path("report.html"))
     arguments = parser.parse_args()
     if arguments.logs_only and arguments.artifact:

@@ -138,8 +138,9 @@ def lives(path: Path) -> tuple[str, list[str]]:
     went on."""
     try:
         text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+    except UnicodeDecodeError:
+        remedy = "give the .txt that a run wrote beside its artifact"
+        raise InputError(f"{path}: is no log of a run, and no text: {remedy}") from None
     source, separator, body = text.partition(SEPARATOR)
     if not separator:
         reason = "it does not begin with the script's source"

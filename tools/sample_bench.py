@@ -339,7 +339,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="of the first window")
-    common.add_data_options(parser)
+    common.add_data_options(parser, "that of the run or of its preset")
     return parser.parse_args()
 
 
