@@ -194,6 +194,7 @@ class Hyperparameters:
     iterations: int = knob(20_000, "optimizer steps at most", high=2**24)
     max_wallclock_seconds: float = knob(600.0, "training time at most; 0: no limit")
     train_batch_tokens: int = knob(524_288, "tokens of a step", low=1, high=2**28)
+    shuffle: bool = knob(False, "windows of a step from all over the text; documents always are")
     lr_warmup_steps: int = knob(0, "steps in which the learning rates rise at first")
     warmdown_iters: int = knob(1200, "steps in which they decay; 0: see WARMDOWN_FRAC")
     warmdown_frac: float = knob(0.0, "share of the run in which they decay", high=1)
@@ -377,7 +378,7 @@ GOLF = MDLM16 | dict(
     tokenizer_path="./data/tokenizers/fineweb_4096_bpe.model", vocab_size=4096,
     num_layers=8, mlp_mult=3, num_heads=9, num_kv_heads=3, neighbors=2,
     masking="count", mask_dist="normal", loss_weight="flat",
-    warmdown_iters=0, warmdown_frac=0.5, ema_decay=0.0,
+    warmdown_iters=0, warmdown_frac=0.5, ema_decay=0.0, shuffle=True,
     adam_batch_tokens=524_288, embed_lr=0.2, tied_embed_init_std=0.05,
 )
 DEMO = GOLF | dict(  # two CPU cores
@@ -779,9 +780,6 @@ class TokenStream:
 
     def windows(self, numbers: Iterable[int], length: int, stride: int = 0):
         """(B, 1 + length) int64: row n has token n·(stride or length) and the `length` after it."""
-        if isinstance(numbers, range) and not stride:  # consecutive, as in training
-            tokens = self.read(numbers.start * length, 1 + len(numbers) * length)
-            return torch.from_numpy(tokens).long().unfold(0, 1 + length, length).contiguous()
         rows = [self.read(number * (stride or length), 1 + length) for number in numbers]
         return torch.from_numpy(np.stack(rows)).long()
 
@@ -1610,12 +1608,23 @@ def compact(mask, capacity: int) -> tuple[Tensor, Tensor]:
     return positions, mask.flatten()[positions]
 
 
+def scattered(hp, stream: TokenStream, numbers: range) -> list[int]:
+    """`numbers` as windows spread evenly over the text that the run reaches, each once an epoch."""
+    reached = min(stream.total, hp.iterations * hp.train_batch_tokens)
+    count = max(reached // hp.train_seq_len, 1)
+    hop = next(n for n in itertools.count(round(GOLDEN * count)) if math.gcd(n, count) == 1)
+    return [number * hop % count for number in numbers]
+
+
 def training_batch(
     hp, stream: TokenStream, step: int, rows: range, capacity: int, device: torch.device
 ) -> Batch:
     """Rows `rows` of the global batch of `step`."""
     first = step * hp.batch_rows
-    window = stream.windows(range(first + rows.start, first + rows.stop), hp.train_seq_len)
+    numbers = range(first + rows.start, first + rows.stop)
+    if hp.shuffle and not hp.doc_chunks:
+        numbers = scattered(hp, stream, numbers)
+    window = stream.windows(numbers, hp.train_seq_len)
     if device.type == "cuda":
         window = window.pin_memory().to(device, non_blocking=True)
     if hp.causal:
@@ -2762,7 +2771,6 @@ class Progress:
     step: int = 0
     train_ms: float = 0.0
     validated: int = 0  # the step of the last validation
-    best_bpb: float = math.inf
 
 
 class Checkpoint(NamedTuple):
@@ -2819,9 +2827,8 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
             version == FORMAT_VERSION
             and all(type(number) is int and 0 <= number < 2**53 for number in whole)
             and len(checkpoint.counts) == 2
-            and type(progress.train_ms) is type(progress.best_bpb) is float
+            and type(progress.train_ms) is float
             and 0 <= progress.train_ms < math.inf
-            and progress.best_bpb > 0
             and sum(checkpoint.counts) == progress.step <= checkpoint.hp.iterations
             and bool(checkpoint.state.isfinite().all())
         )
@@ -2982,7 +2989,6 @@ class Trainer:
         finally:
             self.optimizer.swap_average()
         self.progress.validated = self.progress.step
-        self.progress.best_bpb = min(self.progress.best_bpb, score.bpb)
         self.log_step(f"{score.figures()} seqs:{score.seqs}")
         return score
 
@@ -3029,10 +3035,7 @@ class Trainer:
         self.optimizer.state.copy_(checkpoint.state)
         self.optimizer.counts.copy_(torch.tensor(checkpoint.counts))
         step, ms = self.progress.step, self.progress.train_ms
-        self.log(
-            f"resumed:{path} step:{step}/{hp.iterations} train_time:{ms:.0f}ms best_val_bpb:"
-            f"{self.progress.best_bpb:.4f}; skips {step * hp.train_batch_tokens} tokens"
-        )
+        self.log(f"resumed:{path} step:{step}/{hp.iterations} train_time:{ms:.0f}ms")
 
 
 def train(trainer: Trainer, val: Split) -> Model:

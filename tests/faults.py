@@ -516,13 +516,6 @@ fault(
 )
 
 fault(
-    "the best score is the last one",
-    "self.progress.best_bpb = min(self.progress.best_bpb, score.bpb)",
-    "self.progress.best_bpb = score.bpb",
-    "test_train.py::test_the_best_validation_is_the_lowest",
-)
-
-fault(
     "the time is the sum over processes",
     "return ms / world_size(), stopped > 0",
     "return ms, stopped > 0",

@@ -172,8 +172,8 @@ FAULTS = (
     ),
     Fault(
         "a window that is not contiguous when it is pinned",
-        ".unfold(0, 1 + length, length).contiguous()",
-        ".unfold(0, 1 + length, length)",
+        "    window = stream.windows(numbers, hp.train_seq_len)\n",
+        "    window = stream.windows(numbers, hp.train_seq_len).mT.contiguous().mT\n",
         "waiting copy to the device",
     ),
     Fault(

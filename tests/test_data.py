@@ -711,3 +711,44 @@ def test_the_windows_of_a_step_are_contiguous(tmp_path):
     prepare_text.write_shard(tmp_path / "fineweb_train_000000.bin", np.arange(100) % 7)
     rows = tm.TokenStream(tmp_path, "train").windows(range(3, 8), 9)
     assert rows.is_contiguous() and rows[1].tolist() == [i % 7 for i in range(36, 46)]
+
+
+@pytest.mark.parametrize("steps", [7, 100])
+def test_shuffled_windows_are_all_over_the_text_and_each_once_an_epoch(tmp_path, steps):
+    """Of the text that the run reaches: 28 windows of 9 tokens, or all 111."""
+    prepare_text.write_shard(tmp_path / "fineweb_train_000000.bin", np.arange(1000))
+    stream = tm.TokenStream(tmp_path, "train")
+    hp = tiny_hp(train_seq_len=9, train_batch_tokens=4 * 9, iterations=steps, shuffle=True)
+    count = min(4 * steps, 111)
+    for epoch in range(2):
+        numbers = range(epoch * count, (epoch + 1) * count)
+        assert sorted(tm.scattered(hp, stream, numbers)) == list(range(count))
+    for first in range(count):
+        some = sorted(tm.scattered(hp, stream, range(first, first + 8)))
+        gaps = [later - sooner for sooner, later in itertools.pairwise([*some, some[0] + count])]
+        assert max(gaps) <= 2 * count / 8 + 1  # evenly spaced: count / 8
+
+
+def test_shuffled_windows_of_a_short_text_are_its_only_one(tmp_path):
+    prepare_text.write_shard(tmp_path / "fineweb_train_000000.bin", np.arange(5))
+    hp = tiny_hp(train_seq_len=9, train_batch_tokens=4 * 9, shuffle=True)
+    stream = tm.TokenStream(tmp_path, "train")
+    assert tm.scattered(hp, stream, range(3, 7)) == [0] * 4
+
+
+@pytest.mark.parametrize("objective", ["mdlm", "ar"])
+def test_a_shuffled_batch_has_the_shuffled_windows(tmp_path, objective):
+    """Whoever makes which part of it; documents have an order of their own."""
+    prepare_text.write_shard(tmp_path / "fineweb_train_000000.bin", np.arange(1000) % 50)
+    stream = tm.TokenStream(tmp_path, "train")
+    hp = tiny_hp(
+        train_seq_len=8, train_batch_tokens=4 * 8, shuffle=True, objective=objective, neighbors=0
+    )
+    cpu = torch.device("cpu")
+    rows = [tm.training_batch(hp, stream, 5, part, 16, cpu) for part in (range(2), range(2, 4))]
+    z = torch.cat([batch.z for batch in rows])
+    window = stream.windows(tm.scattered(hp, stream, range(20, 24)), 8)
+    x0 = window[:, :-1] if objective == "ar" else window[:, 1:]
+    seen = z != hp.mask_id
+    assert torch.equal(z[seen], x0[seen]) and seen.any()
+    assert not torch.equal(x0, stream.windows(range(20, 24), 8)[:, : x0.shape[1]])

@@ -222,12 +222,8 @@ def test_what_a_restart_says_and_refuses(env, whole, tmp_path):
         status, printed, log = run(env, tmp_path, **changes)
         artifact = tmp_path / f"logs/{(env | changes)['RUN_ID']}.mdlm"
         assert status == 0 and artifact.read_bytes() == whole[1]
-        assert re.search(
-            r"^resumed:\S+r2?.00000021.ckpt step:21/40 train_time:\d+ms best_val_bpb:[\d.]+; "
-            "skips 2688 tokens",
-            printed,
-            re.MULTILINE,
-        )
+        resumed = r"(?m)^resumed:\S+r2?.00000021.ckpt step:21/40 train_time:\d+ms$"
+        assert re.search(resumed, printed)
         assert "step:21/40 train_loss" not in printed and "step:22/40 train_loss" in printed
     status, printed, _ = run(env, tmp_path)
     assert status == 2 and "was used before" in printed  # it is finished
@@ -532,7 +528,6 @@ DAMAGES = {
     "nested": lambda data: tm.sealed((10**5).to_bytes(4, "little") + b"[" * 10**5),
     "step": within("progress", step=1_000_000),
     "step of another kind": within("progress", step=21.0),
-    "best score": within("progress", best_bpb=math.nan),
     "knob": within("hp", backbone="\x1b[2J"),
     "progress": with_fields(progress={"step": "x"}),
     "counts": with_fields(counts=None, averages="many"),

@@ -409,7 +409,6 @@ def test_validations_are_short_and_logged_as_they_are(watched):
         wanted = [score.loss, score.bpb, score.stderr]
         assert [float(figure) for figure in figures] == pytest.approx(wanted, abs=5.1e-5)
         assert int(ms) == 10_000 * int(step)
-    assert run.trainer.progress.best_bpb == min(about["score"].bpb for about in run.validations)
     assert run.trainer.progress.validated == 12
 
 
@@ -418,16 +417,6 @@ def test_log_lines_are_of_the_first_ten_steps_and_then_every_so_often(watched, e
     run = watched(train_log_every=every).train()
     found = run.log.found(r"^step:(\d+)/12 train_loss:")
     assert [int(step) for step in found] == list(steps)
-
-
-def test_the_best_validation_is_the_lowest(watched, monkeypatch):
-    run, bpbs = watched(val_loss_every=4), [3.0, 2.0, 4.0]
-
-    def score_windows(*arguments):
-        return tm.Score(bpbs.pop(0), 0.1, 1.0, 5, 20, 30, 1.0, 0.0), None
-
-    monkeypatch.setattr(tm, "score_windows", score_windows)
-    assert run.train().trainer.progress.best_bpb == 2.0 and not bpbs
 
 
 def test_the_logged_loss_is_that_of_the_step(watched):
@@ -468,12 +457,7 @@ def test_a_validation_is_not_repeated_after_a_restart(watched, block):
     Path("logs/w.00000012.ckpt").unlink()
     again.trainer.resume()
     assert again.trainer.progress.validated == 4 and again.trainer.optimizer.averages == 3
-    assert again.trainer.progress.best_bpb == whole.validations[0]["score"].bpb
-    resumed = (
-        r"^resumed:logs/w.00000008.ckpt step:8/12 train_time:80000ms best_val_bpb:(\S+); skips"
-    )
-    (best,) = again.log.found(rf"{resumed} 128 tokens$")
-    assert float(best) == pytest.approx(whole.validations[0]["score"].bpb, abs=5.1e-5)
+    assert again.log.found(r"^resumed:logs/w.00000008.ckpt step:8/12 train_time:80000ms$")
     again.train()
     assert [about["score"].bpb for about in again.validations] == [
         about["score"].bpb for about in whole.validations[1:]
