@@ -2940,11 +2940,8 @@ class Trainer:
 
     def average_if_due(self):
         fraction = run_fraction(self.hp, self.progress.step, self.progress.train_ms)
-        if not self.hp.ema_decay or fraction < self.hp.ema_start_frac:
-            return
-        if not self.optimizer.averages:
-            self.log(f"ema:started step:{self.progress.step} decay:{self.hp.ema_decay}")
-        self.optimizer.update_average()
+        if self.hp.ema_decay and fraction >= self.hp.ema_start_frac:
+            self.optimizer.update_average()
 
     def check(self):
         """InputError for dropped tokens, too many steps that were not finite, bad weights."""

@@ -912,6 +912,34 @@ fault(
 )
 
 fault(
+    "a shuffled window comes twice in an epoch",
+    "if math.gcd(n, count) == 1)",
+    "if n > 0)",
+    "test_data.py::test_shuffled_windows_are_all_over_the_text_and_each_once_an_epoch",
+)
+
+fault(
+    "shuffled windows are of text that the run does not reach",
+    "reached = min(stream.total, hp.iterations * hp.train_batch_tokens)",
+    "reached = stream.total",
+    "test_data.py::test_shuffled_windows_are_all_over_the_text_and_each_once_an_epoch",
+)
+
+fault(
+    "shuffled windows are near each other",
+    "itertools.count(round(GOLDEN * count))",
+    "itertools.count(1)",
+    "test_data.py::test_shuffled_windows_are_all_over_the_text_and_each_once_an_epoch",
+)
+
+fault(
+    "a batch is not shuffled",
+    "        numbers = scattered(hp, stream, numbers)\n",
+    "        pass\n",
+    "test_data.py::test_a_shuffled_batch_has_the_shuffled_windows",
+)
+
+fault(
     "kept keys are all at the start of the text",
     "rotary = tm.rotary_table(self.hp, place[old - first :])",
     "rotary = tm.rotary_table(self.hp, place[old - first :] - old)",
