@@ -386,8 +386,9 @@ DEMO = GOLF | dict(  # two CPU cores
     tokenizer_path="./data/tokenizers/docs_4096_bpe.model",
     num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=2, neighbor_dim=128,
     train_seq_len=128, rope_base=100.0, tied_embed_lr=0.2, embed_lr=0.4,
-    iterations=1300, max_wallclock_seconds=400.0, warmup_steps=0, train_batch_tokens=2048,
-    train_log_every=100, val_loss_every=200, eval_max_seqs=256,
+    iterations=500, max_wallclock_seconds=400.0, warmup_steps=0,
+    train_batch_tokens=4096, micro_batch_tokens=2048,
+    train_log_every=50, val_loss_every=100, eval_max_seqs=256,
     scores="nelbo,l2r:32", nelbo_passes=1, val_batch_size=2048,
 )
 BLOCK = GOLF | dict(
