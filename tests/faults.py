@@ -482,8 +482,8 @@ fault(
 
 fault(
     "averaging starts at once",
-    "if not self.hp.ema_decay or fraction < self.hp.ema_start_frac:",
-    "if not self.hp.ema_decay:",
+    "if self.hp.ema_decay and fraction >= self.hp.ema_start_frac:",
+    "if self.hp.ema_decay:",
     "test_train.py::test_the_average_is_what_is_validated_and_kept",
 )
 

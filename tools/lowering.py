@@ -20,7 +20,7 @@ import sys
 import tempfile
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -418,7 +418,9 @@ def set_up_compiler() -> None:
 class Windows:
     """A stream of tokens without data."""
 
-    def windows(self, numbers: range, length: int):
+    total = 10**9
+
+    def windows(self, numbers: Sequence[int], length: int):
         return torch.zeros(len(numbers), 1 + length, dtype=torch.int64)
 
 
