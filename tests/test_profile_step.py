@@ -48,6 +48,23 @@ class PretendGpu:
 # ---- Time
 
 
+def test_only_what_the_device_did_is_a_kernel(monkeypatch):
+    """The profiler also tells of the host's launches, as often as of kernels, without a time."""
+    names = {"kernel": 3000.0, "cudaLaunchKernel": 0.0}
+    events = [SimpleNamespace(key=k, self_device_time_total=us, count=7) for k, us in names.items()]
+
+    class Profile:
+        def __enter__(self):
+            return SimpleNamespace(key_averages=lambda: events)
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: Profile())
+    found = profile_step.kernels_of_a_step(PretendGpu(monkeypatch))
+    assert found == [Kernel("kernel", 3.0, 7)]
+
+
 def test_the_mean_is_that_of_training_where_the_host_runs_ahead(monkeypatch):
     """Only the first step waits for the host. If the host waited after each, it would be 11 ms."""
     gpu = PretendGpu(monkeypatch)

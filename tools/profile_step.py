@@ -65,7 +65,8 @@ def kernels_of_a_step(trainer: tm.Trainer) -> list[Kernel]:
     found = []
     for event in profile.key_averages():
         us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        found.append(Kernel(event.key, us / 1000, event.count))
+        if us:  # the host's launches take no time of the device
+            found.append(Kernel(event.key, us / 1000, event.count))
     return sorted(found, key=lambda kernel: -kernel.ms)
 
 
