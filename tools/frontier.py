@@ -1,6 +1,6 @@
 """From diffusion to autoregression: bits per byte by block length, at equal steps and equal time.
 
-    PRESET=demo python tools/frontier.py --steps 1300 --seeds 1337,42,2026 --out sweeps/frontier
+    PRESET=demo python tools/frontier.py --steps 500 --seeds 1337,42,2026 --out sweeps/frontier
 
 Trains models of one size: `golf`, `block` with every length of --blocks, and OBJECTIVE=ar. Their
 steps are timed in turn, in this process, and all but `golf` are trained twice: for as many steps,
