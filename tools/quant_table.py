@@ -187,7 +187,7 @@ def main() -> None:
     quant_table = QuantTable(model, hp, arguments.seqs)
     score = quant_table.score
     given = dict(row="as given", bpb=score.bpb, stderr=score.stderr, seqs=score.seqs)
-    results = [given | dict(artifact_bytes=artifact.stat().st_size)]
+    results = [given | dict(bytes=score.bytes, artifact_bytes=artifact.stat().st_size)]
     for name, configuration in zip(arguments.rows, configurations, strict=True):
         figures = quant_table.row(name, configuration)
         if len(results) == 1:
