@@ -16,7 +16,7 @@ The life of a token, from its shard to the score:
     shard    data/prepare_text.py or data/fetch_fineweb.py wrote it. The shards of a split are a
              ring of tokens, `TokenStream`.
     window   `TokenStream.windows` cuts it into rows of L tokens, each with the token before it;
-             `training_batch` takes those of one step.
+             `training_batch` takes those of one pass.
     mask     `draw_noise` draws how much of each row is masked, and `apply_noise` chooses the tokens
              that the model will see as MASK. LOSS_WEIGHTS says how much each of them counts.
     model    `Model.hidden` sends the row through one of BACKBONES; `Model.head` gives logits over V
@@ -111,7 +111,7 @@ def seeded(device: torch.device | str, *key) -> torch.Generator:
 
 # ---- Hyperparameters: knobs, presets, rules, help
 #
-# A knob is a field here and an environment variable, with the challenge's name; a preset is values.
+# A knob is a field here and an environment variable of the challenge's name; PRESETS has values.
 
 GROUPS = {}  # name → what its knobs are about
 
@@ -194,7 +194,7 @@ class Hyperparameters:
     iterations: int = knob(20_000, "optimizer steps at most", high=2**24)
     max_wallclock_seconds: float = knob(600.0, "training time at most; 0: no limit")
     train_batch_tokens: int = knob(524_288, "tokens of a step", low=1, high=2**28)
-    shuffle: bool = knob(False, "windows of a step from all over the text; documents always are")
+    shuffle: bool = knob(False, "windows of a step from all over the text; not for DOC_CHUNKS")
     lr_warmup_steps: int = knob(0, "steps in which the learning rates rise at first")
     warmdown_iters: int = knob(1200, "steps in which they decay; 0: see WARMDOWN_FRAC")
     warmdown_frac: float = knob(0.0, "share of the run in which they decay", high=1)
@@ -336,6 +336,8 @@ class Hyperparameters:
                 raise InputError(f"{self.shown('scores')} names {name} twice")
             if name or colon:
                 requested[name] = int(windows) if colon else None
+        if self.final_eval_t_samples:
+            requested.setdefault("tgrid", self.final_eval_max_seqs)
         return requested
 
     def _broken_rules(self) -> Iterator[str]:
@@ -497,8 +499,8 @@ def knob_help(spec: dataclasses.Field) -> Iterator[str]:
 
 # ---- Processes, clock, log, files
 #
-# One process is a group of one. Only the first one writes. What could differ between processes (a
-# file, the time, a signal) is decided once and told to all.
+# Only the first process writes. What could differ between processes (a file, the time, a signal) is
+# decided once and told to all.
 
 
 def world_size() -> int:
@@ -515,10 +517,9 @@ def run_collective(collective: Callable, *arguments, **options):
         if world_size() > 1:
             collective(*arguments, **options)
     except RuntimeError as error:
-        first_line = str(error).partition("\n")[0]
-        if first_line.startswith("CUDA"):  # a failure of this process
+        if str(error).startswith("CUDA"):  # a failure of this process
             raise
-        raise InputError(f"another process of the group is lost: {first_line}") from None
+        raise InputError(f"another process of the group is lost: {error}") from None
 
 
 def all_reduce(tensor):
@@ -533,7 +534,7 @@ def foreseen(error: BaseException) -> str:
     if isinstance(error, InputError):
         return " ".join(text.split())
     if isinstance(error, KeyboardInterrupt):
-        return "stopped by a signal; with its RUN_ID a run goes on from its last checkpoint"
+        return "stopped by a signal; a run that has a checkpoint goes on with its RUN_ID"
     no_memory = re.search(r"(out of|allocate|not enough) memory", text)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and no_memory):
         return "out of memory: lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or the size of the model"
@@ -634,7 +635,7 @@ class Clock:
     def read(self) -> tuple[float, bool]:
         """Training time in ms, and whether any process was told to stop: the same on all. Does not
         wait for the device."""
-        own = [1000 * (time.perf_counter() - self.started), bool(self.stopped)]
+        own = [1000 * (time.perf_counter() - self.started), self.stopped]
         ms, stopped = all_reduce(torch.tensor(own, dtype=torch.float64)).tolist()
         return ms / world_size(), stopped > 0
 
@@ -722,7 +723,7 @@ def write_file(path: Path, data: bytes):
 
 # ---- Data and bytes
 #
-# Shards are read a batch at a time. Bytes of text are counted token by token, and checked against
+# Shards are read a window at a time. Bytes of text are counted token by token, and checked against
 # verified.json beside the shards or, without it, the text.
 
 SHARD_MAGIC = 20240520
@@ -798,6 +799,9 @@ class TokenStream:
         """Reads the shards of the first tokens, shared among the processes, and notes in `facts`
         what verified.json should say of them: bytes and documents if `luts` are given. InputError
         for a foreign token."""
+        other = InputError(f"{self.files[0].parent}: other shards than on other machines")
+        if on_first_process(self.ends.tolist) != self.ends.tolist():
+            raise other
         order = list(self.order(0))
         sizes = (self.ends - self.begins)[order]
         reached = order[: int(np.searchsorted(sizes.cumsum(), first_tokens)) + 1]
@@ -808,7 +812,7 @@ class TokenStream:
         largest = counts.clone()
         run_collective(dist.all_reduce, largest, dist.ReduceOp.MAX)
         if not torch.equal(largest[own], counts[own]):
-            raise InputError(f"{self.files[0].parent}: other shards than on other machines")
+            raise other
         checksums, documents, nbytes = largest.unbind(1)
         names = [self.files[number].name for number in reached]
         self.facts = dict(
@@ -850,14 +854,12 @@ class DocumentStream(TokenStream):
 
     def __init__(self, folder: str | Path, split: str, hp):
         super().__init__(folder, split)
-        self.length = hp.train_seq_len
-        self.pad_id = hp.pad_id
-        self.seed = hp.seed
+        self.hp = hp
         self.first_chunks = [0]  # number of the first chunk of every visit so far
         self.visit = functools.lru_cache(maxsize=2)(self._visit)  # shards in memory
 
     def order(self, epoch: int) -> Sequence[int]:
-        generator = seeded("cpu", self.seed, "shards", epoch)
+        generator = seeded("cpu", self.hp.seed, "shards", epoch)
         return torch.randperm(len(self.files), generator=generator).tolist()
 
     def _visit(self, visit: int) -> tuple[np.ndarray, np.ndarray, Tensor]:
@@ -866,11 +868,11 @@ class DocumentStream(TokenStream):
         path = self.files[self.order(epoch)[place]]
         shard = np.array(open_shard(path))
         documents = np.union1d([0], np.flatnonzero(shard == BOS_ID))  # the first may lack its <s>
-        chunks = ceil_div(np.diff(documents, append=len(shard)), self.length)
+        chunks = ceil_div(np.diff(documents, append=len(shard)), self.hp.train_seq_len)
         first_of_document = np.repeat(chunks.cumsum() - chunks, chunks)
         within_document = np.arange(chunks.sum()) - first_of_document
-        starts = np.repeat(documents, chunks) + self.length * within_document
-        generator = seeded("cpu", self.seed, "chunks", visit)
+        starts = np.repeat(documents, chunks) + self.hp.train_seq_len * within_document
+        generator = seeded("cpu", self.hp.seed, "chunks", visit)
         order = torch.randperm(len(starts), generator=generator)
         return shard, np.append(starts, len(shard)), order
 
@@ -886,7 +888,7 @@ class DocumentStream(TokenStream):
 
     def windows(self, numbers: Iterable[int], length: int, stride: int = 0):
         """(B, 1 + length) int64: PAD, then the tokens of a chunk, then PAD."""
-        rows = torch.full((len(numbers), 1 + length), self.pad_id)
+        rows = torch.full((len(numbers), 1 + length), self.hp.pad_id)
         for row, number in zip(rows, numbers, strict=True):
             chunk = torch.from_numpy(self.chunk(number))
             row[1 : 1 + len(chunk)] = chunk
@@ -1150,13 +1152,15 @@ LOSS_WEIGHTS = {
 }
 
 
-def draw_noise(hp, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def draw_noise(hp, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | slice]:
     """Mask probabilities (B·n,), keys (B, n·b) and columns (n·b,) of the n noisy blocks of b tokens
-    in each window of a global batch; columns are the same in all."""
+    in each window of a global batch; columns are the same in all, without blocks a slice."""
     draw = functools.partial(torch.rand, generator=generator, device=generator.device)
     length, blocks = hp.noise_length, hp.noisy_blocks
     probability = mask_probability(hp, draw(hp.noise_rows))
     keys = draw(hp.batch_rows, blocks * length)
+    if not hp.block_size:
+        return probability, keys, slice(None)
     chosen = draw(hp.train_seq_len // length).topk(blocks).indices.sort().values
     columns = chosen[:, None] * length + torch.arange(length, device=chosen.device)
     return probability, keys, columns.flatten()
@@ -1555,7 +1559,7 @@ class Kind(NamedTuple):
     lr: str  # the knob that is its learning rate
     optimizer: str = "adamw"  # or muon, if OPTIMIZER is
     decays: bool = False  # even with WEIGHT_DECAY_ON=matrices
-    storage: str = ""  # one of QUANTIZERS; empty: what QUANT_MODE says
+    storage: str = ""  # unless QUANT_MODE names the kind; empty: that of all
 
 
 BLOCK_MATRICES = r"(blocks\.\d+\.(attn|mlp)(_mod|\.\w+)|time_embed\.\d|near_proj)\.weight"
@@ -1610,7 +1614,7 @@ def compact(mask, capacity: int) -> tuple[Tensor, Tensor]:
 
 
 def scattered(hp, stream: TokenStream, numbers: range) -> list[int]:
-    """`numbers` as windows spread evenly over the text that the run reaches, each once an epoch."""
+    """`numbers` as windows all over the text that ITERATIONS steps read, each once an epoch."""
     reached = min(stream.total, hp.iterations * hp.train_batch_tokens)
     count = max(reached // hp.train_seq_len, 1)
     hop = next(n for n in itertools.count(round(GOLDEN * count)) if math.gcd(n, count) == 1)
@@ -1634,8 +1638,7 @@ def training_batch(
         probability, keys, columns = draw_noise(hp, seeded(device, hp.seed, "train", step))
         own = slice(rows.start, rows.stop)
         probability = probability.view(hp.batch_rows, -1)[own].flatten()
-        noisy = window[:, 1 + columns] if hp.block_size else window[:, 1:]
-        batch = masked_batch(hp, noisy, probability, keys[own], capacity)
+        batch = masked_batch(hp, window[:, 1:][:, columns], probability, keys[own], capacity)
     if hp.block_size:
         return with_clean_half(hp, batch, columns, window)
     return batch._replace(view=plain_view(hp, hp.train_seq_len, hp.causal, device))
@@ -1710,7 +1713,7 @@ def batch_loss(model, batch: Batch):
 # ---- Optimizer and average
 #
 # Weights, gradients and moments are flat buffers of which the parameters are views: a step is a few
-# large operations and one collective. Nothing here waits for the device: what was not finite is
+# large operations and collectives. Nothing here waits for the device: what was not finite is
 # noted there until `Trainer.check` looks.
 
 
@@ -1740,7 +1743,7 @@ def orthogonalize_shared(matrices, steps: int):
 
 
 def learning_rate(hp, kind: Kind) -> float:
-    """AdamW's follow the square root of the batch (Malladi et al. 2022)."""
+    """All but that of matrices follow the square root of the batch (Malladi et al. 2022)."""
     knob_name = "tied_embed_lr" if kind.name == "embed" and hp.tie_embeddings else kind.lr
     rate = getattr(hp, knob_name)
     if kind.optimizer == "adamw" and hp.adam_batch_tokens:
@@ -1767,8 +1770,8 @@ class ParameterGroup(NamedTuple):
     weight_decay: float
     grads: Tensor
     weights: Tensor
-    first: Tensor  # first moment
-    second: Tensor  # second moment, of AdamW only
+    first: Tensor  # moment
+    second: Tensor  # moment, of AdamW only
 
     def muon_update(self, hp, now: StepSettings):
         torch.addcmul(self.grads, self.first, now.momentum, out=self.first)
@@ -1797,7 +1800,7 @@ class Optimizer:
 
     def __init__(self, model, hp):
         self.hp = hp
-        self.averages = 0  # updates of the average so far
+        self.averages = 0  # updates of the average
 
         def group_key(named: tuple[str, nn.Parameter]) -> tuple:
             name, parameter = named
@@ -1812,7 +1815,7 @@ class Optimizer:
         *begins, total = itertools.accumulate(aligned, initial=0)
         device = parameters[0][1].device
 
-        self.state = torch.zeros(4, total, device=device)  # weights, two moments, average
+        self.state = torch.zeros(4, total, device=device)  # weights, moments, average
         self.weights = self.state[0]
         self.average = self.state[3]
         self.grads = torch.zeros(total + 3, device=device)
@@ -2130,8 +2133,8 @@ def unpack_kind(packed: bytes, storage: str, packer: str, shapes: list[torch.Siz
 #
 #     MAGIC · u32 length of the header · JSON header · every kind of parameter, packed · SHA-256
 #
-# Names and shapes follow from the hyperparameters in the header. Nothing in a file is executed, and
-# memory is taken only for weights that it has a bit for: spaces fill up.
+# Names and shapes follow from the hyperparameters in the header. Nothing in a file is executed. One
+# with less than a bit for each weight is refused, so spaces fill it up.
 
 ARTIFACT_MAGIC = b"MDLMgolf"
 FORMAT_VERSION = 3
@@ -2146,7 +2149,7 @@ def least_bytes(weights: int) -> int:
 class Artifact(NamedTuple):
     model: Model
     hp: Hyperparameters
-    storage: str  # see `storage_label`
+    storage: str
 
 
 def storage_label(header: Mapping) -> str:
@@ -2694,7 +2697,7 @@ def score_windows(
             table[batch, 0, 2] = torch.tensor(paid, dtype=torch.float64)
         if told_to_stop():
             break
-    if all_reduce(torch.tensor(float(bool(told_to_stop())))) > 0:
+    if all_reduce(torch.tensor(float(told_to_stop()))) > 0:
         raise KeyboardInterrupt
     all_reduce(table)
     ms = 1000 * (time.perf_counter() - started)
@@ -2720,11 +2723,8 @@ def bucket_name(bucket: int, length: int) -> str:
 def final_scores(hp) -> dict[str, int]:
     """Windows (0: all) by score, the headline first."""
     known = ESTIMATORS[hp.system]
-    requested = hp.requested_scores
-    if hp.final_eval_t_samples:
-        requested.setdefault("tgrid", hp.final_eval_max_seqs)
     found = {hp.headline: hp.final_eval_max_seqs}
-    for name, windows in requested.items():
+    for name, windows in hp.requested_scores.items():
         if name in known:
             default = found.get(name, known[name].windows)
             found[name] = default if windows is None else windows
@@ -2762,7 +2762,7 @@ def score_model(artifact: Artifact, hp, val: Split, log: Log):
 #
 #     u32 length of the header · JSON header · weights, moments and average in float32 · SHA-256
 #
-# A run that goes on from its checkpoint ends in the same bytes as one never interrupted.
+# If its clock does not end it, a run that goes on ends in the same bytes as one never interrupted.
 
 
 @dataclasses.dataclass
@@ -2834,6 +2834,8 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
             and bool(checkpoint.state.isfinite().all())
         )
         return checkpoint if sound else None
+    except MemoryError:
+        raise
     except Exception:  # of as many kinds as ways to damage it
         return None
 
@@ -3265,7 +3267,7 @@ def run(env: Mapping[str, str]):
 def main():
     arguments = sys.argv[1:]
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed
+        if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")
     on_signals(signal.default_int_handler)  # raises a KeyboardInterrupt

@@ -288,4 +288,7 @@ def test_processes_have_the_same_settings_and_the_same_shards(tiny_env, copy, tm
     prepare_text.write_shard(last, np.random.default_rng(0).permutation(tokens))
     status, printed = two_machines(env, tmp_path, there)
     assert status == 1 and "data: other shards than on other machines" in printed
+    shutil.copy(last, tmp_path / "data/fineweb_val_999999.bin")  # one more than there
+    status, printed = two_machines(env, tmp_path, there)
+    assert status == 1 and "data: other shards than on other machines" in printed
     assert not (tmp_path / "logs/m.txt").exists()

@@ -591,6 +591,15 @@ def test_a_damaged_checkpoint_is_skipped(env, whole, copied, tmp_path, damage):
     assert not (tmp_path / "pwned").exists() and not Path("pwned").exists()
 
 
+def test_a_checkpoint_for_which_there_is_no_memory_is_not_damaged(copied, monkeypatch):
+    def no_memory(data):
+        raise MemoryError
+
+    monkeypatch.setattr(tm, "unsealed", no_memory)
+    with pytest.raises(MemoryError):
+        tm.read_checkpoint(copied[1])
+
+
 def test_all_checkpoints_damaged_begins_again(env, whole, copied, tmp_path):
     for path in copied:
         path.write_bytes(path.read_bytes()[:-1])

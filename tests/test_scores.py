@@ -623,6 +623,16 @@ def test_every_score_is_printed_once_the_headline_first(split, tmp_path):
     assert [re.search(r" seqs:(\d+)", line)[1] for line in lines[1:]] == ["4", "2", "3"]
 
 
+@pytest.mark.parametrize("preset", ["ar", "block", "golf"])
+def test_the_grid_of_pr_1699_is_asked_for_by_its_variable(preset):
+    """What a model has no score for is asked for all the same, so that `score_model` says so."""
+    hp = tm.Hyperparameters(preset, final_eval_t_samples=256, final_eval_max_seqs=9)
+    assert hp.requested_scores["tgrid"] == 9
+    assert tm.final_scores(hp).get("tgrid") == (9 if preset == "golf" else None)
+    named = dataclasses.replace(hp, scores="tgrid:5")
+    assert named.requested_scores == {"tgrid": 5}
+
+
 def test_sliding_windows_of_a_causal_model(split):
     hp, val, _ = split
     hp = dataclasses.replace(hp, objective="ar", stride=8)

@@ -845,6 +845,20 @@ def test_a_killed_process_ends_the_group(tiny_env, tmp_path):
     assert re.search(rf"^error: rank:0 ({ends})", log, re.MULTILINE)
 
 
+def test_why_a_process_is_lost_is_all_in_its_line(monkeypatch):
+    def collective():
+        raise RuntimeError("NCCL error in: file.cpp:1\nLast error:\nno room in /dev/shm")
+
+    monkeypatch.setattr(tm, "world_size", lambda: 2)
+    with pytest.raises(tm.InputError) as stop:
+        tm.run_collective(collective)
+    lost = "another process of the group is lost: "
+    assert (
+        tm.foreseen(stop.value)
+        == f"{lost}NCCL error in: file.cpp:1 Last error: no room in /dev/shm"
+    )
+
+
 def test_a_diverged_run_prints_no_score(tiny_env, tmp_path, monkeypatch, script):
     monkeypatch.chdir(tmp_path)
     rates = dict.fromkeys(("SCALAR_LR", "TIED_EMBED_LR", "MATRIX_LR"), "1e12")
