@@ -189,8 +189,8 @@ fault(
 
 fault(
     "the chunks of a shard come in one order for ever",
-    'generator = seeded("cpu", self.seed, "chunks", visit)',
-    'generator = seeded("cpu", self.seed, "chunks", place)',
+    'generator = seeded("cpu", self.hp.seed, "chunks", visit)',
+    'generator = seeded("cpu", self.hp.seed, "chunks", place)',
     "test_documents.py::test_a_single_shard_has_another_order_in_every_epoch",
 )
 

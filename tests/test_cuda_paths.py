@@ -135,8 +135,8 @@ class Fault(NamedTuple):
 FAULTS = (
     Fault(
         "a tensor on the CPU in the step",
-        "+ torch.arange(length, device=chosen.device)",
-        "+ torch.arange(length)",
+        "torch.arange(len(u), device=u.device)",
+        "torch.arange(len(u))",
         "operands on two devices: aten.add.Tensor",
     ),
     Fault(
