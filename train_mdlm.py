@@ -326,7 +326,7 @@ class Hyperparameters:
 
     @property
     def requested_scores(self) -> dict[str, int | None]:
-        """Windows by score, as in SCORES; None where it gives no number."""
+        """Windows by score: SCORES, and tgrid; None where no number is given."""
         requested = {}
         for item in self.scores.split(","):
             name, colon, windows = (part.strip() for part in item.partition(":"))
