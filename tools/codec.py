@@ -8,6 +8,8 @@ the chain rule in the order and with the group size asked for, windows side by s
 the range coder of the package `constriction`. What is written is a header of about 40 bytes and
 the code; the reader needs the same artifact and tokenizer. Causal models and those with blocks keep
 the keys and values of what they have read (tools/decoding.py); the token before a window is <s>.
+The order `ar` is that of causal models and of the causal half of models with blocks, whose shortest
+and fastest code it is; both have it unless another is asked for, all others have `l2r`.
 
 Both directions run the same model calls, on batches of the same shape, with one thread each
 (several calls run at the same time). So the probabilities agree bit for bit on one machine with
@@ -39,7 +41,7 @@ from torch import Tensor
 import train_mdlm as tm
 from train_mdlm import InputError
 
-ORDERS = ("l2r", "random", "confidence")
+ORDERS = ("l2r", "random", "confidence", "ar")  # a file has the number of its order
 # Windows of one model call, without and with kept keys and values: part of the format, because the
 # arithmetic depends on it
 BATCH = 16
@@ -134,10 +136,15 @@ class Predictor:
     """Runs the chain rule over all windows of a text, whether its tokens are known or not."""
 
     def __init__(self, model: tm.Model, order: str, group: int, seed: int, device: str):
-        if model.hp.causal and (order != "l2r" or group != 1):
-            given = f"--order {order} --group {group}"
+        given = f"--order {order} --group {group}"
+        self.causal = order == "ar" or model.hp.causal
+        if order == "ar" and model.hp.system == "mdlm":
+            rule = "this model has no causal half"
+            raise InputError(f"{given}: {rule}: use --order l2r, random or confidence")
+        if self.causal and (order not in ("ar", "l2r") or group != 1):
             rule = "a causal model predicts from left to right, one token at a time"
-            raise InputError(f"{given}: {rule}: use --order l2r --group 1")
+            remedy = "--order ar --group 1" if model.hp.causal else "--group 1 or another --order"
+            raise InputError(f"{given}: {rule}: use {remedy}")
         self.device = torch.device(device)
         self.model = model.on(self.device)
         self.order = order
@@ -171,7 +178,7 @@ class Predictor:
         shape = (batch.windows, batch.length)
         z = torch.full(shape, self.model.hp.mask_id, device=self.device)
         before = torch.full(shape[:1], tm.BOS_ID, device=self.device)
-        if self.model.hp.causal:
+        if self.causal:
             return Revelation(batch.first, z, decoding.reveal_causally(self.twin, z, before))
         if self.twin:
             steps = functools.partial(self.begin_block, self.place(batch))
@@ -292,6 +299,10 @@ class Loaded(NamedTuple):
     tokenizer: object
     artifact_id: bytes
     tokenizer_id: bytes
+
+
+def usual_order(hp: tm.Hyperparameters) -> str:
+    return "l2r" if hp.system == "mdlm" else "ar"
 
 
 def load(artifact: Path, tokenizer: str | None) -> Loaded:
@@ -498,7 +509,8 @@ def run_compress(arguments: argparse.Namespace) -> None:
     loaded = load(arguments.artifact, arguments.tokenizer)
     if arguments.normalized:
         text = loaded.tokenizer.decode(tokenize(loaded.tokenizer, text))
-    how = (arguments.order, arguments.group, arguments.seed, arguments.device)
+    order = arguments.order or usual_order(loaded.model.hp)
+    how = (order, arguments.group, arguments.seed, arguments.device)
     data, bits, tokens = compress(text, loaded, *how, common.Progress("compress"))
     tm.write_file(arguments.output, data)
     coded = len(text.encode())
@@ -506,7 +518,7 @@ def run_compress(arguments: argparse.Namespace) -> None:
     print(f"{arguments.input}: {len(source)} bytes, {coded} coded, {tokens} tokens")
     print(
         f"predicted by the score: {bits / 8:.1f} bytes, {bits / size:.4f} bits per byte "
-        f"(order {arguments.order}, group {arguments.group})"
+        f"(order {order}, group {arguments.group})"
     )
     print(
         f"{arguments.output}: {len(data)} bytes, {8 * len(data) / size:.4f} bits per byte, "
@@ -554,7 +566,8 @@ def main() -> None:
         artifact_help = "the .mdlm file of a run"
         command.add_argument("--artifact", type=Path, required=True, help=artifact_help)
         common.add_tokenizer_option(command)
-    compressing.add_argument("--order", choices=ORDERS, default="l2r")
+    order_help = "default: ar for models that have a causal code, l2r for others"
+    compressing.add_argument("--order", choices=ORDERS, help=order_help)
     group_help = "positions revealed by one model call: more is faster and packs less"
     compressing.add_argument("--group", type=whole(1), default=1, help=group_help)
     compressing.add_argument("--seed", type=whole(0), default=0, help="of --order random")
