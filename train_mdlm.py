@@ -414,8 +414,8 @@ AR = dict(  # the challenge's causal baseline
 PRESETS = {
     "mdlm": {},
     "mdlm16": MDLM16,  # as many layers as fit
-    "golf": GOLF,  # docs/recipe.md
-    "block": BLOCK,  # docs/blocks.md
+    "golf": GOLF,
+    "block": BLOCK,
     "llada": LLADA,
     "eos": EOS,
     "ar": AR,
@@ -618,7 +618,7 @@ def on_signals(handler):
 
 
 class Clock:
-    """Training time of a run over all of its restarts; pauses do not count."""
+    """Training time of a run over all its restarts; pauses do not count."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -838,7 +838,7 @@ class TokenStream:
             checksum = zlib.crc32(tokens, checksum)
             documents += int((tokens == BOS_ID).sum())
             if luts:
-                nbytes += int(count_bytes(torch.from_numpy(tokens).long(), before, luts))
+                nbytes += int(count_bytes(tokens, before, luts))
                 before = int(tokens[-1])
         return checksum, documents, nbytes
 
@@ -973,7 +973,7 @@ def text_fault(tokens: np.ndarray, sp, luts: ByteTables) -> str:
     parts = np.split(tokens, np.flatnonzero(boundary[tokens]))
     parts = [part[~boundary[part]].tolist() for part in parts]
     texts = sp.decode(parts)
-    counted = int(count_bytes(torch.from_numpy(tokens).long(), BOS_ID, luts))
+    counted = int(count_bytes(tokens, BOS_ID, luts))
     decoded = sum(len(text.encode()) for text in texts)
     if abs(counted - decoded) > 8 + 1e-4 * decoded:  # characters may be cut off at both ends
         return f"counts {counted} bytes where there are {decoded}: it did not make"
@@ -1118,7 +1118,8 @@ def count_mask(probability, keys, allowed) -> tuple[Tensor, Tensor]:
 class Masking(NamedTuple):
     """How rows are masked, given a probability (B,) for each.
 
-    `mask`: (probability, keys (B, L), allowed (B, L)) → mask (B, L), masked share of allowed (B,).
+    `mask`: (probability, keys (B, L), allowed (B, L)) → mask (B, L), share of allowed (B,) that is
+    masked, or its mean.
     `slack`: (rows, L) → how many more tokens than L · Σ probability a mask may have.
     """
 
@@ -1176,12 +1177,11 @@ def apply_noise(hp, x0, probability, keys) -> tuple[Tensor, Tensor, Tensor]:
 def scored_capacity(hp, rows: int) -> int:
     """The most positions that are scored in a micro-batch of `rows` rows: a static shape. Most are
     masked if every draw is 1, or, for pairs t and 1 − t, 0 or ½; `Trainer.check` notices more."""
-    tokens = rows * hp.train_seq_len
-    if hp.causal:
-        return tokens
     length = hp.noise_length
     rows *= hp.noisy_blocks
     tokens = rows * length
+    if hp.causal:
+        return tokens
     draws = (torch.full((hp.noise_rows,), u) for u in (0.0, 0.5, 1.0))
     most = max(mask_probability(hp, u).view(-1, rows).sum(1).max().item() for u in draws)
     slack = MASKINGS[hp.masking].slack(rows, length)
@@ -1237,23 +1237,24 @@ def plain_view(hp, length: int, causal: bool, device: torch.device) -> View:
 
 
 def block_view(hp, block: int, columns, length: int) -> View:
-    """Of [noisy x_i at the `columns` i − 1 of a window, whole blocks; clean x_0 … x_{L−1}] for x_0,
-    which is before the window of L tokens.
+    """Of [for each noisy block, whose tokens are at `columns` of a window, the token before it and
+    its tokens; clean x_0 … x_{L−1}] for x_0, which is before the window. Each predicts the next.
 
-    A noisy token sees its own block, and the clean tokens before that block; a clean one itself and
-    the clean ones before it. Neighbours are what is seen.
+    A noisy one sees its own block, and the clean tokens before that; a clean one itself and the
+    clean ones before it. Neighbours are what is seen.
     """
     clean = torch.arange(length, device=columns.device)
-    index = torch.arange(len(columns) + length, device=columns.device)
-    noisy = index < len(columns)
-    first = columns // block * block + 1  # place of the first token of the block
-    last_clean = torch.cat([first - 1, clean])
-    first = torch.cat([first, torch.full_like(clean, 2 * length)])
-    place = torch.cat([columns + 1, clean])
-    mask = torch.where(noisy, first[:, None] == first, place <= last_clean[:, None])
+    first = columns[::block, None]  # place of the token before each block
+    noisy = first + torch.arange(block + 1, device=columns.device)
+    first = torch.cat([first.expand_as(noisy).flatten(), torch.full_like(clean, 2 * length)])
+    place = torch.cat([noisy.flatten(), clean])
+    index = torch.arange(len(place), device=columns.device)
+    is_noisy = index < noisy.numel()
+    last_clean = torch.where(is_noisy, first - 1, place)
+    mask = torch.where(is_noisy, first[:, None] == first, place <= last_clean[:, None])
     wanted = neighbor_places(hp, place)
-    in_block = noisy & (wanted >= first) & (wanted < first + block)
-    in_clean = torch.where((wanted >= 0) & (wanted <= last_clean), len(columns) + wanted, -1)
+    in_block = is_noisy & (wanted >= first) & (wanted <= first + block)
+    in_clean = torch.where((wanted >= 0) & (wanted <= last_clean), noisy.numel() + wanted, -1)
     neighbors = torch.where(in_block, neighbor_places(hp, index), in_clean)
     return View(rotary_table(hp, place), neighbors, mask=mask)
 
@@ -1437,12 +1438,8 @@ class Model(nn.Module):
     ):
         """Normalised last hidden state (B, L, D) of tokens z (B, L), or (N, D) at the positions.
         `masked_fraction` (B,) is what a DiT is told of the noise; by default the truth."""
-        length = z.shape[1]
-        if view is None and self.block_size:
-            columns = torch.arange(length // 2, device=z.device)
-            view = block_view(self.hp, self.block_size, columns, length // 2)
-        elif view is None:
-            view = plain_view(self.hp, length, self.hp.causal, z.device)
+        if view is None:
+            view = plain_view(self.hp, z.shape[1], self.hp.causal, z.device)
         return self.states(z, masked_fraction, positions, view)
 
     def states(self, z, masked_fraction: Tensor | None, positions: Positions, view: View):
@@ -1603,7 +1600,7 @@ class Batch(NamedTuple):
     weights: Tensor  # (N,) float32, of their nll; 0 fills up to N
     tokens: Tensor  # () int64, all that are not PAD
     dropped: Tensor  # () int64, masked tokens that found no place; has to be 0
-    masked_fraction: Tensor | None  # (B,) float32, share that is masked; None for a causal model
+    masked_fraction: Tensor | None  # (rows of the noise,) float32, masked share; None if causal
     view: View | None = None  # of z; None: of a plain row
 
 
@@ -1676,30 +1673,37 @@ def masked_batch(hp, x0, probability, keys, capacity: int) -> Batch:
 
 
 def with_clean_half(hp, batch: Batch, columns, window) -> Batch:
-    """As `block_view` has it: also every token of window (B, 1 + L) but the first, given those
-    before it."""
+    """Also every token of window (B, 1 + L) but the first, given those before it."""
     clean = causal_batch(window)
-    z, positions = beside_clean(batch.z, batch.positions, window)
+    z, positions, view = beside_clean(hp, hp.block_size, batch.z, batch.positions, window, columns)
     places = torch.arange(z.numel(), device=z.device).view(z.shape)
     return batch._replace(
         z=z,
-        view=block_view(hp, hp.block_size, columns, hp.train_seq_len),
-        positions=torch.cat([positions, places[:, len(columns) :].flatten()]),
+        view=view,
+        positions=torch.cat([positions, places[:, -hp.train_seq_len :].flatten()]),
         targets=torch.cat([batch.targets, clean.targets]),
         weights=torch.cat([batch.weights, hp.causal_weight * clean.weights]),
         tokens=clean.tokens,
     )
 
 
-def beside_clean(z, positions, window) -> tuple[Tensor, Tensor]:
-    """Noisy tokens z (B, n) beside the clean ones of window (B, 1 + L), as `block_view` has them,
-    and flat positions (N,) of z in both together."""
-    clean = window[:, :-1]
-    return torch.cat([z, clean], dim=1), positions + positions // z.shape[1] * clean.shape[1]
+def beside_clean(
+    hp, block: int, z, positions, window, columns: Tensor | None = None
+) -> tuple[Tensor, Tensor, View]:
+    """The input of a block model for noisy blocks z (B, n) at these columns, by default all, of
+    window (B, 1 + L); the positions (N,) in it that predict those of z; and its view."""
+    if columns is None:
+        columns = torch.arange(z.shape[1], device=z.device)
+    clean, before = window[:, :-1], window[:, columns[::block]]
+    noisy = torch.cat([before[..., None], z.unflatten(1, (-1, block))], dim=2).flatten(1)
+    both = torch.cat([noisy, clean], dim=1)
+    row, column = positions // z.shape[1], positions % z.shape[1]
+    at = row * both.shape[1] + column // block + column
+    return both, at, block_view(hp, block, columns, clean.shape[1])
 
 
 def batch_hidden(model, batch: Batch):
-    """Hidden states (N, D) at the scored positions."""
+    """Hidden states at the scored positions: (N, D), or (B, L, D)."""
     return model.hidden(batch.z, batch.masked_fraction, batch.positions, batch.view)
 
 
@@ -2076,11 +2080,10 @@ def pack_each(names: Sequence[str], raw: bytes) -> dict[str, bytes]:
 
 
 def pack_kind(
-    weights: Mapping[str, Tensor], storage: str, hp, moments: Mapping[str, Tensor] | None = None
+    weights: Mapping[str, Tensor], storage: str, hp, moments: Mapping[str, Tensor] = {}
 ) -> tuple[bytes, dict]:
     """One kind of parameter, packed, and facts for the header and the log."""
     quantizer = QUANTIZERS[storage]
-    moments = moments or {}
     coded = [
         quantize(weight, quantizer, hp.quant_clip, moments.get(name))
         for name, weight in weights.items()
@@ -2137,7 +2140,7 @@ def unpack_kind(packed: bytes, storage: str, packer: str, shapes: list[torch.Siz
 # with less than a bit for each weight is refused, so spaces fill it up.
 
 ARTIFACT_MAGIC = b"MDLMgolf"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 STORED = ["preset", *PREDICTOR]  # hyperparameters in an artifact
 
 
@@ -2159,18 +2162,17 @@ def storage_label(header: Mapping) -> str:
     return "+".join(sorted(set(storages)) + sorted(set(packers)))
 
 
-def save_artifact(model, hp, path: str | Path, moments: Mapping[str, Tensor] | None = None) -> dict:
+def save_artifact(model, hp, path: str | Path, moments: Mapping[str, Tensor] = {}) -> dict:
     """Packs and writes the model; its artifact_bytes, label and kinds. `input_moments` let rounding
     errors cancel. InputError for what is not finite or not written."""
-    for name, tensor in [*model.named_parameters(), *(moments or {}).items()]:
+    for name, tensor in [*model.named_parameters(), *moments.items()]:
         if not tensor.isfinite().all():
             reason = f"{name} or its inputs are not finite; the run has diverged"
             raise InputError(f"{path}: not written, {reason}")
-    blobs, kinds = [], {}
+    packed, kinds = b"", {}
     for kind, named in by_kind(model).items():
-        blob, facts = pack_kind(named, hp.storages[kind.name], hp, moments)
-        blobs.append(blob)
-        kinds[kind.name] = facts
+        blob, kinds[kind.name] = pack_kind(named, hp.storages[kind.name], hp, moments)
+        packed += blob
     header = dict(
         version=FORMAT_VERSION,
         hyperparameters={field: getattr(hp, field) for field in STORED},
@@ -2180,7 +2182,6 @@ def save_artifact(model, hp, path: str | Path, moments: Mapping[str, Tensor] | N
         },
     )
     weights = sum(facts["weights"] for facts in kinds.values())
-    packed = b"".join(blobs)
     text = json.dumps(header).ljust(least_bytes(weights) - len(packed)).encode()
     data = sealed(ARTIFACT_MAGIC + len(text).to_bytes(4, "little") + text + packed)
     write_file(Path(path), data)
@@ -2276,7 +2277,7 @@ def token_nll(
     x0 = window[:, 1:]
     positions = at = scored.flatten().nonzero()[:, 0]
     if model.block_size and not view:
-        z, at = beside_clean(z, positions, window)
+        z, at, view = beside_clean(model.hp, model.block_size, z, positions, window)
     h = model.hidden(z, masked_fraction, at, view)
     nll = F.cross_entropy(model.head(h), x0.flatten()[positions], reduction="none")
     return nll.new_zeros(x0.numel()).index_copy_(0, positions, nll).view(x0.shape)
@@ -2288,16 +2289,10 @@ def with_before(x0, before: Tensor | int = BOS_ID):
     return torch.cat([before[:, None], x0], dim=1)
 
 
-def masked_nll(
-    model,
-    window,
-    mask,
-    scored: Tensor | None = None,
-    masked_fraction: Tensor | None = None,
-):
+def masked_nll(model, window, mask, scored: Tensor | None = None):
     """(B, L) nats of the `scored`, by default of all masked tokens of window (B, 1 + L)."""
     z = torch.where(mask, model.hp.mask_id, window[:, 1:])
-    return token_nll(model, z, window, mask if scored is None else scored, masked_fraction)
+    return token_nll(model, z, window, mask if scored is None else scored)
 
 
 def causal_nll(model, window, scored: Tensor | None = None):
@@ -2333,8 +2328,7 @@ def random_keys(shape: Sequence[int], generator: Generators) -> Iterator[Tensor]
         if isinstance(generator, list):
             yield torch.stack([torch.rand(shape[1], generator=row) for row in generator])
         else:
-            device = generator.device if generator else "cpu"
-            yield torch.rand(shape, generator=generator, device=device)
+            yield torch.rand(shape, generator=generator)
 
 
 def nelbo_masks(passes: int, times, keys, allowed) -> WeightedMasks:
@@ -2372,10 +2366,8 @@ def any_order_nll(model, window, scored, passes: int, numbers, offset, keys):
 
 def nelbo(model, x0, passes: int = 4, generator: torch.Generator | None = None):
     """(B,) float64 nats: an unbiased estimate of the any-order bound of x0 (B, L)."""
-    device = generator.device if generator else "cpu"
-    offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
-    keys = next(random_keys(x0.shape, generator))
-    numbers = torch.arange(len(x0), device=device)
+    offset = torch.rand((), generator=generator, dtype=torch.float64)
+    keys, numbers = next(random_keys(x0.shape, generator)), torch.arange(len(x0))
     scored = torch.ones_like(x0, dtype=torch.bool)
     return any_order_nll(model, with_before(x0), scored, passes, numbers, offset, keys)
 
@@ -2442,11 +2434,12 @@ def reveal_surest(
     for done in range(0, length, group):
         masked = z == model.hp.mask_id
         candidates = (~masked).byte().argsort(dim=1, stable=True)[:, : length - done]  # MASK first
-        seen, at = z, (candidates + row_starts).flatten()
+        seen, at, rest = z, (candidates + row_starts).flatten(), {}
         if model.block_size:
-            seen, at = beside_clean(z.view(len(window), -1), at, window)
-        logp = model.head(model.hidden(seen, positions=at)).log_softmax(-1)
-        logp = logp.unflatten(0, candidates.shape)
+            noisy = z.view(len(window), -1)
+            seen, at, rest["view"] = beside_clean(model.hp, model.block_size, noisy, at, window)
+        logits = model.head(model.hidden(seen, positions=at, **rest))
+        logp = logits.log_softmax(-1).unflatten(0, candidates.shape)
         surest = logp.amax(-1).where(masked.gather(1, candidates), -math.inf)
         behind = ((surest.amax(1, keepdim=True) - surest) * 2**12).round()
         chosen = behind.argsort(dim=1, stable=True)[:, :group]
@@ -2519,11 +2512,10 @@ class Windows(NamedTuple):
 
 
 def score_nelbo(model, windows: Windows):
-    hp = windows.hp
+    hp, tokens, scored, places = windows
     generator = seeded("cpu", hp.seed, "nelbo offset")
     offset = torch.rand((), generator=generator, dtype=torch.float64)
-    numbers, keys = torch.tensor(windows.places), next(windows.keys("nelbo"))
-    _, tokens, scored, _ = windows
+    numbers, keys = torch.tensor(places), next(windows.keys("nelbo"))
     return any_order_nll(model, tokens, scored, hp.nelbo_passes, numbers, offset, keys)
 
 
@@ -2739,8 +2731,8 @@ def score_model(artifact: Artifact, hp, val: Split, log: Log):
     label = artifact.storage.replace("+", "_")
     scores = final_scores(hp)
     for name in hp.requested_scores:
-        if name not in scores:  # l2r is a default
-            log(f"score:{name} is not for {hp.system} models", screen=name != "l2r")
+        if name not in scores:  # these two are defaults
+            log(f"score:{name} is not for {hp.system} models", screen=name not in ("nelbo", "l2r"))
     started = time.perf_counter()
     for name, seqs in scores.items():
         estimator = ESTIMATORS[hp.system][name]
@@ -2767,7 +2759,7 @@ def score_model(artifact: Artifact, hp, val: Split, log: Log):
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is, over all of its lives."""
+    """How far a run is, over all its lives."""
 
     step: int = 0
     train_ms: float = 0.0
@@ -2831,7 +2823,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
             and type(progress.train_ms) is float
             and 0 <= progress.train_ms < math.inf
             and sum(checkpoint.counts) == progress.step <= checkpoint.hp.iterations
-            and bool(checkpoint.state.isfinite().all())
+            and bool(np.isfinite(state).all())
         )
         return checkpoint if sound else None
     except MemoryError:

@@ -37,22 +37,22 @@ def row_of(hp, length):
 
 
 def halves(length, block):
-    """Noisy x_1 … x_L, then clean x_0 … x_{L−1}: what a step of a block model sees.
+    """What a step of a block model sees: of each block the token before it and its own, noisy, then
+    clean x_0 … x_{L−1}. Each predicts the token after it.
 
-    A noisy token sees the noisy ones of its block and the clean ones before that block; a clean
-    one sees itself and the clean ones before it.
+    A noisy token sees those of its block and the clean ones before them; a clean one sees itself
+    and the clean ones before it.
     """
-    columns = [("noisy", place) for place in range(1, length + 1)]
+    starts = range(0, length, block)
+    columns = [(start, place) for start in starts for place in range(start, start + block + 1)]
     columns += [("clean", place) for place in range(length)]
     sees = np.zeros((len(columns), len(columns)), bool)
-    for i, (half, place) in enumerate(columns):
-        for j, (other_half, other) in enumerate(columns):
-            if half == "clean":
-                sees[i, j] = other_half == "clean" and other <= place
-            elif other_half == "noisy":
-                sees[i, j] = (other - 1) // block == (place - 1) // block
+    for i, (part, place) in enumerate(columns):
+        for j, (other_part, other) in enumerate(columns):
+            if other_part == "clean":
+                sees[i, j] = other <= place if part == "clean" else other < part
             else:
-                sees[i, j] = other == 0 or (other - 1) // block < (place - 1) // block
+                sees[i, j] = part == other_part
     return Row(np.array([place for _, place in columns]), sees)
 
 
@@ -152,11 +152,12 @@ def dit_logits(model, z, masked_fraction):
 
 def block_logits(model, past, block):
     """Logits (b, V) of a noisy block (b,) after clean tokens past (n,), which see only their past:
-    block diffusion as it is defined."""
+    block diffusion as it is defined. The last of the past belongs to the block, and each token of
+    it predicts the next."""
     n, length = len(past), len(past) + len(block)
     sees = np.tri(length, dtype=bool)
-    sees[n:] = True
-    return unet_logits(model, np.array([*past, *block]), Row(np.arange(length), sees))[n:]
+    sees[n - 1 :] = True
+    return unet_logits(model, np.array([*past, *block]), Row(np.arange(length), sees))[n - 1 : -1]
 
 
 # ---- Code lengths of small models, enumerated

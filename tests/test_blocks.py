@@ -42,6 +42,15 @@ def code(model, x, before, size):
     return reference.BlockCode(model, [before, *x], size)
 
 
+def predictions(model, noisy, window):
+    """Logits (B, 2L, V) for noisy tokens (B, L), and for the tokens after the clean ones."""
+    all_of_them = torch.arange(noisy.numel())
+    z, at, view = tm.beside_clean(model.hp, model.block_size, noisy, all_of_them, window)
+    logits = model.head(model.hidden(z, view=view))
+    own = logits.flatten(0, 1)[at].unflatten(0, noisy.shape)
+    return torch.cat([own, logits[:, -noisy.shape[1] :]], dim=1)
+
+
 # ---- What a token sees
 
 
@@ -66,7 +75,7 @@ def test_one_pass_predicts_each_block_from_the_clean_past_and_itself(block, neig
     window = torch.tensor([2, 0, 1, 1, 2])
     for mask in itertools.product([False, True], repeat=L):
         noisy = torch.where(torch.tensor(mask), hp.mask_id, window[1:])
-        found = model(torch.cat([noisy, window[:-1]])[None])[0].detach().numpy()
+        found = predictions(model, noisy[None], window[None])[0].detach().numpy()
         for start in range(0, L, block):
             past, own = window[: start + 1].numpy(), noisy[start : start + block].numpy()
             expected = reference.block_logits(model, past, own)
@@ -85,16 +94,17 @@ def test_noisy_blocks_that_are_left_out_change_nothing_for_the_others(share):
     model = random_model(hp)
     window = torch.tensor([[2, 0, 1, 1, 2, 0, 0, 2, 1]])
     noisy = window[:, 1:].masked_fill(torch.tensor([1, 0, 0, 1, 1, 1, 0, 1]).bool(), hp.mask_id)
-    expected = model(torch.cat([noisy, window[:, :-1]], dim=1))
+    expected = predictions(model, noisy, window)
     seen = set()
     for step in range(60):
         _, _, columns = tm.draw_noise(hp, tm.seeded("cpu", step))
         assert len(columns) == 8 * share and columns.equal(columns.sort().values)
         assert (columns[1::2] == columns[::2] + 1).all() and (columns[::2] % 2 == 0).all()
         seen.add(tuple(columns.tolist()))
-        z, _ = tm.beside_clean(noisy[:, columns], columns, window)
-        view = tm.block_view(hp, 2, columns, 8)
-        found = model.head(model.hidden(z, view=view))
+        own = torch.arange(len(columns))
+        z, at, view = tm.beside_clean(hp, 2, noisy[:, columns], own, window, columns)
+        at = torch.cat([at, torch.arange(z.shape[1])[-8:]])
+        found = model.head(model.hidden(z, view=view))[:, at]
         kept = torch.cat([columns, torch.arange(8, 16)])
         assert torch.allclose(found, expected[:, kept], atol=1e-5)
     assert len(seen) == math.comb(4, round(4 * share))
@@ -108,7 +118,7 @@ def test_the_attention_of_gpus_sees_the_same(heads):
     mask = view.mask
     tiles = create_block_mask(lambda b, h, q, k: mask[q, k], None, None, *mask.shape, CPU)
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, n, 18, 8, generator=g) for n in (4, heads, heads))
+    q, k, v = (torch.randn(2, n, 20, 8, generator=g) for n in (4, heads, heads))
     with torch.no_grad():
         found = tm.attend(q, k, v, view._replace(tiles=tiles))
         assert torch.allclose(found, tm.attend(q, k, v, view), atol=1e-5)
@@ -118,16 +128,16 @@ def test_the_clean_half_alone_is_the_causal_model():
     for neighbors in (0, 2):
         model = random_model(tiny_hp(block_size=2, neighbors=neighbors))
         window = tm.with_before(EVERY, 2)
-        logits = model(torch.cat([torch.full_like(EVERY, V), window[:, :-1]], dim=1))[:, L:]
+        logits = predictions(model, torch.full_like(EVERY, V), window)[:, L:]
         expected = -logits.log_softmax(-1).gather(-1, EVERY[..., None])[..., 0]
         assert torch.allclose(tm.causal_nll(model, window), expected, atol=1e-5)
 
 
 def sees_a_token(model, z, window, column):
-    """(V + 1,) bool: whether the logits at a column of the input depend on the embeddings of
+    """(V + 1,) bool: whether the logits in a column of `predictions` depend on the embeddings of
     each token, MASK last; every token of the window is another one."""
     model.zero_grad()
-    logits = model(torch.cat([z, window[:-1]])[None])[0, column]
+    logits = predictions(model, z[None], window[None])[0, column]
     (logits * torch.linspace(1, 2, len(logits))).sum().backward()
     moved = model.tok_emb.weight.grad.abs().sum(1)
     if model.hp.neighbors:
@@ -330,26 +340,33 @@ def test_capacity_saves_work_with_blocks_too():
 
 
 def test_a_batch_scores_masked_tokens_and_every_clean_one(stream):
-    """In one input: beside the noisy half, at x_i, and in the clean half, at the token before."""
+    """In one input: noisy blocks, each after the token before it, and clean tokens; a token is
+    predicted where the one before it is."""
     hp = hp_of(causal_weight=0.25)
     capacity = tm.scored_capacity(hp, 6)
     batch = tm.training_batch(hp, stream, 1, range(6, 12), capacity, CPU)
     window = stream.windows(range(30, 36), 16)
-    noisy, clean = batch.z.split(16, dim=1)
+    blocks, clean = batch.z.split([20, 16], dim=1)
     assert torch.equal(clean, window[:, :-1]) and batch.tokens == 6 * 16
+    before, noisy = blocks.view(6, 4, 5).tensor_split([1], dim=2)
+    assert torch.equal(before[..., 0], window[:, [0, 4, 8, 12]])
+    noisy = noisy.flatten(1)
     assert torch.equal(noisy[noisy != 7], window[:, 1:][noisy != 7])
     assert len(batch.positions) == len(batch.weights) == capacity + 6 * 16
     scored = {}
     for position, target, weight in zip(*(x.tolist() for x in batch[1:4]), strict=True):
         if weight:
-            scored[divmod(position, 32)] = (target, weight)
+            scored[divmod(position, 36)] = (target, weight)
     counts = (noisy == 7).view(6, 4, 4).sum(2)
     expected = {}
     for row, i in itertools.product(range(6), range(16)):
         target = int(window[row, 1 + i])
-        expected[row, 16 + i] = (target, 0.25)
+        expected[row, 20 + i] = (target, 0.25)
         if noisy[row, i] == 7:
-            expected[row, i] = (target, pytest.approx(4 / counts[row, i // 4].item()))
+            expected[row, i // 4 * 5 + i % 4] = (
+                target,
+                pytest.approx(4 / counts[row, i // 4].item()),
+            )
     assert scored == expected
 
 
@@ -361,10 +378,13 @@ def test_a_step_masks_a_share_of_the_blocks(stream):
     batch = tm.training_batch(hp, stream, 1, range(6), tm.scored_capacity(hp, 6), CPU)
     window = stream.windows(range(24, 30), 16)
     _, _, columns = tm.draw_noise(hp, tm.seeded("cpu", hp.seed, "train", 1))
-    assert batch.z.shape == (6, 24) and torch.equal(batch.z[:, 8:], window[:, :-1])
+    assert batch.z.shape == (6, 26) and torch.equal(batch.z[:, 10:], window[:, :-1])
     assert batch.tokens == 6 * 16 and batch.dropped == 0
-    masked = batch.z[:, :8] == 7
-    assert torch.equal(batch.z[:, :8][~masked], window[:, 1 + columns][~masked])
+    before, noisy = batch.z[:, :10].view(6, 2, 5).tensor_split([1], dim=2)
+    assert torch.equal(before[..., 0], window[:, columns[::4]])
+    noisy = noisy.flatten(1)
+    masked = noisy == 7
+    assert torch.equal(noisy[~masked], window[:, 1 + columns][~masked])
     model = random_model(hp, scale=0.3)
     expected = 0.25 * tm.causal_nll(model, window).sum().item()
     mask = torch.zeros(6, 16, dtype=torch.bool)
@@ -380,7 +400,7 @@ def test_the_loss_is_the_bound_and_the_weighted_causal_loss(stream):
     batch = tm.training_batch(hp, stream, 0, range(3), tm.scored_capacity(hp, 3), CPU)
     expected = 0.0
     for row, window in enumerate(stream.windows(range(3), 16)):
-        mask = (batch.z[row, :16] == 7).tolist()
+        mask = (batch.z[row, :20].view(4, 5)[:, 1:] == 7).flatten().tolist()
         blocks = reference.BlockCode(model, window, 4)
         for start in blocks.starts:
             own = tuple(mask[start - 1 : start + 3])

@@ -76,4 +76,5 @@ def test_every_token_runs_through_the_model_once_and_every_block_once_a_step():
 
     z = torch.full_like(X0, model.hp.mask_id)
     revealed(decoding.reveal_blocks(twin, z, BEFORE, in_order), z)
-    assert seen == ([5] + [4] * 3) + 2 * ([8] + [4] * 3)  # what is clean now joins the next call
+    # A block has the token before it; what is clean now joins the next call
+    assert seen == [5] * 4 + 2 * ([9] + [5] * 3)

@@ -76,11 +76,12 @@ def test_the_model_is_told_the_noise_of_each_step(tiny_env, monkeypatch):
     hp = tm.Hyperparameters.from_env(tiny_env)
     told = []
 
-    def one_nat(model, window, hidden, masked_fraction):
+    def one_nat(model, z, window, hidden, masked_fraction):
+        assert torch.equal(z == hp.mask_id, hidden)
         told.append(masked_fraction.tolist())
         return hidden.float()
 
-    monkeypatch.setattr(tm, "masked_nll", one_nat)
+    monkeypatch.setattr(tm, "token_nll", one_nat)
     x0 = torch.full((2, 32), 7)
     rows = published.Rows(range(2), x0, x0[:, 0])
     nats = published.published_bound(random_model(hp), rows, 4) * math.log(2)

@@ -300,8 +300,9 @@ def test_masks_of_blocks_leave_tiles_out():
     block = tm.Hyperparameters(preset="block")
     assert 0.3 < lowering.mask_density(block) < 0.6
     whole = tm.Hyperparameters(preset="block", block_size=1024, block_share=1.0)
-    # noisy tokens see themselves, and no clean ones but the first; clean ones half of the clean
-    assert lowering.mask_density(whole) == pytest.approx((64 + 8 + 36) / 256)
+    # x_0 and 1024 noisy tokens see themselves: 9 x 9 tiles, the last with the first clean tokens;
+    # clean ones see half of the clean: 45 tiles, one of them that
+    assert lowering.mask_density(whole) == pytest.approx((81 + 45 - 1) * 128**2 / 2049**2)
 
 
 def test_the_files_are_beside_the_tool():
@@ -321,7 +322,7 @@ def test_positions_of_a_window():
     )
     assert golf == expected
     block = of(tm.Hyperparameters("block", nelbo_passes=3, train_seq_len=64))
-    assert (block["l2r"], block["nelbo"], block["ar"]) == (4 * 128, 3 * 128, 64)
+    assert (block["l2r"], block["nelbo"], block["ar"]) == (4 * 144, 3 * 144, 64)
     assert of(tm.Hyperparameters("ar"))["sliding"] == 1024
 
 

@@ -113,20 +113,23 @@ class Past:
 
     def next_hidden(self) -> Tensor:
         """Hidden states (B, D) at the last of the clean tokens: what predicts the next one."""
-        clean = self.tokens.shape[1] - self.old
+        new = self.tokens.shape[1] - self.old
         rows = torch.arange(len(self.tokens), device=self.tokens.device)
-        return self._run(self.tokens[:, :0], (rows + 1) * clean - 1)
+        return self._run(self.tokens, self.tokens[:, :0], (rows + 1) * new - 1)
 
     def hidden(self, z: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states (N, D) at flat positions of a noisy block (B, m), as many in every row."""
-        clean, noisy = self.tokens.shape[1] - self.old, z.shape[1]
-        return self._run(z, positions + (positions // noisy + 1) * clean)
+        """Hidden states (N, D) that predict the flat positions of a noisy block z (B, m), as many
+        in every row. The last clean token belongs to the block: it predicts the first one."""
+        clean, last = self.tokens[:, :-1], self.tokens[:, -1:]
+        new = clean.shape[1] - min(self.old, clean.shape[1])
+        rows = positions // z.shape[1]
+        return self._run(clean, torch.cat([last, z], dim=1), positions + rows + (rows + 1) * new)
 
     @torch.no_grad()
-    def _run(self, z: Tensor, positions: Tensor) -> Tensor:
+    def _run(self, clean: Tensor, noisy: Tensor, positions: Tensor) -> Tensor:
         """Of the clean tokens that are not kept yet, and a noisy block behind them."""
-        old, all_clean, device = self.old, self.tokens.shape[1], z.device
-        total = all_clean + z.shape[1]
+        all_clean, device = clean.shape[1], clean.device
+        old, total = min(self.old, all_clean), all_clean + noisy.shape[1]
         first = max(old - self.hp.neighbors, 0)
         place = torch.arange(first, total, device=device)
         last = torch.where(place < all_clean, place, total - 1)  # that each token sees
@@ -135,8 +138,8 @@ class Past:
         mask = None
         if all_clean - old > 1 or (old < all_clean < total):
             mask = torch.arange(total, device=device) <= last[old - first :, None]
-        new = torch.cat([self.tokens[:, old:], z], dim=1)
-        recent = self.tokens[:, first:old]
+        new = torch.cat([clean[:, old:], noisy], dim=1)
+        recent = clean[:, first:old]
         columns = slice(old, total)
         rotary = tm.rotary_table(self.hp, place[old - first :])
         seen = Seen(rotary, recent, neighbors, mask, self.kept, self.room, columns)

@@ -490,12 +490,15 @@ class Done(Exception):
 
 def lower_score(hp: tm.Hyperparameters) -> None:
     """A pass of the model as `tm.score_model` compiles it, with two masked positions."""
-    rows, length = 2, hp.train_seq_len * (2 if hp.block_size else 1)
 
     def one_pass(name, model, *others):
+        shape = (2, 1 + hp.train_seq_len)
+        window = torch.zeros(shape, dtype=torch.int64, device=absent_gpu.DEVICE)
+        z, at, view = window[:, 1:], torch.zeros_like(window[:, 0]), None
+        if hp.block_size:
+            z, at, view = tm.beside_clean(hp, hp.block_size, z, at, window)
         with torch.no_grad():
-            z = torch.zeros(rows, length, dtype=torch.int64, device=absent_gpu.DEVICE)
-            model.hidden(z, positions=torch.zeros_like(z[:, 0]))
+            model.hidden(z, None, at, view)
         raise Done
 
     luts = types.SimpleNamespace(base_bytes=torch.zeros(1, device=absent_gpu.DEVICE))

@@ -173,7 +173,8 @@ def published_bound(model: tm.Model, rows: Rows, steps: int) -> torch.Tensor:
         noise = (1 - tm.TSTEP_EPS) * step / steps
         told = torch.full((len(rows.x0),), noise, device=rows.x0.device)
         hidden = mask.to(rows.x0.device) & allowed
-        nll = tm.masked_nll(model, window, hidden, masked_fraction=told)
+        z = torch.where(hidden, hp.mask_id, rows.x0)
+        nll = tm.token_nll(model, z, window, hidden, told)
         nats += weight * nll.double().sum(1).cpu()
     return nats / math.log(2)
 

@@ -402,11 +402,11 @@ class Recomputed:
         return self.model.hidden(self.tokens, None, (rows + 1) * length - 1, view)
 
     def hidden(self, z: Tensor, positions: Tensor) -> Tensor:
-        """(N, D) at flat positions of a noisy block (B, m)."""
+        """(N, D) that predict flat positions of a noisy block (B, m)."""
         window = F.pad(self.tokens, (0, 1))  # the last one is not read
-        columns = torch.arange(z.shape[1], device=z.device) + self.tokens.shape[1] - 1
-        both, at = tm.beside_clean(z, positions, window)
-        view = tm.block_view(self.hp, self.model.block_size, columns, self.tokens.shape[1])
+        block = z.shape[1]
+        columns = torch.arange(block, device=z.device) + self.tokens.shape[1] - 1
+        both, at, view = tm.beside_clean(self.hp, block, z, positions, window, columns)
         return self.model.hidden(both, None, at, view)
 
 

@@ -283,7 +283,9 @@ SPLIT_TOKENS = {1024: published.TOKENS, 4096: 45_508_608, 8192: 40_540_160}
 def positions_of_a_window(hp: tm.Hyperparameters) -> dict[str, int]:
     """How many go through the model for each score of a window."""
     length = hp.train_seq_len
-    width = 2 * length if hp.block_size else length  # noisy and clean tokens
+    width = length
+    if hp.block_size:  # noisy tokens, one more for each block, and clean ones
+        width = 2 * length + length // hp.block_size
     in_order = width * tm.ceil_div(hp.block_size or length, hp.chain_group)
     sliding = length * tm.ceil_div(min(hp.stride, length), hp.chain_group)
     return dict(
