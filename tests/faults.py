@@ -850,21 +850,35 @@ fault(
 
 fault(
     "a noisy token sees the clean tokens of its own block",
-    "last_clean = torch.cat([first - 1, clean])",
-    "last_clean = torch.cat([columns, clean])",
+    "last_clean = torch.where(is_noisy, first - 1, place)",
+    "last_clean = torch.where(is_noisy, first + block - 1, place)",
+    "test_blocks.py::test_no_gradient_comes_from_what_a_decoder_does_not_have",
+)
+
+fault(
+    "the token before a block is seen twice",
+    "last_clean = torch.where(is_noisy, first - 1, place)",
+    "last_clean = torch.where(is_noisy, first, place)",
     "test_blocks.py::test_the_mask_is_that_of_the_definition",
 )
 
 fault(
+    "a noisy token is predicted where it stands itself",
+    "column // block + column",
+    "column // block + column + 1",
+    "test_blocks.py::test_the_chain_rule_is_its_definition",
+)
+
+fault(
     "a noisy token has neighbours in the next block",
-    "(wanted < first + block)",
+    "(wanted <= first + block)",
     "(wanted <= length)",
     "test_blocks.py::test_no_gradient_comes_from_what_a_decoder_does_not_have",
 )
 
 fault(
     "a clean token is paid for where it is seen",
-    "places[:, len(columns) :]",
+    "places[:, -hp.train_seq_len :]",
     "places[:, : hp.train_seq_len]",
     "test_blocks.py::test_a_batch_scores_masked_tokens_and_every_clean_one",
 )
