@@ -186,7 +186,7 @@ class Hyperparameters:
         "weight of a token masked with probability p: 1/p, about 1/(1 − p), or 1",
         choices=lambda: LOSS_WEIGHTS)
     block_share: float = knob(1.0, "share of the blocks that a step masks", high=1)
-    causal_weight: float = knob(1.0, "weight of next-token losses with BLOCK_SIZE")
+    causal_weight: float = knob(1.0, "weight of the clean half with BLOCK_SIZE")
     weight_clamp: float = knob(100.0, "largest weight of a masked token", low=1)
 
     knob = group("training", "how long, how much at a time, and how fast")
@@ -1596,7 +1596,7 @@ class Batch(NamedTuple):
 
     z: Tensor  # (B, L) int64, what the model sees
     positions: Positions  # (N,) int64, scored positions of the flattened batch
-    targets: Tensor  # (N,) int64, the tokens there
+    targets: Tensor  # (N,) int64, true tokens
     weights: Tensor  # (N,) float32, of their nll; 0 fills up to N
     tokens: Tensor  # () int64, all that are not PAD
     dropped: Tensor  # () int64, masked tokens that found no place; has to be 0

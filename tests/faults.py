@@ -863,6 +863,13 @@ fault(
 )
 
 fault(
+    "a block begins with its own first token",
+    "window[:, columns[::block]]",
+    "window[:, 1 + columns[::block]]",
+    "test_blocks.py::test_no_gradient_comes_from_what_a_decoder_does_not_have",
+)
+
+fault(
     "a noisy token is predicted where it stands itself",
     "column // block + column",
     "column // block + column + 1",

@@ -204,14 +204,18 @@ def test_a_causal_code_has_the_size_of_its_score(loaded, name, order):
     assert abs(len(data) - bits / 8) < 0.005 * bits / 8 + 64
 
 
-@pytest.mark.parametrize("name, order", [("mdlm", "l2r"), ("ar", "ar"), ("block", "ar")])
+@pytest.mark.parametrize(
+    "name, group, order",
+    [("mdlm", 1, "l2r"), ("ar", 1, "ar"), ("block", 1, "ar"), ("block", 2, "l2r")],
+)
 def test_the_usual_order_is_causal_where_a_model_has_such_a_code(
-    files, tmp_path, tool, name, order
+    files, tmp_path, tool, name, group, order
 ):
     source = tmp_path / "in.txt"
     source.write_text("A short text.", encoding="utf-8")
-    done = tool(codec, *given_to("compress", source, tmp_path / "o", files=files, artifact=name))
-    assert done.returncode == 0 and f"(order {order}, group 1)" in done.stdout
+    line = ["compress", source, tmp_path / "o", "--group", str(group)]
+    done = tool(codec, *given_to(*line, files=files, artifact=name))
+    assert done.returncode == 0 and f"(order {order}, group {group})" in done.stdout
 
 
 def test_header_is_small(loaded):
@@ -269,7 +273,7 @@ def test_what_cannot_be_decoded_is_said_in_one_line(files, tmp_path, tool):
         (("compress", source, tmp_path / "no/such/folder"), "mdlm", "cannot be written"),
         (("compress", source, back, "--order", "random"), "ar", "--order random --group 1"),
         (("compress", source, back, "--order", "ar"), "mdlm", "this model has no causal half"),
-        (("compress", source, back, "--group", "2"), "block", "use --group 1 or another --order"),
+        (("compress", source, back, "--order", "ar", "--group", "2"), "block", "use --group 1 or"),
         (("compress", source, back, "--group", "0"), "mdlm", "not a whole number from 1 on"),
     ]:
         done = tool(codec, *given_to(*arguments, files=files, artifact=artifact))

@@ -78,3 +78,20 @@ def test_every_token_runs_through_the_model_once_and_every_block_once_a_step():
     revealed(decoding.reveal_blocks(twin, z, BEFORE, in_order), z)
     # A block has the token before it; what is clean now joins the next call
     assert seen == [5] * 4 + 2 * ([9] + [5] * 3)
+
+
+def test_a_token_and_a_block_may_be_asked_for_in_turn():
+    """The last clean token is kept after the one, and part of the block in the other."""
+    model = random_model(tiny_hp(**SHAPE, block_size=4, neighbors=2))
+    twin, z = decoding.cached(model), torch.full((5, 4), model.hp.mask_id)
+    at, both = torch.arange(20), decoding.Past(twin, BEFORE, 12)
+    for columns in (slice(0, 4), slice(4, 8)):
+        token, block = (decoding.Past(twin, BEFORE, 12) for _ in range(2))
+        for past in (token, block):
+            past.append(X0[:, : columns.start])
+        found = (both.next_hidden(), both.hidden(z, at), both.next_hidden())
+        for one, other in zip(
+            found, (token.next_hidden(), block.hidden(z, at), found[0]), strict=True
+        ):
+            assert torch.allclose(one, other, atol=1e-5)
+        both.append(X0[:, columns])

@@ -349,7 +349,6 @@ def test_what_a_user_may_not_expect_is_said(call, name, arguments, notes):
     ("mdlm", ("--steps", "few"), ["--steps", "few"]),
     ("mdlm", ("--sampler", "remdm", "--eta", 2), ["--eta 2.0 is not between 0 and 1"]),
     ("block", ("--sampler", "l2r", "--steps", 3), ["--steps 3", "4 blocks"]),
-    ("block", ("--sampler", "l2r", "--length", 6, "--no-cache"), ["--no-cache", "whole blocks"]),
     ("mdlm", ("--prompt-file", "nowhere.txt"), ["nowhere.txt"]),
     ("mdlm", ("--tokenizer", "nowhere.model"), ["nowhere.model"]),
     ("mdlm", ("--json", "."), ["cannot be written"]),

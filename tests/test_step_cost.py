@@ -330,8 +330,10 @@ def test_scores_take_the_time_of_forward_passes():
     """1,000 tokens forward take 2 ms and a start, so 2.003 µs each; four GPUs share them."""
     forward, backward = kernel(nbytes=4 * 10**9), kernel(part="gradients", nbytes=8 * 10**9)
     counts = counts_of({forward: 1, backward: 1})
-    assert step_cost.forward_seconds(counts, H100) == pytest.approx(2.003e-6)
     hp = tm.Hyperparameters("golf", scores="nelbo:100,l2r:8", final_eval_max_seqs=100)
+    assert step_cost.forward_seconds(hp, counts, H100) == pytest.approx(2.003e-6)
+    block = tm.Hyperparameters("block")  # 1.625 positions for each token
+    assert step_cost.forward_seconds(block, counts, H100) == pytest.approx(2.003e-6 / 1.625)
     table = step_cost.score_table(hp, counts, {"H100": H100})
     each = 2.003e-6 / 4
     nelbo, l2r = 100 * 4 * 1024, 8 * 1024 * 1024

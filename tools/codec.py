@@ -8,8 +8,9 @@ the chain rule in the order and with the group size asked for, windows side by s
 the range coder of the package `constriction`. What is written is a header of about 40 bytes and
 the code; the reader needs the same artifact and tokenizer. Causal models and those with blocks keep
 the keys and values of what they have read (tools/decoding.py); the token before a window is <s>.
-The order `ar` is that of causal models and of the causal half of models with blocks, whose shortest
-and fastest code it is; both have it unless another is asked for, all others have `l2r`.
+With the order `ar` each token is coded given those before it, by a causal model or by the causal
+half of one with blocks. It is the default of both, because it is their shortest and fastest code;
+that of other models, and with --group of those with blocks, is `l2r`.
 
 Both directions run the same model calls, on batches of the same shape, with one thread each
 (several calls run at the same time). So the probabilities agree bit for bit on one machine with
@@ -142,7 +143,7 @@ class Predictor:
             rule = "this model has no causal half"
             raise InputError(f"{given}: {rule}: use --order l2r, random or confidence")
         if self.causal and (order not in ("ar", "l2r") or group != 1):
-            rule = "a causal model predicts from left to right, one token at a time"
+            rule = "a causal code goes from left to right, one token at a time"
             remedy = "--order ar --group 1" if model.hp.causal else "--group 1 or another --order"
             raise InputError(f"{given}: {rule}: use {remedy}")
         self.device = torch.device(device)
@@ -301,8 +302,9 @@ class Loaded(NamedTuple):
     tokenizer_id: bytes
 
 
-def usual_order(hp: tm.Hyperparameters) -> str:
-    return "l2r" if hp.system == "mdlm" else "ar"
+def usual_order(hp: tm.Hyperparameters, group: int) -> str:
+    """A model with blocks reveals several positions a call in its other orders only."""
+    return "ar" if hp.causal or (hp.block_size and group == 1) else "l2r"
 
 
 def load(artifact: Path, tokenizer: str | None) -> Loaded:
@@ -509,7 +511,7 @@ def run_compress(arguments: argparse.Namespace) -> None:
     loaded = load(arguments.artifact, arguments.tokenizer)
     if arguments.normalized:
         text = loaded.tokenizer.decode(tokenize(loaded.tokenizer, text))
-    order = arguments.order or usual_order(loaded.model.hp)
+    order = arguments.order or usual_order(loaded.model.hp, arguments.group)
     how = (order, arguments.group, arguments.seed, arguments.device)
     data, bits, tokens = compress(text, loaded, *how, common.Progress("compress"))
     tm.write_file(arguments.output, data)
@@ -566,9 +568,10 @@ def main() -> None:
         artifact_help = "the .mdlm file of a run"
         command.add_argument("--artifact", type=Path, required=True, help=artifact_help)
         common.add_tokenizer_option(command)
-    order_help = "default: ar for models that have a causal code, l2r for others"
+    order_help = "default: ar for causal models and, with --group 1, those with blocks; else l2r"
     compressing.add_argument("--order", choices=ORDERS, help=order_help)
-    group_help = "positions revealed by one model call: more is faster and packs less"
+    group_help = "positions revealed by one model call: more is faster and packs less; --order ar "
+    group_help += "has only 1"
     compressing.add_argument("--group", type=whole(1), default=1, help=group_help)
     compressing.add_argument("--seed", type=whole(0), default=0, help="of --order random")
     compressing.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

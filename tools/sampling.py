@@ -869,7 +869,7 @@ def check(loaded: Loaded, request: Request) -> None:
 
 
 def check_blocks(loaded: Loaded, request: Request, length: int) -> None:
-    """InputError for steps or lengths that the blocks of a text do not allow."""
+    """InputError for fewer steps than a text has blocks."""
     block = loaded.hp.block_size
     if not block or request.sampler == "causal":
         return
@@ -878,10 +878,6 @@ def check_blocks(loaded: Loaded, request: Request, length: int) -> None:
     if 0 < steps < blocks:
         found = f"{length} tokens are {blocks} blocks, with a model call or more for each"
         raise InputError(f"--steps {steps}: {found}; give {blocks} or more")
-    if length % block and not request.cache:
-        raise InputError(
-            f"--no-cache needs whole blocks, but {length} tokens are not so many {block}"
-        )
 
 
 def notes(loaded: Loaded, template: Template) -> list[str]:

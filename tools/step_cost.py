@@ -301,10 +301,12 @@ def positions_of_a_window(hp: tm.Hyperparameters) -> dict[str, int]:
     )
 
 
-def forward_seconds(counts: Counts, machine: Machine) -> float:
-    """Of a token, on one GPU: the forward half of the loss."""
+def forward_seconds(hp: tm.Hyperparameters, counts: Counts, machine: Machine) -> float:
+    """Of a position, on one GPU: the forward half of the loss."""
+    noisy = hp.noisy_blocks * (hp.block_size + 1) if hp.block_size else 0
+    positions = counts.tokens * (1 + noisy / hp.train_seq_len)
     forward = {kernel: n for kernel, n in counts.kernels.items() if kernel.part == "loss"}
-    return sum(n * machine.device_seconds(kernel) for kernel, n in forward.items()) / counts.tokens
+    return sum(n * machine.device_seconds(kernel) for kernel, n in forward.items()) / positions
 
 
 def score_table(hp: tm.Hyperparameters, counts: Counts, machines: dict[str, Machine]) -> str:
@@ -313,21 +315,21 @@ def score_table(hp: tm.Hyperparameters, counts: Counts, machines: dict[str, Mach
     heads += [f"s on {machine.processes} x {name}" for name, machine in machines.items()]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     each, total = positions_of_a_window(hp), 0
+    seconds = [
+        forward_seconds(hp, counts, machine) / machine.processes for machine in machines.values()
+    ]
     for name, windows in tm.final_scores(hp).items():
         split = SPLIT_TOKENS.get(hp.vocab_size, published.TOKENS)
         windows = windows or split // hp.train_seq_len
-        lines.append(score_row(name, f"{windows:,}", windows * each[name], counts, machines))
+        cells = [name, f"{windows:,}"]
+        lines.append(score_row(cells, windows * each[name], seconds))
         total += windows * each[name]
-    return "\n".join([*lines, score_row("all", "", total, counts, machines)])
+    return "\n".join([*lines, score_row(["all", ""], total, seconds)])
 
 
-def score_row(
-    name: str, windows: str, positions: int, counts: Counts, machines: dict[str, Machine]
-) -> str:
-    cells = [name, windows, f"{positions / 1e9:.2f}"]
-    for machine in machines.values():
-        seconds = positions * forward_seconds(counts, machine) / machine.processes
-        cells.append(f"{seconds:.0f}")
+def score_row(names: list[str], positions: int, seconds: list[float]) -> str:
+    """`seconds` a position, by machine."""
+    cells = [*names, f"{positions / 1e9:.2f}", *(f"{positions * each:.0f}" for each in seconds)]
     return f"| {' | '.join(cells)} |"
 
 
