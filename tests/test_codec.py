@@ -198,8 +198,8 @@ def test_a_causal_code_has_the_size_of_its_score(loaded, name, order):
     data, bits, _ = there_and_back(loaded[name], LONG, order)
     tokens = torch.tensor(loaded[name].tokenizer.encode(LONG))
     model = loaded[name].model
-    windows = [torch.cat([torch.tensor([tm.BOS_ID]), window]) for window in tokens.split(16)]
-    nats = sum(tm.causal_nll(model, window[None]).sum().item() for window in windows)
+    windows = [tm.with_before(window[None]) for window in tokens.split(16)]
+    nats = sum(tm.causal_nll(model, window).sum().item() for window in windows)
     assert bits == pytest.approx(nats / math.log(2), rel=1e-5)
     assert abs(len(data) - bits / 8) < 0.005 * bits / 8 + 64
 
