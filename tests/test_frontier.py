@@ -8,6 +8,7 @@ import re
 import frontier
 import pytest
 import sweep
+import torch
 from conftest import clean_env
 
 import train_mdlm as tm
@@ -94,3 +95,17 @@ def test_times_of_real_steps(tiny_env, tmp_path, monkeypatch):
     times = frontier.measure_times(models, tmp_path)
     assert list(times) == ["golf", "4", "ar"] and min(times.values()) > 0
     assert sweep.Job(models[1].row, 1, tmp_path).hyperparameters().block_size == 4
+
+
+def test_more_models_are_timed_than_the_compiler_has_variants(tiny_env, tmp_path, monkeypatch):
+    for name, value in tiny_env.items():
+        monkeypatch.setenv(name, value)
+
+    def compiled(function, hp, device, **options):
+        return torch.compile(function, backend="eager", **options)
+
+    monkeypatch.setattr(tm, "compiled", compiled)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        assert len(frontier.measure_times(frontier.compared([]), tmp_path)) == 2
+    torch._dynamo.reset()

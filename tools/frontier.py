@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import common
 import sweep
+import torch
 
 import train_mdlm as tm
 from train_mdlm import InputError
@@ -68,6 +69,7 @@ def measure_times(models: list[Model], out: Path) -> dict[str, float]:
     """Milliseconds of a training step of each model, by name."""
     hps = [sweep.Job(model.row, 1337, out).hyperparameters() for model in models]
     tokenizer, luts = common.load_tokenizer(hps[0])
+    torch._dynamo.config.recompile_limit += len(models)  # the loss is compiled for each of them
     stream = tm.open_training(hps[0], tokenizer, luts)
     trainers = [tm.Trainer(hp, stream, common.device(), tm.Log()) for hp in hps]
     for trainer in trainers:
