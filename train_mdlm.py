@@ -42,6 +42,7 @@ has no type is a Tensor.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -63,7 +64,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(2))  # the next imports take seconds
@@ -150,7 +151,7 @@ class Hyperparameters:
     knob = group("model", "what the predictor is; the artifact carries these values")
     objective: str = knob("mdlm", "masked diffusion, or causal", choices=("mdlm", "ar"))
     block_size: int = knob(0,
-        "tokens of a block; blocks from left to right, diffusion inside; 0: none", high=2**20)
+        "tokens of a block; blocks from left to right, diffusion inside; 0: none")
     backbone: str = knob("unet", "trunk; dit is told the noise", choices=lambda: BACKBONES)
     vocab_size: int = knob(1024, "real tokens V; MASK is V, PAD V + 1", low=2, high=65_534)
     doc_chunks: bool = knob(False, "train on documents, in chunks of L tokens and PAD")
@@ -280,8 +281,8 @@ class Hyperparameters:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Hyperparameters:
-        given = {spec.name: env.get(spec.name.upper()) for spec in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in given.items() if value is not None})
+        names = [spec.name for spec in dataclasses.fields(cls) if spec.name.upper() in env]
+        return cls(**{name: env[name.upper()] for name in names})
 
     def shown(self, name: str) -> str:
         """As one would give it: NUM_LAYERS=8."""
@@ -441,9 +442,9 @@ def checked_value(spec: dataclasses.Field, value):
             value = {"0": False, "1": True, "false": False, "true": True}[value.strip().lower()]
         elif isinstance(value, str) or (kind is float and type(value) is int):
             value = kind(value)
-        if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        if type(value) is not kind:
             raise ValueError
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         wanted = {int: "a whole number", float: "a number", bool: "0 or 1", str: "text"}[kind]
         raise InputError(f"{name}={value} is not {wanted}") from None
     choices = choices_of(spec)
@@ -473,12 +474,12 @@ def near_misses(env: Mapping[str, str]) -> list[str]:
 def help_text(wanted: Sequence[str] = ()) -> str:
     """The story of this file and every knob, or only the `wanted` groups."""
     lines = [] if wanted else [__doc__.strip(), ""]
-    for group in wanted or GROUPS:
-        if group not in GROUPS:
-            raise InputError(f"--help {group}: the groups are {', '.join(GROUPS)}")
-        lines.append(f"{group}: {GROUPS[group]}")
+    for name in wanted or GROUPS:
+        if name not in GROUPS:
+            raise InputError(f"--help {name}: the groups are {', '.join(GROUPS)}")
+        lines.append(f"{name}: {GROUPS[name]}")
         for spec in KNOBS:
-            if spec.metadata["group"] == group:
+            if spec.metadata["group"] == name:
                 lines += knob_help(spec)
         lines.append("")
     return "\n".join(lines).rstrip()
@@ -628,8 +629,7 @@ class Clock:
 
     def now(self) -> float:
         """Waits for the device; the time in seconds."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        torch.get_device_module(self.device).synchronize(self.device)
         return time.perf_counter()
 
     def read(self) -> tuple[float, bool]:
@@ -654,6 +654,12 @@ class Clock:
         self.pauses[name] += seconds
 
 
+def show(line: str, file: TextIO):
+    """On the screen, if it is still there: a run outlives it."""
+    with contextlib.suppress(OSError):
+        print(line, file=file, flush=True)
+
+
 class Log:
     """The first process's lines, on the screen and in a file."""
 
@@ -663,8 +669,7 @@ class Log:
 
     def __call__(self, line: str, screen: bool = True, every_rank: bool = False):
         if screen and rank() == 0:
-            with contextlib.suppress(OSError):  # a run outlives its screen
-                print(line, flush=True)
+            show(line, sys.stdout)
         if self.path and (every_rank or rank() == 0):
             with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
@@ -696,13 +701,10 @@ def unsealed(data: bytes) -> bytes | None:
 
 
 def read_file(path: str | Path) -> bytes:
-    """InputError unless it is an ordinary file that can be read: a pipe would never end."""
+    """InputError unless it is an ordinary file: a pipe would never end."""
     if not Path(path).is_file():
         raise InputError(f"{path}: there is no such file")
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return Path(path).read_bytes()
 
 
 def write_file(path: Path, data: bytes):
@@ -723,8 +725,7 @@ def write_file(path: Path, data: bytes):
 
 # ---- Data and bytes
 #
-# Shards are read a window at a time. Bytes of text are counted token by token, and checked against
-# verified.json beside the shards or, without it, the text.
+# Shards are read a window at a time, and bytes of text are counted token by token.
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
@@ -769,7 +770,7 @@ class TokenStream:
         parts = []
         while count > 0:
             position = start % self.total
-            shard = int(np.searchsorted(self.ends, position, side="right"))
+            shard = bisect.bisect(self.ends, position)
             size = min(int(self.ends[shard]) - position, count)
             offset = SHARD_HEADER_BYTES + 2 * (position - int(self.begins[shard]))
             part = np.fromfile(self.files[shard], "<u2", size, offset=offset)
@@ -881,12 +882,12 @@ class DocumentStream(TokenStream):
         while self.first_chunks[-1] <= number:
             _, _, order = self.visit(len(self.first_chunks) - 1)
             self.first_chunks.append(self.first_chunks[-1] + len(order))
-        visit = int(np.searchsorted(self.first_chunks, number, side="right")) - 1
+        visit = bisect.bisect(self.first_chunks, number) - 1
         shard, starts, order = self.visit(visit)
         place = int(order[number - self.first_chunks[visit]])
         return shard[starts[place] : starts[place + 1]]
 
-    def windows(self, numbers: Iterable[int], length: int, stride: int = 0):
+    def windows(self, numbers: Sequence[int], length: int):
         """(B, 1 + length) int64: PAD, then the tokens of a chunk, then PAD."""
         rows = torch.full((len(numbers), 1 + length), self.hp.pad_id)
         for row, number in zip(rows, numbers, strict=True):
@@ -1003,9 +1004,9 @@ def check_verified(hp, stream: TokenStream, split: str) -> bool:
         pairs |= {f"{split} {name}": (stated[name], value) for name, value in found.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path}: damaged, and perhaps the data with it; {REMEDY}") from None
-    for name, (stated, found) in pairs.items():
-        if stated != found:
-            wrong = f"{name} is {found}, but was {stated} when the data were made"
+    for name, (then, now) in pairs.items():
+        if then != now:
+            wrong = f"{name} is {now}, but was {then} when the data were made"
             raise InputError(f"{path}: {wrong}; {REMEDY}")
     return True
 
@@ -1244,9 +1245,10 @@ def block_view(hp, block: int, columns, length: int) -> View:
     clean ones before it. Neighbours are what is seen.
     """
     clean = torch.arange(length, device=columns.device)
-    first = columns[::block, None]  # place of the token before each block
-    noisy = first + torch.arange(block + 1, device=columns.device)
-    first = torch.cat([first.expand_as(noisy).flatten(), torch.full_like(clean, 2 * length)])
+    before_block = columns[::block, None]  # places of the tokens before the blocks
+    noisy = before_block + torch.arange(block + 1, device=columns.device)
+    beyond = torch.full_like(clean, 2 * length)  # a clean token is in no block
+    first = torch.cat([before_block.expand_as(noisy).flatten(), beyond])
     place = torch.cat([noisy.flatten(), clean])
     index = torch.arange(len(place), device=columns.device)
     is_noisy = index < noisy.numel()
@@ -1600,7 +1602,7 @@ class Batch(NamedTuple):
     weights: Tensor  # (N,) float32, of their nll; 0 fills up to N
     tokens: Tensor  # () int64, all that are not PAD
     dropped: Tensor  # () int64, masked tokens that found no place; has to be 0
-    masked_fraction: Tensor | None  # (rows of the noise,) float32, masked share; None if causal
+    masked_fraction: Tensor | None = None  # (rows of the noise,) float32, masked share
     view: View | None = None  # of z; None: of a plain row
 
 
@@ -1638,7 +1640,8 @@ def training_batch(
         batch = masked_batch(hp, window[:, 1:][:, columns], probability, keys[own], capacity)
     if hp.block_size:
         return with_clean_half(hp, batch, columns, window)
-    return batch._replace(view=plain_view(hp, hp.train_seq_len, hp.causal, device))
+    view = plain_view(hp, hp.train_seq_len, hp.causal, device)  # outside of the compiled graph
+    return batch._replace(view=view)
 
 
 def causal_batch(window) -> Batch:
@@ -1651,7 +1654,6 @@ def causal_batch(window) -> Batch:
         weights=torch.ones(len(targets), device=window.device),
         tokens=window.new_full((), len(targets)),
         dropped=window.new_zeros(()),
-        masked_fraction=None,
     )
 
 
@@ -1806,18 +1808,16 @@ class Optimizer:
         self.hp = hp
         self.averages = 0  # updates of the average
 
-        def group_key(named: tuple[str, nn.Parameter]) -> tuple:
-            name, parameter = named
+        by_key = {}  # names and parameters by kind and, for Muon, shape
+        for name, parameter in model.named_parameters():
             kind = kind_of(name)
             shape = tuple(parameter.shape) if self._by_muon(kind) else ()
-            return KINDS.index(kind), shape
-
-        parameters = sorted(model.named_parameters(), key=group_key)
-        grouped = [list(group) for _, group in itertools.groupby(parameters, key=group_key)]
+            by_key.setdefault((KINDS.index(kind), shape), []).append((name, parameter))
+        grouped = [by_key[key] for key in sorted(by_key)]
         sizes = [sum(parameter.numel() for _, parameter in group) for group in grouped]
         aligned = (64 * ceil_div(size, 64) for size in sizes)
         *begins, total = itertools.accumulate(aligned, initial=0)
-        device = parameters[0][1].device
+        device = next(model.parameters()).device
 
         self.state = torch.zeros(4, total, device=device)  # weights, moments, average
         self.weights = self.state[0]
@@ -2190,8 +2190,6 @@ def save_artifact(model, hp, path: str | Path, moments: Mapping[str, Tensor] = {
 
 def unpack_artifact(data: bytes, path: str | Path) -> Artifact:
     """The model in an artifact; InputError, which names `path`, if it is not sound."""
-    if data.startswith(ARTIFACT_MAGIC) and unsealed(data) is None:
-        raise InputError(f"{path}: checksum mismatch, the artifact is damaged or truncated")
     reason = ""
     try:
         return _unpack_sound(data)
@@ -2212,6 +2210,7 @@ def _require(holds: bool, otherwise: str):
 def _unpack_sound(data: bytes) -> Artifact:
     """Any exception means that it is not."""
     _require(data.startswith(ARTIFACT_MAGIC), "it begins with something else")
+    _require(unsealed(data) is not None, "checksum mismatch, it is damaged or truncated")
     position = 12 + int.from_bytes(data[8:12], "little")
     header = json.loads(data[12:position])
     kinds, fields = header["kinds"], header["hyperparameters"]
@@ -2263,24 +2262,28 @@ def predicted_bytes(hp) -> int:
 # a whole split (docs/scores.md). Each window has random numbers of its own.
 
 
+def hidden_within(
+    model, z, positions, window, masked_fraction: Tensor | None = None, view: View | None = None
+):
+    """(N, D) that predict flat positions of z (B, L), for the head. Without a `view`, a block model
+    also sees the clean tokens of window (B, 1 + L) before each block."""
+    if model.block_size and not view:
+        z, positions, view = beside_clean(model.hp, model.block_size, z, positions, window)
+    return model.hidden(z, masked_fraction, positions, view)
+
+
 @torch.no_grad()
 def token_nll(
-    model,
-    z,
-    window,
-    scored,
-    masked_fraction: Tensor | None = None,
-    view: View | None = None,
+    model, z, window, scored, masked_fraction: Tensor | None = None, view: View | None = None
 ):
     """(B, L) nats of the tokens of window (B, 1 + L) given z (B, L), at the positions `scored`
-    (B, L), 0 elsewhere. A block model also sees clean tokens."""
+    (B, L), 0 elsewhere."""
     x0 = window[:, 1:]
-    positions = at = scored.flatten().nonzero()[:, 0]
-    if model.block_size and not view:
-        z, at, view = beside_clean(model.hp, model.block_size, z, positions, window)
-    h = model.hidden(z, masked_fraction, at, view)
-    nll = F.cross_entropy(model.head(h), x0.flatten()[positions], reduction="none")
-    return nll.new_zeros(x0.numel()).index_copy_(0, positions, nll).view(x0.shape)
+    positions = scored.flatten().nonzero()[:, 0]
+    h = hidden_within(model, z, positions, window, masked_fraction, view)
+    nats = torch.zeros(x0.shape, device=x0.device)
+    nats[scored] = F.cross_entropy(model.head(h), x0[scored], reduction="none")
+    return nats
 
 
 def with_before(x0, before: Tensor | int = BOS_ID):
@@ -2401,44 +2404,36 @@ def tgrid_masks(points: int, keys: Iterator[Tensor]) -> WeightedMasks:
 def ordered_nll(model, window, place, group: int = 1, context: Tensor | int = 0):
     """(B, L) nats of the tokens of window (B, 1 + L), revealed in each block by `place` (L,) or
     (B, L), the smallest first, `group` by one call; the first `context` (B, 1) and anchors are
-    visible and free. Each (row, step) is one masked input, and many share a forward pass."""
+    visible and free."""
     x0 = window[:, 1:]
     place = place.unflatten(-1, (-1, model.block_size or x0.shape[1]))
     steps = (ranks(place).flatten(-2).to(x0.device) - context) // group
     steps = steps.expand(x0.shape).masked_fill(~maskable(model.hp, x0), -1)
-    calls = steps.amax(1) + 1
-    row = torch.repeat_interleave(calls)
-    step = torch.arange(len(row), device=x0.device) - (calls.cumsum(0) - calls)[row]
-    pass_tokens = 65_536 if x0.is_cuda else 2_048
-    at_once = max(pass_tokens // x0.shape[1], 1)
     nats = torch.zeros(x0.shape, device=x0.device)
-    for rows, now in zip(row.split(at_once), step[:, None].split(at_once), strict=True):
-        nll = masked_nll(model, window[rows], steps[rows] >= now, steps[rows] == now)
-        nats.index_add_(0, rows, nll)
+    for now in range(int(steps.max()) + 1):
+        rows = (steps == now).any(1)
+        nats[rows] += masked_nll(model, window[rows], steps[rows] >= now, steps[rows] == now)
     return nats
 
 
 @torch.no_grad()
 def reveal_surest(
-    model, z, group: int = 1, window: Tensor | None = None
+    model, z, group: int = 1, hidden: Callable | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Reveals z (n, length), MASK but for anchors, `group` positions a call, the surest first: the
     largest probability of any token, and of those within 2^-13 nats the leftmost.
 
     Yields positions (n, g) and log-probabilities (n, g, V); the caller writes the tokens into z.
-    Rows that are done yield positions that are no longer MASK. A block model's rows are the blocks
-    of `window` (B, 1 + L).
+    Rows that are done yield positions that are no longer MASK. `hidden` gives what predicts flat
+    positions of z, if that is not model.hidden.
     """
+    hidden = hidden or model.hidden
     rows, length = z.shape
     row_starts = length * torch.arange(rows, device=z.device)[:, None]
     for done in range(0, length, group):
         masked = z == model.hp.mask_id
         candidates = (~masked).byte().argsort(dim=1, stable=True)[:, : length - done]  # MASK first
-        seen, at, rest = z, (candidates + row_starts).flatten(), {}
-        if model.block_size:
-            noisy = z.view(len(window), -1)
-            seen, at, rest["view"] = beside_clean(model.hp, model.block_size, noisy, at, window)
-        logits = model.head(model.hidden(seen, positions=at, **rest))
+        logits = model.head(hidden(z, positions=(candidates + row_starts).flatten()))
         logp = logits.log_softmax(-1).unflatten(0, candidates.shape)
         surest = logp.amax(-1).where(masked.gather(1, candidates), -math.inf)
         behind = ((surest.amax(1, keepdim=True) - surest) * 2**12).round()
@@ -2447,11 +2442,15 @@ def reveal_surest(
 
 
 def confidence_nll(model, window, group: int = 1):
-    """(B, L) nats of the tokens of window (B, 1 + L) in the order of `reveal_surest`."""
+    """(B, L) nats of the tokens of window (B, 1 + L) in the order of `reveal_surest`, by blocks."""
+
+    def hidden(z, positions):
+        return hidden_within(model, z.view(len(window), -1), positions, window)
+
     x0 = window[:, 1:].reshape(-1, model.block_size or window.shape[1] - 1)
     nats = torch.zeros(x0.shape, device=x0.device)
     z = x0.masked_fill(maskable(model.hp, x0), model.hp.mask_id)
-    for positions, logp in reveal_surest(model, z, group, window):
+    for positions, logp in reveal_surest(model, z, group, hidden):
         tokens = x0.gather(1, positions)
         masked = z.gather(1, positions) == model.hp.mask_id
         column = tokens.clamp(max=model.hp.vocab_size - 1)[..., None]  # PAD has none
@@ -2661,7 +2660,7 @@ class WindowPlan:
 
 
 def score_windows(
-    name: str, model, hp, split: Split, seqs: int, told_to_stop: Callable = bool
+    name: str, model, hp, split: Split, seqs: int, told_to_stop: Callable = lambda: False
 ) -> tuple[Score, Tensor]:
     """The score `name` of `seqs` evenly spaced windows (0: all), shared among the processes.
 
@@ -2685,7 +2684,7 @@ def score_windows(
         table[batch, :, :2].index_add_(1, bucket, columns.cpu())
         if hp.anchor_bos:
             anchors = (windows.scored & ~maskable(hp, windows.x0)).sum(1).tolist()
-            paid = [*map(boundary_bits, anchors, plan.scored_tokens[batch])]
+            paid = list(map(boundary_bits, anchors, plan.scored_tokens[batch]))
             table[batch, 0, 2] = torch.tensor(paid, dtype=torch.float64)
         if told_to_stop():
             break
@@ -2700,9 +2699,18 @@ def score_windows(
     if not bits.isfinite().all():
         raise InputError(f"the {name} score is not a finite number: the weights have diverged")
     bpb, stderr = bits_per_byte(bits, nbytes)
-    tokens, paid = sum(plan.scored_tokens), boundaries.sum().item()
-    loss = bits.sum().item() * math.log(2) / tokens
-    return Score(bpb, stderr, loss, len(bits), tokens, int(nbytes.sum()), ms, paid), table[..., :2]
+    tokens = sum(plan.scored_tokens)
+    score = Score(
+        bpb=bpb,
+        stderr=stderr,
+        loss=bits.sum().item() * math.log(2) / tokens,
+        seqs=len(bits),
+        tokens=tokens,
+        bytes=int(nbytes.sum()),
+        ms=ms,
+        boundary_bits=boundaries.sum().item(),
+    )
+    return score, table[..., :2]
 
 
 def bucket_name(bucket: int, length: int) -> str:
@@ -2823,7 +2831,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
             and type(progress.train_ms) is float
             and 0 <= progress.train_ms < math.inf
             and sum(checkpoint.counts) == progress.step <= checkpoint.hp.iterations
-            and bool(np.isfinite(state).all())
+            and np.isfinite(state).all()
         )
         return checkpoint if sound else None
     except MemoryError:
@@ -2913,7 +2921,7 @@ class Trainer:
         self.capacity = scored_capacity(hp, len(self.micros[0]))
         self.model = build_model(hp).on(device)
         self.optimizer = Optimizer(self.model, hp)
-        self.step_done = torch.cuda.Event() if device.type == "cuda" else None
+        self.step_done = torch.get_device_module(device).Event()
         self.loss = compiled(batch_loss, hp, device, dynamic=False, fullgraph=True)
 
     def batches(self, step: int) -> Iterator[Batch]:
@@ -2928,9 +2936,8 @@ class Trainer:
             loss.backward()
             self.optimizer.sums += torch.stack([batch.tokens, loss.detach(), batch.dropped])
         mean_loss = self.optimizer.step(step, scale)
-        if self.step_done:  # the host stays one step ahead at most, so that its clock is right
-            self.step_done.synchronize()
-            self.step_done.record()
+        self.step_done.synchronize()  # one step ahead at most, so that the host's clock is right
+        self.step_done.record()
         return mean_loss
 
     def average_if_due(self):
@@ -2961,15 +2968,17 @@ class Trainer:
 
     def warm_up(self):
         """Compiles everything on real batches, then puts everything back."""
-        opt = self.optimizer
-        kept = [(x, x.clone()) for x in (opt.state, opt.counts, opt.dropped, opt.first_bad)]
+        optimizer = self.optimizer
+        changed = (optimizer.state, optimizer.counts, optimizer.dropped, optimizer.first_bad)
+        kept = [tensor.clone() for tensor in changed]
         for step in range(self.hp.warmup_steps):
             self.step(step, 1.0)
-        for x, before in kept:
-            x.copy_(before)
+        for tensor, before in zip(changed, kept, strict=True):
+            tensor.copy_(before)
 
-    def validate(self, val: Split, told_to_stop: Callable = bool) -> Score | None:
-        """The headline of the averaged weights, with one mask per window; None if interrupted."""
+    def validate(self, val: Split, told_to_stop: Callable):
+        """Logs the headline of the averaged weights, with one mask per window, unless a process is
+        told to stop."""
         self.check()
         once = dataclasses.replace(self.hp, nelbo_passes=1)
         seqs = self.hp.eval_max_seqs
@@ -2977,12 +2986,11 @@ class Trainer:
         try:
             score, _ = score_windows(self.hp.headline, self.model, once, val, seqs, told_to_stop)
         except KeyboardInterrupt:
-            return None
+            return
         finally:
             self.optimizer.swap_average()
         self.progress.validated = self.progress.step
         self.log_step(f"{score.figures()} seqs:{score.seqs}")
-        return score
 
     def log_step(self, figures: str):
         step, ms = self.progress.step, self.progress.train_ms
@@ -3011,17 +3019,16 @@ class Trainer:
             checkpoint = read_checkpoint(path)
             changed = checkpoint.changed_settings(hp) if checkpoint else []
             fits = checkpoint and checkpoint.state.shape == self.optimizer.state.shape
-            if not fits and not changed:
-                self.log(f"skipped:{path}: damaged, or not of this version of train_mdlm.py")
-                on_first_process(path.replace, f"{path}.damaged")
-                continue
-            if changed or checkpoint.data != self.stream.digest:
-                made_with = " ".join(changed) or "other shards"
-                remedy = "give it the same, or start another run, with another RUN_ID"
-                raise InputError(f"{path} was made with {made_with}: {remedy}")
-            break
+            if fits or changed:
+                break
+            self.log(f"skipped:{path}: damaged, or not of this version of train_mdlm.py")
+            on_first_process(path.replace, f"{path}.damaged")
         else:
             return
+        if changed or checkpoint.data != self.stream.digest:
+            made_with = " ".join(changed) or "other shards"
+            remedy = "give it the same, or start another run, with another RUN_ID"
+            raise InputError(f"{path} was made with {made_with}: {remedy}")
         self.progress = checkpoint.progress
         self.optimizer.averages = checkpoint.averages
         self.optimizer.state.copy_(checkpoint.state)
@@ -3058,21 +3065,17 @@ def train(trainer: Trainer, val: Split) -> Model:
         validate = every and progress.step % every == 0 and progress.step != progress.validated
         if finished or validate:
             with clock.paused("validation"):
-                score = trainer.validate(val, lambda: clock.stopped)
-            if not score:
-                stopped = True
-                continue
-        if finished:
+                trainer.validate(val, lambda: clock.stopped)
             _, stopped = clock.read()
             if stopped:
                 continue
+        if finished:
             break
         loss = trainer.step(progress.step, lr_scale(hp, progress.step, progress.train_ms))
         progress.step += 1
         progress.train_ms, stopped = clock.read()
         trainer.average_if_due()
-        every = hp.train_log_every
-        if every and (progress.step <= 10 or progress.step % every == 0):
+        if hp.train_log_every and (progress.step <= 10 or progress.step % hp.train_log_every == 0):
             trainer.check()
             if loss.isfinite():
                 trainer.log_step(f"train_loss:{loss:.4f}")
@@ -3108,21 +3111,22 @@ def peak_memory(device: torch.device) -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB"
 
 
-def resolve_hyperparameters(
-    asked: Hyperparameters, env: Mapping[str, str], device: torch.device, artifact: Artifact | None
-) -> Hyperparameters:
-    """`asked`, with the predictor of the artifact that is scored, a RUN_ID and a dtype; InputError
-    if `env` asks for another predictor."""
-    hp = asked
-    if artifact:
-        fixed = {name.upper(): getattr(artifact.hp, name) for name in PREDICTOR}
-        if artifact.hp.block_size and asked.block_size and "BLOCK_SIZE" in env:
-            del fixed["BLOCK_SIZE"]  # scores may have other blocks than training
-        for name in fixed.keys() & env.keys():
-            if getattr(asked, name.lower()) not in ("auto", fixed[name]):
-                made_with = f"{asked.eval_only} was made with {artifact.hp.shown(name.lower())}"
-                raise InputError(f"{asked.shown(name.lower())}, but {made_with}")
-        hp = Hyperparameters.from_env({"PRESET": artifact.hp.preset, **env, **fixed})
+def hyperparameters_for(artifact: Artifact, env: Mapping[str, str]) -> Hyperparameters:
+    """Those of `env`, and the artifact's predictor; InputError if `env` asks for another one."""
+    made = artifact.hp
+    predictor = {name.upper(): getattr(made, name) for name in PREDICTOR}
+    hp = Hyperparameters.from_env({"PRESET": made.preset, **predictor, **env})
+    for name in PREDICTOR:
+        asked, trained = getattr(hp, name), getattr(made, name)
+        other_blocks = name == "block_size" and asked and trained  # which a score may have
+        if asked not in ("auto", trained) and not other_blocks:
+            made_with = f"{hp.eval_only} was made with {made.shown(name)}"
+            raise InputError(f"{hp.shown(name)}, but {made_with}")
+    return dataclasses.replace(hp, compute_dtype=made.compute_dtype)
+
+
+def agreed(hp: Hyperparameters, device: torch.device) -> Hyperparameters:
+    """`hp`, with a RUN_ID and a dtype; InputError if processes have different ones."""
     for name, value in on_first_process(vars, hp).items():
         if getattr(hp, name) != value:
             raise InputError(f"{hp.shown(name)}, but the first process has {value}")
@@ -3154,7 +3158,7 @@ def claim_run(hp, log: Log):
         raise InputError(f"{hp.shown('run_id')} was used before: see {path}; choose another")
     artifact = path.with_suffix(".mdlm")
     if not begun and (not source.startswith(text) or (artifact.exists() and not hp.eval_only)):
-        foreign = path if text else artifact
+        foreign = artifact if source.startswith(text) else path
         raise InputError(f"{foreign}: is not of this run; choose another RUN_ID than {hp.run_id}")
     for half_written in checkpoint_paths(hp.run_id, ".part"):
         half_written.unlink()  # by a process that was killed
@@ -3187,10 +3191,10 @@ def write_artifact(model, moments: Mapping[str, Tensor], hp, path: Path, log: Lo
     info = on_first_process(save_artifact, model, hp, path, moments)
     label, kinds, artifact_bytes = info["label"], info["kinds"], info["artifact_bytes"]
     for name, kind in kinds.items():
-        weights = max(kind["weights"], 1)
+        weights = kind["weights"]
         packers = " ".join(f"{packer}:{size}" for packer, size in kind["packed_bytes"].items())
         log(
-            f"kind:{name} storage:{kind['storage']} weights:{kind['weights']} "
+            f"kind:{name} storage:{kind['storage']} weights:{weights} "
             f"bytes:{kind['bytes']} bits_per_weight:{8 * kind['bytes'] / weights:.3f} "
             f"entropy:{kind['entropy_bits'] / weights:.3f} {packers}"
         )
@@ -3224,12 +3228,11 @@ def run(env: Mapping[str, str]):
     """The story at the top of this file, for the hyperparameters in `env`."""
     if env.get("RANK", "0") == "0":
         for warning in near_misses(env):  # first, because they may explain what goes wrong next
-            with contextlib.suppress(OSError):
-                print(warning, file=sys.stderr, flush=True)
-    asked = Hyperparameters.from_env(env)
+            show(warning, sys.stderr)
+    artifact = read_artifact(env["EVAL_ONLY"]) if env.get("EVAL_ONLY") else None
+    asked = hyperparameters_for(artifact, env) if artifact else Hyperparameters.from_env(env)
     device = start_processes()
-    artifact = read_artifact(asked.eval_only) if asked.eval_only else None
-    hp = resolve_hyperparameters(asked, env, device, artifact)
+    hp = agreed(asked, device)
     if not artifact:
         check_memory(hp, device)
     tokenizer = load_tokenizer(hp.tokenizer_path, hp.vocab_size)
@@ -3258,10 +3261,10 @@ def run(env: Mapping[str, str]):
 
 def main():
     arguments = sys.argv[1:]
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     on_signals(signal.default_int_handler)  # raises a KeyboardInterrupt
     try:
         if arguments and arguments[0] in ("-h", "--help"):
@@ -3276,8 +3279,7 @@ def main():
         on_signals(signal.SIG_DFL)
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(5)  # what all processes meet, the first one says
-        with contextlib.suppress(OSError):
-            print("train_mdlm.py: error:", foreseen(error), file=sys.stderr, flush=True)
+        show(f"train_mdlm.py: error: {foreseen(error)}", sys.stderr)
         if dist.is_initialized():
             os._exit(2)  # without waiting for collectives that a lost process will never join
         sys.exit(2)

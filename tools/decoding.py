@@ -94,10 +94,8 @@ def cached(model: tm.Model) -> tm.Model:
 class Past:
     """Clean tokens, the same number in all rows; a noisy block can be looked at after them.
 
-    For `tm.reveal_surest` it is a model that has no blocks: `hidden`, `head`, `hp`.
+    For `tm.reveal_surest` it is a model: `hidden`, `head`, `hp`.
     """
-
-    block_size = 0
 
     def __init__(self, twin: tm.Model, before: Tensor, length: int):
         """Of a `cached` model; `before` (B,) is the token before each window of that length."""
