@@ -299,7 +299,7 @@ class Hyperparameters:
     # Tokens that are masked together, and how many such rows a global batch has
     noise_length = property(lambda self: self.block_size or self.train_seq_len)
     noise_rows = property(lambda self: self.batch_rows * self.noisy_blocks)
-    # Row of ESTIMATORS; its first score is the one behind val_bpb
+    # Row of ESTIMATORS, whose first score is val_bpb
     system = property(lambda self: "block" if self.block_size else self.objective)
     headline = property(lambda self: next(iter(ESTIMATORS[self.system])))
     # Tokens the model can see: the real ones, MASK unless causal, PAD for chunks
@@ -373,7 +373,6 @@ class Hyperparameters:
             yield f"{self.shown('run_id')}: {allowed}"
 
 
-# Presets, after the knobs they set. PR 1699, mdlm, is the defaults.
 # fmt: off
 MDLM16 = dict(num_layers=11, quant_mode="int7,embed:int8", quant_clip=10.0, quant_feedback=4)
 GOLF = MDLM16 | dict(
@@ -655,7 +654,7 @@ class Clock:
 
 
 def show(line: str, file: TextIO):
-    """On the screen, if it is still there: a run outlives it."""
+    """Prints it, if the screen is still there."""
     with contextlib.suppress(OSError):
         print(line, file=file, flush=True)
 
@@ -701,10 +700,13 @@ def unsealed(data: bytes) -> bytes | None:
 
 
 def read_file(path: str | Path) -> bytes:
-    """InputError unless it is an ordinary file: a pipe would never end."""
+    """InputError unless it is an ordinary file that can be read: a pipe would never end."""
     if not Path(path).is_file():
         raise InputError(f"{path}: there is no such file")
-    return Path(path).read_bytes()
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def write_file(path: Path, data: bytes):
@@ -1562,7 +1564,7 @@ class Kind(NamedTuple):
 
 
 BLOCK_MATRICES = r"(blocks\.\d+\.(attn|mlp)(_mod|\.\w+)|time_embed\.\d|near_proj)\.weight"
-GAINS = r"(blocks\.\d+\.)?(attn\.q_gain|attn_scale|mlp_scale|resid_mix|skip_weights)|.*\.bias"
+GAINS = r".*(q_gain|attn_scale|mlp_scale|resid_mix|skip_weights|\.bias)"
 KINDS = (
     Kind("matrix", BLOCK_MATRICES, "matrix_lr", optimizer="muon", decays=True),
     Kind("embed", r"tok_emb\.weight", "embed_lr"),
@@ -1602,7 +1604,7 @@ class Batch(NamedTuple):
     weights: Tensor  # (N,) float32, of their nll; 0 fills up to N
     tokens: Tensor  # () int64, all that are not PAD
     dropped: Tensor  # () int64, masked tokens that found no place; has to be 0
-    masked_fraction: Tensor | None = None  # (rows of the noise,) float32, masked share
+    masked_fraction: Tensor | None = None  # (rows of the noise,) float32; None if causal
     view: View | None = None  # of z; None: of a plain row
 
 
@@ -2190,6 +2192,8 @@ def save_artifact(model, hp, path: str | Path, moments: Mapping[str, Tensor] = {
 
 def unpack_artifact(data: bytes, path: str | Path) -> Artifact:
     """The model in an artifact; InputError, which names `path`, if it is not sound."""
+    if data.startswith(ARTIFACT_MAGIC) and unsealed(data) is None:
+        raise InputError(f"{path}: checksum mismatch, the artifact is damaged or truncated")
     reason = ""
     try:
         return _unpack_sound(data)
@@ -2210,7 +2214,6 @@ def _require(holds: bool, otherwise: str):
 def _unpack_sound(data: bytes) -> Artifact:
     """Any exception means that it is not."""
     _require(data.startswith(ARTIFACT_MAGIC), "it begins with something else")
-    _require(unsealed(data) is not None, "checksum mismatch, it is damaged or truncated")
     position = 12 + int.from_bytes(data[8:12], "little")
     header = json.loads(data[12:position])
     kinds, fields = header["kinds"], header["hyperparameters"]
@@ -2265,7 +2268,7 @@ def predicted_bytes(hp) -> int:
 def hidden_within(
     model, z, positions, window, masked_fraction: Tensor | None = None, view: View | None = None
 ):
-    """(N, D) that predict flat positions of z (B, L), for the head. Without a `view`, a block model
+    """Hidden states (N, D) that predict flat positions of z (B, L). Without a `view`, a block model
     also sees the clean tokens of window (B, 1 + L) before each block."""
     if model.block_size and not view:
         z, positions, view = beside_clean(model.hp, model.block_size, z, positions, window)
@@ -2281,9 +2284,8 @@ def token_nll(
     x0 = window[:, 1:]
     positions = scored.flatten().nonzero()[:, 0]
     h = hidden_within(model, z, positions, window, masked_fraction, view)
-    nats = torch.zeros(x0.shape, device=x0.device)
-    nats[scored] = F.cross_entropy(model.head(h), x0[scored], reduction="none")
-    return nats
+    nll = F.cross_entropy(model.head(h), x0.flatten()[positions], reduction="none")
+    return nll.new_zeros(x0.numel()).index_copy_(0, positions, nll).view(x0.shape)
 
 
 def with_before(x0, before: Tensor | int = BOS_ID):
@@ -2404,15 +2406,20 @@ def tgrid_masks(points: int, keys: Iterator[Tensor]) -> WeightedMasks:
 def ordered_nll(model, window, place, group: int = 1, context: Tensor | int = 0):
     """(B, L) nats of the tokens of window (B, 1 + L), revealed in each block by `place` (L,) or
     (B, L), the smallest first, `group` by one call; the first `context` (B, 1) and anchors are
-    visible and free."""
+    visible and free. Each (row, step) is one masked input, and many share a forward pass."""
     x0 = window[:, 1:]
     place = place.unflatten(-1, (-1, model.block_size or x0.shape[1]))
     steps = (ranks(place).flatten(-2).to(x0.device) - context) // group
     steps = steps.expand(x0.shape).masked_fill(~maskable(model.hp, x0), -1)
+    calls = steps.amax(1) + 1
+    row = torch.repeat_interleave(calls)
+    step = torch.arange(len(row), device=x0.device) - (calls.cumsum(0) - calls)[row]
+    pass_tokens = 65_536 if x0.is_cuda else 2_048
+    at_once = max(pass_tokens // x0.shape[1], 1)
     nats = torch.zeros(x0.shape, device=x0.device)
-    for now in range(int(steps.max()) + 1):
-        rows = (steps == now).any(1)
-        nats[rows] += masked_nll(model, window[rows], steps[rows] >= now, steps[rows] == now)
+    for rows, now in zip(row.split(at_once), step[:, None].split(at_once), strict=True):
+        nll = masked_nll(model, window[rows], steps[rows] >= now, steps[rows] == now)
+        nats.index_add_(0, rows, nll)
     return nats
 
 
@@ -2424,8 +2431,8 @@ def reveal_surest(
     largest probability of any token, and of those within 2^-13 nats the leftmost.
 
     Yields positions (n, g) and log-probabilities (n, g, V); the caller writes the tokens into z.
-    Rows that are done yield positions that are no longer MASK. `hidden` gives what predicts flat
-    positions of z, if that is not model.hidden.
+    Rows that are done yield positions that are no longer MASK. `hidden` is what predicts flat
+    positions of z; not model.hidden, if the model has blocks.
     """
     hidden = hidden or model.hidden
     rows, length = z.shape
@@ -2444,8 +2451,8 @@ def reveal_surest(
 def confidence_nll(model, window, group: int = 1):
     """(B, L) nats of the tokens of window (B, 1 + L) in the order of `reveal_surest`, by blocks."""
 
-    def hidden(z, positions):
-        return hidden_within(model, z.view(len(window), -1), positions, window)
+    def hidden(blocks, positions):
+        return hidden_within(model, blocks.view(len(window), -1), positions, window)
 
     x0 = window[:, 1:].reshape(-1, model.block_size or window.shape[1] - 1)
     nats = torch.zeros(x0.shape, device=x0.device)
@@ -3111,22 +3118,21 @@ def peak_memory(device: torch.device) -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB"
 
 
-def hyperparameters_for(artifact: Artifact, env: Mapping[str, str]) -> Hyperparameters:
-    """Those of `env`, and the artifact's predictor; InputError if `env` asks for another one."""
-    made = artifact.hp
-    predictor = {name.upper(): getattr(made, name) for name in PREDICTOR}
-    hp = Hyperparameters.from_env({"PRESET": made.preset, **predictor, **env})
-    for name in PREDICTOR:
-        asked, trained = getattr(hp, name), getattr(made, name)
-        other_blocks = name == "block_size" and asked and trained  # which a score may have
-        if asked not in ("auto", trained) and not other_blocks:
-            made_with = f"{hp.eval_only} was made with {made.shown(name)}"
-            raise InputError(f"{hp.shown(name)}, but {made_with}")
-    return dataclasses.replace(hp, compute_dtype=made.compute_dtype)
-
-
-def agreed(hp: Hyperparameters, device: torch.device) -> Hyperparameters:
-    """`hp`, with a RUN_ID and a dtype; InputError if processes have different ones."""
+def resolve_hyperparameters(
+    asked: Hyperparameters, env: Mapping[str, str], device: torch.device, artifact: Artifact | None
+) -> Hyperparameters:
+    """`asked`, with the predictor of the artifact that is scored, a RUN_ID and a dtype; InputError
+    if `env` asks for another predictor."""
+    hp = asked
+    if artifact:
+        fixed = {name.upper(): getattr(artifact.hp, name) for name in PREDICTOR}
+        if artifact.hp.block_size and asked.block_size and "BLOCK_SIZE" in env:
+            del fixed["BLOCK_SIZE"]  # scores may have other blocks than training
+        for name in fixed.keys() & env.keys():
+            if getattr(asked, name.lower()) not in ("auto", fixed[name]):
+                made_with = f"{asked.eval_only} was made with {artifact.hp.shown(name.lower())}"
+                raise InputError(f"{asked.shown(name.lower())}, but {made_with}")
+        hp = Hyperparameters.from_env({"PRESET": artifact.hp.preset, **env, **fixed})
     for name, value in on_first_process(vars, hp).items():
         if getattr(hp, name) != value:
             raise InputError(f"{hp.shown(name)}, but the first process has {value}")
@@ -3229,10 +3235,10 @@ def run(env: Mapping[str, str]):
     if env.get("RANK", "0") == "0":
         for warning in near_misses(env):  # first, because they may explain what goes wrong next
             show(warning, sys.stderr)
-    artifact = read_artifact(env["EVAL_ONLY"]) if env.get("EVAL_ONLY") else None
-    asked = hyperparameters_for(artifact, env) if artifact else Hyperparameters.from_env(env)
+    asked = Hyperparameters.from_env(env)
     device = start_processes()
-    hp = agreed(asked, device)
+    artifact = read_artifact(asked.eval_only) if asked.eval_only else None
+    hp = resolve_hyperparameters(asked, env, device, artifact)
     if not artifact:
         check_memory(hp, device)
     tokenizer = load_tokenizer(hp.tokenizer_path, hp.vocab_size)

@@ -538,7 +538,7 @@ class Places:
             shards = {*verified["train"]["shards"], *verified["val"]["shards"]}
             there = {path.name for path in self.folder.iterdir()}
             return str(verified["tokenizer_sha256"]) if there <= shards | {VERIFIED} else ""
-        except (InputError, OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (InputError, ValueError, KeyError, TypeError, RecursionError):
             return ""
 
     def replace(self, made: Path, model: Path | None, aside: Path, log: Log) -> None:

@@ -556,24 +556,16 @@ def test_hyperparameters_of_a_run_are_resolved(monkeypatch):
     stays as it is, whatever the preset."""
     monkeypatch.setattr(tm.time, "strftime", lambda form: "now")
     asked = tm.Hyperparameters(preset="golf")
-    found = tm.agreed(asked, CPU)
+    found = tm.resolve_hyperparameters(asked, {}, CPU, None)
     assert (found.run_id, found.compute_dtype) == (f"now-{os.getpid()}_golf", "float32")
     assert dataclasses.replace(found, run_id="", compute_dtype="auto") == asked
     given = dataclasses.replace(asked, run_id="x", compute_dtype="bfloat16")
-    assert tm.agreed(given, CPU) == given
-
-
-def test_a_score_has_the_predictor_of_its_artifact():
-    """Whatever the preset of the run is; a block length only has to fit the artifact's windows."""
+    assert tm.resolve_hyperparameters(given, {}, CPU, None) == given
     stored = tm.Hyperparameters(preset="llada", num_layers=2, compute_dtype="bfloat16")
-    env = dict(EVAL_ONLY="a.mdlm", RUN_ID="e", SCORES="l2r", COMPUTE_DTYPE="auto")
-    found = tm.hyperparameters_for(tm.Artifact(None, stored, "fp8+lzma"), env)
+    env = dict(EVAL_ONLY="a.mdlm", RUN_ID="e", SCORES="l2r")
+    asked = tm.Hyperparameters.from_env(env)
+    found = tm.resolve_hyperparameters(asked, env, CPU, tm.Artifact(None, stored, "fp8+lzma"))
     assert found == dataclasses.replace(stored, eval_only="a.mdlm", run_id="e", scores="l2r")
-    stored = tm.Hyperparameters(preset="block", train_seq_len=96, block_size=4)
-    artifact = tm.Artifact(None, stored, "fp8+lzma")
-    assert tm.hyperparameters_for(artifact, dict(EVAL_ONLY="a", BLOCK_SIZE="3")).block_size == 3
-    with pytest.raises(tm.InputError, match="BLOCK_SIZE=64 must divide TRAIN_SEQ_LEN=96"):
-        tm.hyperparameters_for(artifact, dict(EVAL_ONLY="a", BLOCK_SIZE="64"))
 
 
 def test_log_lines_of_an_artifact_have_its_figures(watched, tmp_path, monkeypatch):

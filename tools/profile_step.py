@@ -117,7 +117,7 @@ def profiled(arguments: argparse.Namespace) -> str:
     asked = tm.Hyperparameters.from_env(os.environ)
     if asked.eval_only:
         raise InputError(f"{asked.shown('eval_only')}: a step of training is measured; unset it")
-    hp = tm.agreed(asked, device)
+    hp = tm.resolve_hyperparameters(asked, os.environ, device, None)
     tm.check_memory(hp, device)
     tokenizer, luts = common.load_tokenizer(hp)
     stream = tm.open_training(hp, tokenizer, luts)
