@@ -2431,8 +2431,8 @@ def reveal_surest(
     largest probability of any token, and of those within 2^-13 nats the leftmost.
 
     Yields positions (n, g) and log-probabilities (n, g, V); the caller writes the tokens into z.
-    Rows that are done yield positions that are no longer MASK. `hidden` is what predicts flat
-    positions of z; not model.hidden, if the model has blocks.
+    Rows that are done yield positions that are no longer MASK. `hidden`(z, flat positions)
+    is (N, D), for the head; with blocks, it is not model.hidden.
     """
     hidden = hidden or model.hidden
     rows, length = z.shape

@@ -94,7 +94,7 @@ def cached(model: tm.Model) -> tm.Model:
 class Past:
     """Clean tokens, the same number in all rows; a noisy block can be looked at after them.
 
-    For `tm.reveal_surest` it is a model: `hidden`, `head`, `hp`.
+    It has what `tm.reveal_surest` needs of a model: `hidden`, `head`, `hp`.
     """
 
     def __init__(self, twin: tm.Model, before: Tensor, length: int):
