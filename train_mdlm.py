@@ -2424,17 +2424,14 @@ def ordered_nll(model, window, place, group: int = 1, context: Tensor | int = 0)
 
 
 @torch.no_grad()
-def reveal_surest(
-    model, z, group: int = 1, hidden: Callable | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+def reveal_surest(model, z, hidden: Callable, group: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     """Reveals z (n, length), MASK but for anchors, `group` positions a call, the surest first: the
     largest probability of any token, and of those within 2^-13 nats the leftmost.
 
     Yields positions (n, g) and log-probabilities (n, g, V); the caller writes the tokens into z.
-    Rows that are done yield positions that are no longer MASK. `hidden`(z, flat positions)
-    is (N, D), for the head; with blocks, it is not model.hidden.
+    Rows that are done yield positions that are no longer MASK. `hidden`(z, positions=flat ones) is
+    (N, D), for the head: model.hidden, but not with blocks.
     """
-    hidden = hidden or model.hidden
     rows, length = z.shape
     row_starts = length * torch.arange(rows, device=z.device)[:, None]
     for done in range(0, length, group):
@@ -2457,7 +2454,7 @@ def confidence_nll(model, window, group: int = 1):
     x0 = window[:, 1:].reshape(-1, model.block_size or window.shape[1] - 1)
     nats = torch.zeros(x0.shape, device=x0.device)
     z = x0.masked_fill(maskable(model.hp, x0), model.hp.mask_id)
-    for positions, logp in reveal_surest(model, z, group, hidden):
+    for positions, logp in reveal_surest(model, z, hidden, group):
         tokens = x0.gather(1, positions)
         masked = z.gather(1, positions) == model.hp.mask_id
         column = tokens.clamp(max=model.hp.vocab_size - 1)[..., None]  # PAD has none

@@ -46,7 +46,7 @@ def test_blocks_are_predicted_as_they_are_scored(block, neighbors):
             return codec.reveal_in_order(past, z, order, group)
 
         def surest(past, z, columns, group=group):
-            return tm.reveal_surest(past, z, group)
+            return tm.reveal_surest(past, z, past.hidden, group)
 
         for begin, expected in (
             (in_order, tm.ordered_nll(model, window, keys, group)),

@@ -123,14 +123,14 @@ def test_confidence_does_not_depend_on_hidden_tokens_ties_or_company():
         assert torch.allclose(alone, whole[row], atol=1e-5)
     # The first position to be revealed is the same for all sequences: nothing is visible yet.
     z = torch.full_like(x0, hp.mask_id)
-    first, _ = next(iter(tm.reveal_surest(model, z)))
+    first, _ = next(iter(tm.reveal_surest(model, z, model.hidden)))
     assert (first == first[0]).all()
     # A model without attention is equally sure everywhere: ties go from left to right.
     with torch.no_grad():
         for block in model.blocks:
             block.attn_scale.zero_()
     z, seen = torch.full_like(x0, hp.mask_id), []
-    for positions, _ in tm.reveal_surest(model, z, 3):
+    for positions, _ in tm.reveal_surest(model, z, model.hidden, 3):
         seen.append(positions[0])
         z.scatter_(1, positions, x0.gather(1, positions))
     assert torch.cat(seen).tolist() == list(range(16))

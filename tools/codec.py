@@ -186,7 +186,8 @@ class Predictor:
             blocks = decoding.reveal_blocks(self.twin, z, before, steps)
             return Revelation(batch.first, z, blocks)
         if self.order == "confidence":
-            return Revelation(batch.first, z, tm.reveal_surest(self.model, z, self.group))
+            steps = tm.reveal_surest(self.model, z, self.model.hidden, self.group)
+            return Revelation(batch.first, z, steps)
         order = self.place(batch).argsort(1)
         return Revelation(batch.first, z, reveal_in_order(self.model, z, order, self.group))
 
@@ -202,7 +203,7 @@ class Predictor:
     ) -> decoding.Steps:
         """The steps that reveal a block, of the columns of its windows, after its past."""
         if self.order == "confidence":
-            return tm.reveal_surest(past, z, self.group)
+            return tm.reveal_surest(past, z, past.hidden, self.group)
         return reveal_in_order(past, z, place[:, columns].argsort(1), self.group)
 
     def run(self, count: int, transfer: Callable, note: Note) -> None:

@@ -94,7 +94,7 @@ def cached(model: tm.Model) -> tm.Model:
 class Past:
     """Clean tokens, the same number in all rows; a noisy block can be looked at after them.
 
-    It has what `tm.reveal_surest` needs of a model: `hidden`, `head`, `hp`.
+    `tm.reveal_surest` can take it for a model: it has `head` and `hp` too.
     """
 
     def __init__(self, twin: tm.Model, before: Tensor, length: int):
