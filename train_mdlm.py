@@ -2437,12 +2437,13 @@ def reveal_surest(model, z, hidden: Callable, group: int = 1) -> Iterator[tuple[
     for done in range(0, length, group):
         masked = z == model.hp.mask_id
         candidates = (~masked).byte().argsort(dim=1, stable=True)[:, : length - done]  # MASK first
-        logits = model.head(hidden(z, positions=(candidates + row_starts).flatten()))
-        logp = logits.log_softmax(-1).unflatten(0, candidates.shape)
+        logp = model.head(hidden(z, positions=(candidates + row_starts).flatten()))
+        logp = logp.log_softmax(-1).unflatten(0, candidates.shape)
         surest = logp.amax(-1).where(masked.gather(1, candidates), -math.inf)
         behind = ((surest.amax(1, keepdim=True) - surest) * 2**12).round()
         chosen = behind.argsort(dim=1, stable=True)[:, :group]
-        yield candidates.gather(1, chosen), logp.take_along_dim(chosen[..., None], 1)
+        logp = logp.take_along_dim(chosen[..., None], 1)  # all of it would wait in memory
+        yield candidates.gather(1, chosen), logp
 
 
 def confidence_nll(model, window, group: int = 1):

@@ -1,5 +1,8 @@
 """tools/decoding.py: with keys and values that are kept, the predictions are the same."""
 
+import inspect
+import itertools
+
 import codec
 import decoding
 import pytest
@@ -55,6 +58,38 @@ def test_blocks_are_predicted_as_they_are_scored(block, neighbors):
             z = torch.full_like(X0, model.hp.mask_id)
             found = revealed(decoding.reveal_blocks(twin, z, BEFORE, begin), z)
             assert torch.allclose(found, expected, atol=1e-5) and torch.equal(z, X0)
+
+
+ORDERS = (
+    lambda past, z, columns: tm.reveal_surest(past, z, past.hidden),
+    lambda past, z, columns: codec.reveal_in_order(past, z, z.argsort(1), 1),
+)
+
+
+@pytest.mark.parametrize("system", [dict(objective="ar"), dict(block_size=4)])
+def test_nothing_is_rounded_where_training_rounds(system, monkeypatch):
+    model = random_model(tiny_hp(**SHAPE, **system, model_dim=64))
+    twin = decoding.cached(model)
+
+    def all_nats():
+        yield revealed(decoding.reveal_causally(twin, X0.clone(), BEFORE), X0.clone())
+        for order in ORDERS if model.block_size else ():
+            z = torch.full_like(X0, model.hp.mask_id)
+            yield revealed(decoding.reveal_blocks(twin, z, BEFORE, order), z)
+
+    exact = list(all_nats())
+    monkeypatch.setattr(tm, "FAST_BFLOAT16", True)
+    assert all(itertools.starmap(torch.equal, zip(all_nats(), exact, strict=True)))
+
+
+def test_probabilities_of_other_positions_do_not_wait_in_memory():
+    """A codec has hundreds of these, each of which waits for its turn."""
+    model = random_model(tiny_hp(**SHAPE))
+    steps = tm.reveal_surest(model, torch.full_like(X0, model.hp.mask_id), model.hidden)
+    next(steps)
+    (inner,) = filter(inspect.isgenerator, inspect.getgeneratorlocals(steps).values())
+    held = [x for x in inspect.getgeneratorlocals(inner).values() if isinstance(x, torch.Tensor)]
+    assert max(x.numel() for x in held) < X0.numel() * SHAPE["vocab_size"]
 
 
 def test_weights_are_not_copied_and_the_model_is_left_as_it_was():

@@ -145,11 +145,12 @@ class Past:
         return self.twin.hidden(new, None, positions, seen)
 
 
+@torch.no_grad()  # with gradients, CPUs may round: see tm.multiply
 def reveal_causally(twin: tm.Model, z: Tensor, before: Tensor) -> Steps:
     """Position after position of z (B, L), into which the caller writes the tokens."""
     past = Past(twin, before, z.shape[1])
     for done in range(z.shape[1]):
-        logp = twin.head(past.next_hidden()).log_softmax(-1).detach()
+        logp = twin.head(past.next_hidden()).log_softmax(-1)
         yield torch.full_like(z[:, :1], done), logp[:, None]
         past.append(z[:, done : done + 1])
 
