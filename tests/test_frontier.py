@@ -33,17 +33,48 @@ def test_the_models_differ_in_their_recipe_alone():
 
 
 def test_times_are_measured_once_and_believed_only_if_they_are_times(tmp_path, monkeypatch):
-    models = frontier.compared([2])
-    monkeypatch.setattr(frontier, "measure_times", lambda models, out: dict(golf=1.0, ar=1.5))
-    with pytest.raises(tm.InputError, match="times.json: has not the times"):
-        frontier.step_times(models, tmp_path)
-    for damaged in ("[]", '{"golf": 1.0, "2": "fast", "ar": 1.0}', "{"):
-        (tmp_path / "times.json").write_text(damaged)
+    models, path = frontier.compared([2]), tmp_path / "times.json"
+    for damaged in ("[]", '{"golf": 1.0, "2": "fast"}', '{"golf": NaN}', '{"golf": 0}', "{"):
+        path.write_text(damaged)
         with pytest.raises(tm.InputError, match="times.json"):
             frontier.step_times(models, tmp_path)
-    times = {"golf": 1.0, "2": 2.0, "ar": 1.0}
-    (tmp_path / "times.json").write_text(json.dumps(times))
-    assert frontier.step_times(models, tmp_path) == times
+    times = {"golf": 1.0, "2": 2, "ar": 1.0}
+    path.write_text(json.dumps(times))
+    assert frontier.step_times(models, tmp_path, measure=False) == times
+
+
+def test_missing_times_are_measured_beside_golf(tmp_path, monkeypatch):
+    path, measured = tmp_path / "times.json", []
+
+    def measure(models, out):
+        measured.append([model.name for model in models])
+        return {model.name: 3.0 * 2**place for place, model in enumerate(models)}
+
+    monkeypatch.setattr(frontier, "measure_times", measure)
+    with pytest.raises(tm.InputError, match="has not the times of 2, ar"):
+        frontier.step_times(frontier.compared([2]), tmp_path, measure=False)
+    assert frontier.step_times(frontier.compared([2]), tmp_path) == {"golf": 3, "2": 6, "ar": 12}
+    path.write_text(path.read_text().replace("3.0", "1.5"))
+    expected = {"golf": 1.5, "2": 6, "ar": 12, "8": 3}
+    assert frontier.step_times(frontier.compared([2, 8]), tmp_path) == expected
+    assert frontier.step_times(frontier.compared([8]), tmp_path, measure=False) == expected
+    assert measured == [["golf", "2", "ar"], ["golf", "8"]]
+    monkeypatch.setenv("MODEL_DIM", "64")
+    with pytest.raises(tm.InputError, match="was measured with MODEL_DIM=.*, not 64"):
+        frontier.step_times(frontier.compared([2]), tmp_path)
+
+
+def test_without_golf_nothing_is_compared_with_it(tmp_path, monkeypatch):
+    models = frontier.compared([2])
+    found = {"golf": {}, "2": {1: 1.5}, "ar": {1: 1.4}}
+    monkeypatch.setattr(
+        frontier,
+        "found_for",
+        lambda model, *rest: dict(l2r=found[model.name], ar=found[model.name], nelbo={}),
+    )
+    ones = {model.name: 1 for model in models}
+    rows = frontier.summarize(models, ones, ones, [1], tmp_path)
+    assert [row["left_to_right"]["difference"] for row in rows] == [None] * 3
 
 
 @pytest.fixture
@@ -82,10 +113,12 @@ def test_a_frontier_is_trained_at_equal_steps_and_at_equal_time(draw, tmp_path):
 
 
 def test_what_it_did_not_make_is_left_alone(tmp_path, draw):
-    (tmp_path / "README.md").write_text("mine")
-    done = draw("--steps", 8, "--out", tmp_path)
-    assert done.returncode == 2 and "README.md" in done.stderr
-    assert (tmp_path / "README.md").read_text() == "mine"
+    for name in ("README.md", "frontier.json", "frontier.png"):
+        path = tmp_path / name
+        path.write_text("mine")
+        done = draw("--steps", 8, "--out", tmp_path)
+        assert done.returncode == 2 and name in done.stderr and path.read_text() == "mine"
+        path.unlink()
 
 
 def test_times_of_real_steps(tiny_env, tmp_path, monkeypatch):

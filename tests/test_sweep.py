@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import common
 import pytest
 import sweep
 from conftest import ROOT
@@ -79,7 +80,7 @@ def in_environment(tiny_env, monkeypatch):
 def test_a_readme_of_somebody_else_stays(tmp_path, tool):
     (tmp_path / "README.md").write_text("mine")
     done = tool(sweep, "NUM_HEADS=4,2", "--out", tmp_path)
-    assert done.returncode == 2 and "has a README.md that no sweep wrote" in done.stderr
+    assert done.returncode == 2 and "has a README.md that this tool did not write" in done.stderr
     assert (tmp_path / "README.md").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -312,6 +313,43 @@ def test_a_log_of_other_settings_is_not_that_of_a_job(in_environment, tmp_path):
     ]:
         path.write_text(f"run_id:x\nhyperparameters: {' '.join(lines)}\n" if lines else "x")
         assert job.begun() == (path if begun else None)
+
+
+def test_only_an_interrupted_run_of_this_script_goes_on(in_environment, tmp_path):
+    """One that the script was changed in, or that ended in no result, begins anew."""
+    in_environment()
+    job = sweep.Job(dict(NUM_HEADS="4"), 1, tmp_path)
+    path = tmp_path / f"logs/{job.run_id}.txt"
+    path.parent.mkdir()
+    assert not job.goes_on()
+    hp = job.hyperparameters()
+    source = sweep.SCRIPT.read_text()
+    settings = "hyperparameters: " + " ".join(hp.shown(spec.name) for spec in tm.KNOBS) + "\n"
+    for text, goes_on in (
+        (source + settings, True),
+        (source + settings + f"finished:{job.run_id}\n", False),
+        (source.replace("Muon", "muon") + settings + source, False),
+        (source, False),
+    ):
+        path.write_text(text)
+        assert job.goes_on() == goes_on and not job.finished()
+
+
+def test_two_rows_never_share_a_log(tmp_path, tool, in_environment):
+    in_environment()
+    done = tool(sweep, "DATA_PATH=a/b,a-b", "--out", tmp_path / "out")
+    assert done.returncode == 2 and "DATA_PATH=a/b and DATA_PATH=a-b: their logs" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_used_by_one_sweep_at_a_time(tmp_path, tool, in_environment):
+    in_environment()
+    with common.sole_use(tmp_path):
+        done = tool(sweep, "NUM_HEADS=4,2", "--out", tmp_path)
+        assert done.returncode == 2 and "another call of this tool" in done.stderr
+        assert tool(sweep, "NUM_HEADS=4,2", "--out", tmp_path, "--report").returncode == 0
+    with common.sole_use(tmp_path):
+        pass
 
 
 def test_rows_on_another_text_are_not_compared(tmp_path, in_environment, monkeypatch):

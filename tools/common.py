@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import importlib
 import io
@@ -18,7 +19,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -29,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 DPI = 110  # of pictures
 MARK = "tools of train_mdlm.py"  # in every picture: only what has it is replaced
 MARKED = {"png": "Software", "svg": "Creator", "pdf": "Creator", "ps": "Creator", "eps": "Creator"}
-LARGEST_OUTPUT = 1 << 26  # bytes; none of the tools makes a picture or a JSON file of more
+LARGEST_OUTPUT = 1 << 26  # bytes; what has more is neither read nor replaced
 
 
 # ---- Signals and standard streams
@@ -195,6 +196,18 @@ def windows(text: str) -> int:
     return int(text)
 
 
+def whole_numbers(option: str, text: str, low: int, high: int) -> list[int]:
+    """What an option lists, sorted and once each; InputError unless they are whole numbers from
+    `low` to `high`."""
+    if not re.fullmatch(r"[0-9]{1,19}(,[0-9]{1,19})*", text):
+        raise InputError(f"{option} {text[:40]}: takes whole numbers separated by commas")
+    found = sorted({int(part) for part in text.split(",")})
+    for number in (found[0], found[-1]):
+        if not low <= number <= high:
+            raise InputError(f"{option} {text[:40]}: {number} is not between {low} and {high}")
+    return found
+
+
 class Progress:
     """On a terminal, in a line that is written over: how much of some work is done."""
 
@@ -262,6 +275,23 @@ def open_validation(hp: tm.Hyperparameters) -> tm.Split:
 
 
 # ---- Files
+
+
+@contextlib.contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """InputError if another process uses the folder in this way."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(f"{folder}: another call of this tool is using it") from None
+    except OSError:
+        pass  # some file systems cannot lock
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_output(path: Path, made: Callable[[Path], bool]) -> None:
@@ -344,17 +374,20 @@ def made_picture(path: Path) -> bool:
 def check_picture(path: Path) -> None:
     """Before hours of work: InputError if a picture cannot be written at `path`."""
     check_output(path, made_picture)
-    known = require("matplotlib.backend_bases").FigureCanvasBase.get_supported_filetypes()
-    if (path.suffix[1:].lower() or "png") not in known:
-        remedy = f"its name has to end in {', '.join(MARKED)} or another format of matplotlib"
+    require("matplotlib")
+    if picture_format(path) not in MARKED:
+        remedy = f"its name has to end in {', '.join(MARKED)}"
         raise InputError(f"{path}: the picture cannot be written: {remedy}")
 
 
+def picture_format(path: Path) -> str:
+    return path.suffix[1:].lower() or "png"
+
+
 def picture_bytes(figure, suffix: str = "png", **options) -> bytes:
-    """A picture in the format of that name, with MARK in it if the format has room for it."""
+    """A picture in a format of MARKED, with MARK in it."""
     picture = io.BytesIO()
-    metadata = {MARKED[suffix]: MARK} if suffix in MARKED else None
-    figure.savefig(picture, format=suffix, metadata=metadata, **options)
+    figure.savefig(picture, format=suffix, metadata={MARKED[suffix]: MARK}, **options)
     return picture.getvalue()
 
 
@@ -362,7 +395,7 @@ def save_figure(figure, path: Path) -> None:
     """Writes a picture in the format that its name ends in; InputError if that fails."""
     check_picture(path)
     try:
-        picture = picture_bytes(figure, path.suffix[1:].lower() or "png", dpi=DPI)
+        picture = picture_bytes(figure, picture_format(path), dpi=DPI)
     except ValueError as error:
         raise InputError(f"{path}: the picture cannot be written: {error}") from None
     tm.write_file(path, picture)

@@ -15,6 +15,7 @@ is the table, OUT/frontier.json the same for programs, OUT/frontier.png the pict
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import sys
@@ -24,12 +25,13 @@ from typing import NamedTuple
 import common
 import sweep
 import torch
+from run_log import HEADLINES
 
 import train_mdlm as tm
 from train_mdlm import InputError
 
 RECIPE = ("block_size", "block_share", "causal_weight", "mask_dist", "loss_weight")
-TABLE_BEGINS = "Equal steps"
+TABLE_BEGINS, EQUAL_TIME = "Equal steps", "Equal time"
 ROUNDS, STEPS = 6, 3  # of timing: the fastest of so many rounds of so many steps
 SCORES = {"l2r": "left to right", "ar": "causal, one call", "nelbo": "bound"}
 
@@ -65,6 +67,14 @@ def with_steps(model: Model, steps: int) -> sweep.Row:
 # ---- Time
 
 
+def settings_of(models: list[Model], out: Path) -> dict:
+    """What the time of a step depends on, but for the device, and is the same for all models."""
+    hp = sweep.Job(models[0].row, 1337, out).hyperparameters()
+    names = {spec.name for spec in tm.KNOBS if spec.metadata["group"] in tm.RESULT_GROUPS}
+    names -= {"seed", "iterations", "max_wallclock_seconds"}
+    return {name: getattr(hp, name) for name in sorted(names | {"compile", "micro_batch_tokens"})}
+
+
 def measure_times(models: list[Model], out: Path) -> dict[str, float]:
     """Milliseconds of a training step of each model, by name."""
     hps = [sweep.Job(model.row, 1337, out).hyperparameters() for model in models]
@@ -86,17 +96,63 @@ def measure_times(models: list[Model], out: Path) -> dict[str, float]:
     return {model.name: ms for model, ms in zip(models, fastest, strict=True)}
 
 
-def step_times(models: list[Model], out: Path) -> dict[str, float]:
-    """Those of OUT/times.json, which is written if it is not there."""
-    path = out / "times.json"
+def read_times(path: Path, settings: dict) -> dict[str, float]:
+    """What OUT/times.json has, or nothing; InputError if it is damaged, or of other settings."""
     if not path.exists():
-        times = measure_times(models, out)
-        tm.write_file(path, common.to_json(times, indent=2).encode())
+        return {}
     times = common.read_json(path)
-    sound = isinstance(times, dict) and all(isinstance(ms, float) for ms in times.values())
-    if not sound or not {model.name for model in models} <= times.keys():
-        raise InputError(f"{path}: has not the times of these models; remove it")
+    measured_with = times.pop("settings", settings) if isinstance(times, dict) else None
+    if not isinstance(measured_with, dict) or not all(map(is_time, times.values())):
+        raise InputError(f"{path}: has not the times of steps; remove it")
+    for name, value in settings.items():
+        if measured_with.get(name) != value:
+            then = f"{name.upper()}={measured_with.get(name)}"
+            raise InputError(f"{path}: was measured with {then}, not {value}; give another --out")
     return times
+
+
+def is_time(value: object) -> bool:
+    return type(value) in (int, float) and 1e-3 <= value <= 1e9
+
+
+def step_times(models: list[Model], out: Path, measure: bool = True) -> dict[str, float]:
+    """Those of OUT/times.json. What is missing there is measured beside `golf`, and added in
+    proportion to its time; InputError if that is not to be done."""
+    path, settings = out / "times.json", settings_of(models, out)
+    times = read_times(path, settings)
+    golf, *others = models
+    missing = [model for model in others if model.name not in times]
+    if golf.name not in times:
+        times, missing = {}, others
+    if missing and not measure:
+        names = ", ".join(model.name for model in missing)
+        raise InputError(f"{path}: has not the times of {names}; without --report it gets them")
+    if missing:
+        measured = measure_times([golf, *missing], out)
+        scale = times.get(golf.name, measured[golf.name]) / measured[golf.name]
+        times = {name: scale * ms for name, ms in measured.items()} | times
+        tm.write_file(path, common.to_json(times | dict(settings=settings), indent=2).encode())
+    return times
+
+
+def plan_steps(models: list[Model], times: dict, steps: int) -> dict[str, dict[str, int]]:
+    """Steps of each model, by title of the table: as many as `golf`, and in its time."""
+    equal_time = {model.name: steps * times[models[0].name] / times[model.name] for model in models}
+    return {
+        TABLE_BEGINS: {model.name: steps for model in models},
+        EQUAL_TIME: {name: max(round(wanted), 1) for name, wanted in equal_time.items()},
+    }
+
+
+def planned_jobs(models: list[Model], plans: dict, seeds: list[int], out: Path) -> list[sweep.Job]:
+    """Each run once."""
+    jobs = [
+        sweep.Job(with_steps(model, steps[model.name]), seed, out)
+        for seed in seeds
+        for steps in plans.values()
+        for model in models
+    ]
+    return list({job.run_id: job for job in jobs}.values())
 
 
 # ---- Figures
@@ -108,8 +164,7 @@ def found_for(model: Model, steps: int, seeds: list[int], out: Path) -> dict[str
     for seed in seeds:
         run = sweep.Job(with_steps(model, steps), seed, out).finished()
         if run:
-            headline = next(iter(tm.ESTIMATORS[run.system]))
-            found[headline][seed] = run.val_bpb
+            found[HEADLINES[run.system][0]][seed] = run.val_bpb
             for name in SCORES.keys() & run.others.keys():
                 found[name][seed] = run.others[name][0]
     return found
@@ -118,13 +173,13 @@ def found_for(model: Model, steps: int, seeds: list[int], out: Path) -> dict[str
 def summarize(
     models: list[Model], steps: dict[str, int], times: dict, seeds: list[int], out: Path
 ) -> list[dict]:
-    """A row for each model: its scores, and how far its best code from left to right is from that
-    of `golf`, paired by seed."""
+    """A row for each model: its scores, and how far that from left to right, for `ar` its only one,
+    is from that of `golf`, the first, paired by seed."""
     length = sweep.Job(models[0].row, 1337, out).hyperparameters().train_seq_len
-    rows, golf = [], None
+    golf = found_for(models[0], steps[models[0].name], seeds, out)["l2r"]
+    rows = []
     for model in models:
         scores = found_for(model, steps[model.name], seeds, out)
-        golf = golf or scores["l2r"]
         ordered = scores["l2r"] or scores["ar"]
         rows.append(
             dict(
@@ -200,35 +255,24 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     out, seqs = arguments.out, arguments.seqs
-    seeds = sweep.numbers("--seeds", arguments.seeds)
-    models = compared(sweep.numbers("--blocks", arguments.blocks))
+    seeds = sweep.listed_seeds(arguments.seeds)
+    models = compared(common.whole_numbers("--blocks", arguments.blocks, 1, 2**20))
     if arguments.steps < 1 or arguments.jobs < 1:
         raise InputError("--steps and --jobs are at least 1")
     sweep.check_readme(out, TABLE_BEGINS)
+    common.check_output(out / "frontier.json", common.made_object(TABLE_BEGINS, EQUAL_TIME))
     common.check_picture(out / "frontier.png")
     out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MAX_WALLCLOCK_SECONDS", "0")
     os.environ["FINAL_EVAL_MAX_SEQS"] = str(seqs)
     os.environ["SCORES"] = ",".join(f"{name}:{seqs}" for name in SCORES)
-    times = step_times(models, out)
-    golf_ms = times["golf"]
-    plans = {
-        TABLE_BEGINS: {model.name: arguments.steps for model in models},
-        "Equal time": {
-            model.name: max(round(arguments.steps * golf_ms / times[model.name]), 1)
-            for model in models
-        },
-    }
     failed = {}
-    if not arguments.report:
-        jobs = [
-            sweep.Job(with_steps(model, steps[model.name]), seed, out)
-            for seed in seeds
-            for steps in plans.values()
-            for model in models
-        ]
-        once = {job.run_id: job for job in jobs}
-        failed = sweep.run_all(list(once.values()), 1, [None] * arguments.jobs)
+    with contextlib.nullcontext() if arguments.report else common.sole_use(out):
+        times = step_times(models, out, measure=not arguments.report)
+        plans = plan_steps(models, times, arguments.steps)
+        if not arguments.report:
+            jobs = planned_jobs(models, plans, seeds, out)
+            failed = sweep.run_all(jobs, 1, [None] * arguments.jobs)
     parts = {title: summarize(models, steps, times, seeds, out) for title, steps in plans.items()}
     text = "\n".join(table(title, rows) for title, rows in parts.items())
     text += "".join(f"\nFailed: {name}: {reason}\n" for name, reason in failed.items())

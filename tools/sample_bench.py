@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import re
 import statistics
 import time
 from pathlib import Path
@@ -343,17 +342,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def listed_numbers(option: str, text: str, most: int) -> list[int]:
-    """What an option lists, sorted; InputError unless they are whole numbers from 1 to `most`."""
-    if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", text):
-        raise InputError(f"{option} {text[:40]}: takes whole numbers separated by commas")
-    found = sorted({int(part) for part in text.split(",")})
-    for number in (found[0], found[-1]):
-        if not 1 <= number <= most:
-            raise InputError(f"{option} {text}: {number} is not between 1 and {most}")
-    return found
-
-
 def check_calls(bench: Bench, names: list[str], calls: list[int]) -> None:
     """InputError if a sampler would have no row at all."""
     if possible_calls(bench, calls):
@@ -451,8 +439,8 @@ def main() -> None:
     arguments = parse_arguments()
     out = arguments.out
     check_out(out)
-    calls = listed_numbers("--calls", arguments.calls, sampling.MOST_STEPS)
-    gaps = listed_numbers("--gaps", arguments.gaps, sampling.LONGEST)
+    calls = common.whole_numbers("--calls", arguments.calls, 1, sampling.MOST_STEPS)
+    gaps = common.whole_numbers("--gaps", arguments.gaps, 1, sampling.LONGEST)
     if arguments.num < 2:
         raise InputError(f"--num {arguments.num}: give 2 windows or more, for a standard error")
     request = sampling.Request(**{name: getattr(arguments, name) for name in SETTINGS})

@@ -213,8 +213,15 @@ class Job:
         except InputError:
             return None
 
+    def goes_on(self) -> bool:
+        """Whether the log is that of an interrupted run of this script. One that is finished, and
+        still no result, is not."""
+        path = self.begun()
+        text = path.read_text(encoding="utf-8") if path else ""
+        return text.startswith(SCRIPT.read_text(encoding="utf-8")) and "\nfinished:" not in text
+
     def set_aside(self) -> None:
-        """Renames what a run of other settings left under this name; nothing is replaced."""
+        """Renames what another run left under this name; nothing is replaced."""
         for old in (self.out / "logs").glob(f"{self.run_id}.*"):
             names = (f"set-aside-{number}-{old.name}" for number in itertools.count(1))
             old.rename(next(new for name in names if not (new := old.with_name(name)).exists()))
@@ -225,7 +232,7 @@ class Job:
             env = self.environment()
         except InputError as error:
             return str(error)
-        if not self.begun():
+        if not self.goes_on():
             self.set_aside()
         if gpu is not None:
             env["CUDA_VISIBLE_DEVICES"] = gpu
@@ -493,7 +500,7 @@ def draw_rows(found: list[dict], figure) -> None:
             style = dict(color="black", marker="o", capsize=3)
             axes.errorbar([place + 0.12], [row["mean"]], yerr=[row["std"] or 0.0], **style)
     labels = [row["label"].replace("+", "\n") for row in found]
-    axes.set_xticks(range(len(found)), labels, fontsize=8)
+    axes.set_xticks(range(len(found)), labels, fontsize=8, parse_math=False)
     axes.set(ylabel="val_bpb: seeds, and mean ± standard deviation")
     axes.grid(alpha=0.3, axis="y")
 
@@ -548,11 +555,8 @@ def draw(found: list[dict], path: Path) -> None:
 # ---- Command line
 
 
-def numbers(option: str, text: str) -> list[int]:
-    """What an option lists; InputError if these are no whole numbers."""
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise InputError(f"{option} {text}: takes whole numbers separated by commas")
-    return [int(part) for part in text.split(",")]
+def listed_seeds(text: str) -> list[int]:
+    return common.whole_numbers("--seeds", text, 0, 2**63 - 1)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -580,7 +584,7 @@ def choose_lanes(arguments: argparse.Namespace) -> list[str | None]:
         raise InputError("--nproc and --jobs are at least 1")
     if not arguments.gpus:
         return [None] * arguments.jobs
-    gpus = numbers("--gpus", arguments.gpus)
+    gpus = common.whole_numbers("--gpus", arguments.gpus, 0, 1000)
     if arguments.nproc > 1 and len(gpus) > 1:
         raise InputError("with several processes a run --gpus is one number")
     if arguments.jobs > 1:
@@ -588,11 +592,22 @@ def choose_lanes(arguments: argparse.Namespace) -> list[str | None]:
     return [str(gpu) for gpu in gpus]
 
 
+def check_names(rows: list[Row]) -> None:
+    """InputError if the runs of two rows would have the same log."""
+    named: dict[str, Row] = {}
+    for row in rows:
+        other = named.setdefault(Job(row, 0, Path()).run_id, row)
+        if other is not row:
+            both = f"{label(other)} and {label(row)}"
+            raise InputError(f"{both}: their logs would have the same name; give them two --out")
+
+
 def check_readme(out: Path, begins: str) -> None:
     """InputError if --out has a README.md that does not begin as ours does."""
     readme = out / "README.md"
     if readme.exists() and not common.read_small(readme).startswith(begins.encode()):
-        raise InputError(f"--out {out}: has a README.md that no sweep wrote; give another folder")
+        remedy = "this tool did not write; give another folder"
+        raise InputError(f"--out {out}: has a README.md that {remedy}")
 
 
 def check_folder(out: Path) -> None:
@@ -607,16 +622,18 @@ def check_folder(out: Path) -> None:
 def main() -> None:
     arguments = parse_arguments()
     out = arguments.out
-    seeds = sorted(set(numbers("--seeds", arguments.seeds)))
+    seeds = listed_seeds(arguments.seeds)
     lanes = choose_lanes(arguments)
     rows = parse_grid(arguments.grid)
     found = read_results(arguments.beside) if arguments.beside else []
+    check_names(rows)
     check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     failed = {}
     if not arguments.report:
         jobs = [Job(row, seed, out) for seed in seeds for row in rows]
-        failed = run_all(jobs, arguments.nproc, lanes)
+        with common.sole_use(out):
+            failed = run_all(jobs, arguments.nproc, lanes)
     for row in rows:
         found.append(summarize(row, seeds, out, found))
     text = table(found, failed)
