@@ -550,6 +550,7 @@ class Places:
         self.check()
         made_with = self.made_with()
         replaced = self.folder.exists()
+        old_model = self.model.read_bytes() if self.model.exists() else None
         if replaced:
             if not made_with:
                 aside = free_name(self.folder)
@@ -558,15 +559,21 @@ class Places:
         try:
             if model:
                 ours = (made_with, file_sha256(model))
-                if self.model.exists() and file_sha256(self.model) not in ours:
+                if old_model is not None and file_sha256(self.model) not in ours:
                     kept = free_name(self.model)
                     log(f"{self.model}: what was there is {kept.name} now")
-                    write_file(kept, self.model.read_bytes())
+                    write_file(kept, old_model)
                 write_file(self.model, model.read_bytes())
             os.rename(made, self.folder)
         except BaseException:
-            if replaced:
-                os.rename(aside, self.folder)
+            try:
+                if old_model is None:
+                    self.model.unlink(missing_ok=True)
+                else:
+                    write_file(self.model, old_model)
+            finally:
+                if replaced:
+                    os.rename(aside, self.folder)
             raise
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import common
 import pytest
@@ -79,6 +80,40 @@ def test_figures(tiny_env, tmp_path, tool, monkeypatch, objective):
             whole += given.square().sum().item()
     assert coarse["error"] == pytest.approx(lost / whole)
     assert with_feedback["error"] != coarse["error"]
+
+
+def test_rows_that_were_measured_are_kept(tiny_env, tmp_path, tool, monkeypatch):
+    for name, value in tiny_env.items():
+        monkeypatch.setenv(name, value)
+    hp = tm.Hyperparameters.from_env(tiny_env | dict(QUANT_MODE="fp32,gain:fp32"))
+    artifact, out = tmp_path / "a.mdlm", tmp_path / "table.json"
+    tm.save_artifact(tm.build_model(hp), hp, artifact)
+    save, saved = tm.save_artifact, []
+
+    def interrupted(*arguments):
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(save(*arguments))
+        return saved[0]
+
+    monkeypatch.setattr(tm, "save_artifact", interrupted)
+    arguments = (artifact, "--seqs", 8, "--rows", "int8", "int4", "--out", out)
+    done = tool(quant_table, *arguments)
+    assert done.returncode == 2
+    assert [row["row"] for row in json.loads(out.read_text())] == ["as given", "int8"]
+
+
+def test_missing_training_shards_are_found_before_the_first_row(tiny_env, tmp_path, tool):
+    hp = tm.Hyperparameters.from_env(tiny_env)
+    data = tmp_path / "val"
+    data.mkdir()
+    for path in Path(hp.data_path).glob("*val*"):
+        (data / path.name).symlink_to(path.resolve())
+    artifact = tmp_path / "a.mdlm"
+    tm.save_artifact(tm.build_model(hp), hp, artifact)
+    paths = ("--data", data, "--tokenizer", hp.tokenizer_path)
+    done = tool(quant_table, artifact, "--seqs", 8, "--rows", "int8", "int8@10+4", *paths)
+    assert done.returncode == 2 and "no train shards" in done.stderr and "int8" not in done.stdout
 
 
 @pytest.mark.parametrize("options", [[], ["--batch", "0"], ["--seqs", "-1"], ["--seqs", "1"]])

@@ -221,6 +221,35 @@ def test_every_step_is_told_and_fixed_tokens_never_change(sampler, system):
         assert max(calls) <= (6 if options else 8) or sampler == "remdm"
 
 
+@pytest.mark.parametrize("sampler", ["l2r", "maskgit", "ancestral"])
+@pytest.mark.parametrize(
+    ("system", "length", "steps"),
+    [
+        (dict(block_size=4), 11, 3),  # the last block is shorter
+        (dict(block_size=3), 12, 6),
+        (dict(block_size=4), 27, 10),
+        (dict(block_size=1), 12, 12),
+        ({}, 31, 7),  # windows of 12, then of 6 new tokens
+        ({}, 30, 17),
+    ],
+)
+def test_a_text_never_takes_more_calls_than_steps(sampler, system, length, steps):
+    model = model_of(**LONG | system)
+    tokens = torch.full((2, length), 7)
+    rows = written(model, sampler, tokens=tokens, steps=steps)
+    assert (rows.z < 7).all() and sum(rows.calls.values()) == steps
+    most = max(len(taken) for taken in rows.steps)
+    assert steps - 1 <= most <= steps if sampler == "l2r" else most <= steps
+
+
+def test_calls_are_divided_by_what_is_left_to_fill():
+    hp = model_of(**LONG, block_size=4).hp
+    masked = torch.tensor([False] * 4 + [True] * 4 + [False, True, True, False])
+    assert sampling.divide_calls(hp, masked, 6) == {8: 3, 12: 3}
+    assert sampling.divide_calls(hp, masked, 5) == {8: 3, 12: 2}
+    assert sampling.divide_calls(hp, masked, 0) == {}
+
+
 @pytest.mark.parametrize("sampler", EXACT)
 def test_bits_are_what_the_model_gives_the_revealed_tokens(sampler):
     model = model_of(**LONG)

@@ -48,7 +48,7 @@ ORDERS = ("l2r", "random", "confidence", "ar")  # a file has the number of its o
 BATCH = 16
 CACHED_BATCH = 512
 BLOCK_FLOATS = 1 << 25  # probabilities in memory: as many batches advance together as have fewer
-KEPT_FLOATS = 1 << 28  # and keys and values that are kept
+KEPT_FLOATS = 1 << 28  # keys and values that are kept; also part of the format
 PRECISION = 24  # bits of the probabilities of `constriction`: a token has at least 2^-24
 CALLS_AHEAD = 16  # model calls that are begun before they are needed
 SPARE_BITS = 64  # the range coder may leave out so many at the end
@@ -153,7 +153,11 @@ class Predictor:
         self.seed = seed
         self.length = model.hp.train_seq_len
         self.twin = decoding.cached(self.model) if model.hp.system != "mdlm" else None
-        self.windows = CACHED_BATCH if self.twin else BATCH
+        self.windows = BATCH
+        hp = model.hp
+        self.kept_floats = self.length * 2 * hp.num_layers * hp.num_kv_heads * hp.head_dim
+        if self.twin:
+            self.windows = max(min(CACHED_BATCH, KEPT_FLOATS // self.kept_floats), 1)
 
     def batches(self, count: int) -> Iterator[Batch]:
         """The batches of a text of `count` tokens; a rest is a batch of its own."""
@@ -218,11 +222,9 @@ class Predictor:
         one_thread = functools.partial(torch.set_num_threads, 1)
         one_thread()
         group = min(self.group, self.length)
-        hp = self.model.hp
-        at_once = BLOCK_FLOATS // (self.windows * group * hp.vocab_size)
+        at_once = BLOCK_FLOATS // (self.windows * group * self.model.hp.vocab_size)
         if self.twin:
-            token = 2 * hp.num_layers * hp.num_kv_heads * hp.head_dim
-            at_once = min(at_once, KEPT_FLOATS // (self.windows * self.length * token))
+            at_once = min(at_once, KEPT_FLOATS // (self.windows * self.kept_floats))
         at_once = max(at_once, 1)
         try:
             with ThreadPoolExecutor(workers, initializer=one_thread) as pool:

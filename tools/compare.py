@@ -121,7 +121,7 @@ def draw(names: list[str], found: list[Figures], out: Path) -> None:
     for name, part in zip(names, ("first", "second"), strict=True):
         bpbs, stderrs = zip(*(getattr(row, part) for row in buckets), strict=True)
         overall, _ = getattr(whole, part)
-        label = f"{name}: {overall:.3f} over all positions"
+        label = common.plain_label(f"{name}: {overall:.3f} over all positions")
         above.errorbar(places, bpbs, stderrs, label=label, **style)
     bpbs, stderrs = zip(*(row.difference for row in buckets), strict=True)
     below.errorbar(places, bpbs, stderrs, color="black", **style)

@@ -4,9 +4,10 @@
     python tools/quant_table.py logs/exact.mdlm --out quant_table.json
 
 A row is a configuration: QUANT_MODE, then @ and QUANT_CLIP, then + and QUANT_FEEDBACK (the number
-of training batches for error feedback), for example int7@8+24. Its cost, ΔBPB, is the exact NELBO
-of the packed and reloaded model minus that of the given one, on the same windows and masks, so its
-standard error is that of a paired difference. Seconds are those of packing, with all packers.
+of training batches for error feedback), for example int7@8+24. Its cost, ΔBPB, is the headline
+score, one mask a window, of the packed and reloaded model minus that of the given one, on the same
+windows and masks, so its standard error is that of a paired difference. Seconds are those of
+packing, with all packers.
 
 The artifact should be stored as fp32, or the first damage is done already.
 """
@@ -52,11 +53,14 @@ def configure(hp: tm.Hyperparameters, row: str) -> tm.Hyperparameters:
 class QuantTable:
     """A model as it was given, with its score, to compare packed copies with."""
 
-    def __init__(self, model: tm.Model, hp: tm.Hyperparameters, seqs: int):
+    def __init__(self, model: tm.Model, hp: tm.Hyperparameters, seqs: int, feedback: int):
+        """`feedback` is the largest QUANT_FEEDBACK of all rows."""
         self.model = model
-        self.hp = hp
+        self.hp = dataclasses.replace(hp, iterations=feedback, warmup_steps=0)
         self.seqs = seqs
         self.val = common.open_validation(hp)
+        if feedback:
+            self.stream = tm.open_training(self.hp, *common.load_tokenizer(hp))
         self.moments: dict[int, Mapping[str, torch.Tensor]] = {0: {}}  # by QUANT_FEEDBACK
         self.weights = self.quantized_weights(model)
         self.energy = sum(weight.square().sum().item() for weight in self.weights.values())
@@ -76,14 +80,13 @@ class QuantTable:
         return tm.score_windows(self.hp.headline, model, self.hp, self.val, self.seqs)
 
     def input_moments(self, hp: tm.Hyperparameters) -> Mapping[str, torch.Tensor]:
-        """What the exporter of the script collects in QUANT_FEEDBACK training batches."""
+        """What the exporter of the script would collect in QUANT_FEEDBACK batches of a run that has
+        as many steps as the row with the most of them."""
         if hp.quant_feedback not in self.moments:
-            reached = dataclasses.replace(hp, iterations=0, warmup_steps=0)  # less to check
-            stream = tm.open_training(reached, *common.load_tokenizer(hp))
             rows = range(hp.batch_rows)
             capacity = tm.scored_capacity(hp, hp.batch_rows)
             batches = (
-                tm.training_batch(hp, stream, step, rows, capacity, common.device())
+                tm.training_batch(self.hp, self.stream, step, rows, capacity, common.device())
                 for step in range(hp.quant_feedback)
             )
             self.moments[hp.quant_feedback] = tm.input_moments(self.model, batches)
@@ -184,19 +187,22 @@ def main() -> None:
     hp = dataclasses.replace(hp, nelbo_passes=1, train_batch_tokens=batch_tokens)
     configurations = [configure(hp, row) for row in arguments.rows]
     log = tm.Log()
-    quant_table = QuantTable(model, hp, arguments.seqs)
+    feedback = max(configuration.quant_feedback for configuration in configurations)
+    quant_table = QuantTable(model, hp, arguments.seqs, feedback)
     score = quant_table.score
     given = dict(row="as given", bpb=score.bpb, stderr=score.stderr, seqs=score.seqs)
     results = [given | dict(bytes=score.bytes, artifact_bytes=artifact.stat().st_size)]
-    for name, configuration in zip(arguments.rows, configurations, strict=True):
-        figures = quant_table.row(name, configuration)
-        if len(results) == 1:
-            log(header(list(figures["packers"])))
-        log(line(figures))
-        results.append(figures)
     print(f"as given: {score.bpb:.4f} ± {score.stderr:.4f} bits per byte, {score.seqs} windows")
-    if arguments.out:
-        tm.write_file(arguments.out, common.to_json(results, indent=1).encode())
+    try:
+        for name, configuration in zip(arguments.rows, configurations, strict=True):
+            figures = quant_table.row(name, configuration)
+            if len(results) == 1:
+                log(header(list(figures["packers"])))
+            log(line(figures))
+            results.append(figures)
+    finally:  # what was measured is kept, whatever ends it
+        if arguments.out:
+            tm.write_file(arguments.out, common.to_json(results, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -799,7 +799,10 @@ def figures(logs: Sequence[RunLog]) -> list[dict]:
 def stated_figures(page: str) -> object:
     """What a page says of each run; None if it says nothing."""
     found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page)
-    return json.loads(found[1]) if found else None
+    try:
+        return json.loads(found[1]) if found else None
+    except ValueError:
+        return None
 
 
 def script() -> str:

@@ -194,8 +194,8 @@ class LogLines:
 
 def parse_settings(text: str) -> dict[str, str]:
     """Value by NAME of settings as the log has them; values may have spaces in them."""
-    settings = re.split(r" (?=[A-Z][A-Z0-9_]*=)", text)
-    return dict(setting.split("=", 1) for setting in settings)
+    parts = [part.partition("=") for part in re.split(r" (?=[A-Z][A-Z0-9_]*=)", text)]
+    return {name: value for name, _, value in parts}
 
 
 def read_settings(life: LogLines) -> dict[str, str]:

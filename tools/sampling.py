@@ -410,6 +410,24 @@ class Recomputed:
         return self.model.hidden(both, None, at, view)
 
 
+def divide_calls(hp: tm.Hyperparameters, masked: Tensor, most: int) -> dict[int, int]:
+    """Calls of each part that has something to fill, by the column where it ends: one, and of the
+    rest of `most` a share like that of the `masked` (N,) that it fills. Nothing for 0."""
+    counts: dict[int, int] = {}
+    done = 0
+    for part in parts(hp, len(masked)):
+        own = int(masked[max(part.start, done) : part.stop].sum())  # without what is filled before
+        done = max(part.stop, done)
+        if own:
+            counts[part.stop] = own
+    calls = {}
+    rest, before, total = max(most - len(counts), 0), 0, sum(counts.values())
+    for stop, own in counts.items():
+        calls[stop] = 1 + rest * (before + own) // total - rest * before // total
+        before += own
+    return calls if most else {}
+
+
 class Rows:
     """Texts that are written side by side, and what they have cost."""
 
@@ -442,6 +460,8 @@ class Rows:
         self.allowed = allowed  # (2, V): anywhere, and after a space; 0 or −∞
         use_cache = request.cache and self.hp.system != "mdlm"
         self.twin = decoding.cached(model) if use_cache else None
+        masked = self.z[0] == self.hp.mask_id
+        self.calls = divide_calls(self.hp, masked, self.settings.get("steps", 0))
 
     def past(self, columns: slice) -> decoding.Past | Recomputed:
         """What is before a window that begins there: so far one token."""
@@ -517,8 +537,7 @@ class Part:
         self.z = rows.z[:, columns]  # shares memory
         self.drawn = self.masked[0]  # (m,) bool, the same in all rows
         self.count = int(self.drawn.sum())
-        share = (columns.stop - columns.start) / rows.z.shape[1]
-        self.steps = int(rows.settings.get("steps", 0) * share) or self.count  # calls at most
+        self.steps = rows.calls.get(columns.stop, self.count)  # calls at most
 
     @property
     def masked(self) -> Tensor:
@@ -789,8 +808,7 @@ def fill_window(rows: Rows, columns: slice) -> Iterator[None]:
         yield from rows.sampler.fill(Part(rows, view, columns))
         return
     past = rows.past(columns)
-    for start in range(columns.start, columns.stop, rows.hp.block_size):
-        block = slice(start, min(start + rows.hp.block_size, columns.stop))
+    for block in blocks_of(rows.hp, columns):
         part = Part(rows, past, block)
         if part.count:
             yield from rows.sampler.fill(part)
@@ -808,6 +826,17 @@ def windows(hp: tm.Hyperparameters, length: int) -> Iterator[slice]:
         start = stop - kept
         stop = min(start + window, length)
         yield slice(start, stop)
+
+
+def blocks_of(hp: tm.Hyperparameters, window: slice) -> Iterator[slice]:
+    for start in range(window.start, window.stop, hp.block_size):
+        yield slice(start, min(start + hp.block_size, window.stop))
+
+
+def parts(hp: tm.Hyperparameters, length: int) -> Iterator[slice]:
+    """What is filled at a time, of a text of that length: windows or, if there are any, blocks."""
+    for window in windows(hp, length):
+        yield from blocks_of(hp, window) if hp.block_size else [window]
 
 
 def write(rows: Rows) -> Iterator[None]:
@@ -868,16 +897,14 @@ def check(loaded: Loaded, request: Request) -> None:
         raise InputError(f"{other} does not go with --infill, whose template is the whole text")
 
 
-def check_blocks(loaded: Loaded, request: Request, length: int) -> None:
-    """InputError for fewer steps than a text has blocks."""
-    block = loaded.hp.block_size
-    if not block or request.sampler == "causal":
-        return
-    blocks = tm.ceil_div(length, block)
-    steps = settings_of(request).get("steps", 0)
-    if 0 < steps < blocks:
-        found = f"{length} tokens are {blocks} blocks, with a model call or more for each"
-        raise InputError(f"--steps {steps}: {found}; give {blocks} or more")
+def check_steps(loaded: Loaded, request: Request, length: int) -> None:
+    """InputError for fewer steps than a text has parts."""
+    hp, steps = loaded.hp, settings_of(request).get("steps", 0)
+    ends = {part.stop for part in parts(hp, length)}
+    if 0 < steps < len(ends):
+        name = "blocks" if hp.block_size else "windows"
+        found = f"{length} tokens are {len(ends)} {name}, with a model call or more for each"
+        raise InputError(f"--steps {steps}: {found}; give {len(ends)} or more")
 
 
 def notes(loaded: Loaded, template: Template) -> list[str]:
@@ -934,7 +961,7 @@ def resolve(loaded: Loaded, request: Request) -> tuple[Request, Template]:
     request = request._replace(sampler=request.sampler or default_sampler(loaded))
     check(loaded, request)
     template = template_of(loaded, request)
-    check_blocks(loaded, request, template.tokens.shape[1])
+    check_steps(loaded, request, template.tokens.shape[1])
     return request, template
 
 
