@@ -69,7 +69,7 @@ TEST_FOLDERS = {"tests", "test", "testing", "idlelib"}
 SHORTEST_DOC = 200  # characters; shorter docstrings say little
 BATCH_DOCS = 256
 VOCAB_SIZE = 4096  # pieces of a tokenizer that is trained, unless --vocab-size says otherwise
-TOKENIZER_SAMPLE_BYTES = 8_000_000
+TOKENIZER_SAMPLE = 8_000_000  # characters of text that it is trained on
 LONGEST_LINE_BYTES = 4192  # SentencePiece leaves longer lines out when it trains
 LARGEST_VOCABULARY = 65_534  # shards hold 16-bit tokens, and the model adds two of its own
 LARGEST_SHARD = 2**31 - 1  # tokens; the header counts them in 32 bits
@@ -211,9 +211,9 @@ def why_not_trained(error: RuntimeError) -> str:
 
 
 def train_tokenizer(docs: Iterable[str], path: Path, vocab_size: int, normalization: str) -> None:
-    """BPE with byte fallback and the challenge's options, on the first TOKENIZER_SAMPLE_BYTES."""
+    """BPE with byte fallback and the challenge's options, on the first TOKENIZER_SAMPLE."""
     lines: list[str] = []
-    budget = TOKENIZER_SAMPLE_BYTES
+    budget = TOKENIZER_SAMPLE
     for text in docs:
         lines += short_lines(text)
         budget -= len(text)

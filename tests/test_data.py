@@ -609,7 +609,7 @@ def test_which_documents_are_validation_depends_on_their_hash():
 
 def test_a_tokenizer_is_trained_on_the_first_documents(tmp_path, monkeypatch):
     """So that memory does not grow with the text."""
-    monkeypatch.setattr(prepare_text, "TOKENIZER_SAMPLE_BYTES", 5000)
+    monkeypatch.setattr(prepare_text, "TOKENIZER_SAMPLE", 5000)
     texts = iter([text_of(i, 300) for i in range(20)])
     prepare_text.train_tokenizer(texts, tmp_path / "t.model", 384, "identity")
     assert 14 <= len(list(texts)) <= 17

@@ -13,7 +13,7 @@ import report
 import run_log
 from conftest import ROOT, run_python
 from make_record import commands, notes, over_budget, submission
-from run_log import SEPARATOR, parse_log
+from run_log import HEADLINES, SEPARATOR, parse_log
 
 import train_mdlm as tm
 
@@ -632,3 +632,9 @@ def test_shipped_records_follow_from_their_logs(tool):
         assert done.returncode == 0, done.stderr
     newest = max(folders, key=lambda folder: folder.name)
     assert (ROOT / "submission.json").read_bytes() == (newest / "submission.json").read_bytes()
+
+
+def test_the_headline_of_a_log_is_that_of_the_script():
+    assert {system: name for system, (name, _) in HEADLINES.items()} == {
+        system: next(iter(scores)) for system, scores in tm.ESTIMATORS.items()
+    }

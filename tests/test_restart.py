@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import make_record
 import numpy as np
 import prepare_text
 import pytest
@@ -85,7 +84,7 @@ def run(env, folder, prepare=lambda: None, **changes) -> tuple[int, str, str]:
 
 def body_of(log: Path) -> str:
     """What is below the script's source."""
-    return log.read_text().rpartition(make_record.SEPARATOR)[2] if log.exists() else ""
+    return log.read_text().rpartition(run_log.SEPARATOR)[2] if log.exists() else ""
 
 
 @pytest.fixture(scope="module")
@@ -181,13 +180,13 @@ def test_killed_at_random_moments(env, whole, tmp_path):
         assert sum(name.endswith(".ckpt") for name in left) <= 3
         assert not any("part" in name for name in left)
     logs = [tmp_path / f"logs/run{n}.txt" for n in range(1, number + 1)]
-    longest = max(logs, key=lambda path: len(make_record.lives(path)[1]))
+    longest = max(logs, key=lambda path: len(run_log.lives(path)[1]))
     check_records_and_plots(whole[0] / "logs/whole.txt", longest)
 
 
 def check_records_and_plots(undisturbed, interrupted):
     """The log of several lives says what that of one says."""
-    one, several = make_record.parse_log(undisturbed), make_record.parse_log(interrupted)
+    one, several = run_log.parse_log(undisturbed), run_log.parse_log(interrupted)
     assert one.lives == 1 and several.lives > 1
     for fact in "val_bpb val_loss artifact_bytes step_stop source others seqs bytes".split():
         assert getattr(one, fact) == getattr(several, fact)
@@ -692,7 +691,7 @@ def test_gradients_that_are_not_finite(env, tmp_path, allowed):
     else:
         skipped = re.findall(r"^step:(\d+) not finite: .*skipped:(\d)$", log, re.MULTILINE)
         assert status == 0 and skipped == [("4", "1"), ("8", "2")]
-        assert make_record.parse_log(tmp_path / "logs/n.txt").skipped_steps == 2
+        assert run_log.parse_log(tmp_path / "logs/n.txt").skipped_steps == 2
 
 
 @pytest.mark.parametrize("when", ["at a log line", "at a checkpoint"])

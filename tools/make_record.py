@@ -24,9 +24,7 @@ import report
 import report_page
 from run_log import (
     BIASED,
-    SEPARATOR,  # noqa: F401 (for those who read logs through this file)
     Run,
-    lives,  # noqa: F401
     over_budget,
     parse_log,
     parse_logs,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import hashlib
 import itertools
 import math
 import re
@@ -290,7 +289,7 @@ def measure(opened: Opened, seqs: int, window: int | None, has_positions: bool) 
         shares = list(measure_shares(model, rows, hp.seed))
     return Measured(
         artifact=path.name,
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        sha256=tm.file_sha256(path),
         score=headline,
         bpb=score.bpb,
         stderr=score.stderr,
