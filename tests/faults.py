@@ -289,6 +289,27 @@ fault(
     "test_noise.py::test_capacity_is_never_exceeded",
 )
 
+fault(
+    "all blocks of a window are masked in the same order",
+    "keys = draw(hp.batch_rows, blocks * length)",
+    "keys = draw(hp.batch_rows, length).repeat(1, blocks)",
+    "test_blocks.py::test_every_block_has_a_count_of_its_own_on_the_lattice",
+)
+
+fault(
+    "a single block may have no noise",
+    "return max(round(self.block_share * (self.train_seq_len // self.noise_length)), 1)",
+    "return round(self.block_share * (self.train_seq_len // self.noise_length))",
+    "test_blocks.py::test_a_single_block_is_noisy_whatever_its_share",
+)
+
+fault(
+    "block models have room for every noisy token",
+    "    if hp.causal:\n        return tokens\n",
+    "    if hp.causal or hp.block_size:\n        return tokens\n",
+    "test_blocks.py::test_capacity_saves_work_with_blocks_too",
+)
+
 
 # ---- Model
 
@@ -367,6 +388,20 @@ fault(
     "test_noise.py::test_the_loss_is_the_weighted_nll_of_a_model_that_is_told_the_noise",
 )
 
+fault(
+    "dropped tokens of blocks are not told of",
+    "        tokens=clean.tokens,\n    )\n",
+    "        tokens=clean.tokens,\n        dropped=clean.dropped,\n    )\n",
+    "test_blocks.py::test_a_step_masks_a_share_of_the_blocks",
+)
+
+fault(
+    "documents have the order of shuffled windows",
+    "    if hp.shuffle and not hp.doc_chunks:\n",
+    "    if hp.shuffle:\n",
+    "test_data.py::test_a_shuffled_batch_has_the_shuffled_windows",
+)
+
 
 # ---- Optimizer and average
 
@@ -425,6 +460,20 @@ fault(
     "self.average.lerp_(self.weights, 1 - self.hp.ema_decay if self.averages else 1.0)",
     "self.average.lerp_(self.weights, self.hp.ema_decay if self.averages else 1.0)",
     "test_optim.py::test_average_in_closed_form",
+)
+
+fault(
+    "AdamW adds a constant to its denominators",
+    "mean / (square.sqrt() + hp.adam_eps)",
+    "mean / (square.sqrt() + 1e-8)",
+    "test_optim.py::test_three_steps_equal_separate_optimizers",
+)
+
+fault(
+    "Muon always iterates five times",
+    "return orthogonalize_shared(nesterov, hp.muon_backend_steps)",
+    "return orthogonalize_shared(nesterov, 5)",
+    "test_optim.py::test_three_steps_equal_separate_optimizers",
 )
 
 
@@ -520,6 +569,13 @@ fault(
     "return ms / world_size(), stopped > 0",
     "return ms, stopped > 0",
     "test_train.py::test_two_processes_agree_on_time_signals_and_files",
+)
+
+fault(
+    "the average waits for the steps, not for the clock",
+    "fraction = run_fraction(self.hp, self.progress.step, self.progress.train_ms)",
+    "fraction = run_fraction(self.hp, self.progress.step, 0.0)",
+    "test_train.py::test_rates_and_the_end_follow_the_clock",
 )
 
 
@@ -772,6 +828,41 @@ fault(
     "test_scores.py::test_score_lines_have_the_figures_of_the_score",
 )
 
+fault(
+    "the bound of a sliding window pays for its context",
+    "return any_order_nll(model, tokens, scored, hp.nelbo_passes, numbers, offset, keys)",
+    "return any_order_nll(model, tokens, scored | True, hp.nelbo_passes, numbers, offset, keys)",
+    "test_scores.py::test_the_bound_of_overlapping_windows_pays_for_what_it_scores",
+)
+
+fault(
+    "the bound of a window forgets the token before it",
+    "    hp, tokens, scored, places = windows\n",
+    "    hp, tokens, scored, places = windows\n    tokens = with_before(windows.x0)\n",
+    "test_scores.py::test_the_bound_of_overlapping_windows_pays_for_what_it_scores",
+)
+
+fault(
+    "the confidence score forgets the token before a window",
+    "return confidence_nll(model, windows.tokens, windows.hp.chain_group)",
+    "return confidence_nll(model, with_before(windows.x0), windows.hp.chain_group)",
+    "test_blocks.py::test_a_run_with_blocks_trains_packs_and_is_scored_again",
+)
+
+fault(
+    "groups of a chain rule are counted from the start of the window",
+    "steps = (ranks(place).flatten(-2).to(x0.device) - context) // group",
+    "steps = ranks(place).flatten(-2).to(x0.device) // group - context // group",
+    "test_scores.py::test_split_scores_are_their_definitions",
+)
+
+fault(
+    "the order of confidence depends on rounding",
+    "surest) * 2**12).round()",
+    "surest) * 2**40).round()",
+    "test_scores.py::test_positions_that_are_almost_equally_sure_are_revealed_from_left_to_right",
+)
+
 
 # ---- Tools
 
@@ -973,5 +1064,21 @@ fault(
     "last = torch.where(place < all_clean, place, total - 1)",
     "last = torch.full_like(place, total - 1)",
     "test_decoding.py::test_blocks_are_predicted_as_they_are_scored",
+    file="tools/decoding.py",
+)
+
+fault(
+    "keys and values of several heads are mixed up",
+    ".unflatten(-1, (2, -1, own.head_dim)).unbind(2)",
+    ".unflatten(-1, (-1, 2, own.head_dim)).unbind(3)",
+    "test_decoding.py::test_causal_predictions",
+    file="tools/decoding.py",
+)
+
+fault(
+    "the causal decoder rounds as training does",
+    "@torch.no_grad()  # with gradients, CPUs may round: see tm.multiply\n",
+    "",
+    "test_decoding.py::test_nothing_is_rounded_where_training_rounds",
     file="tools/decoding.py",
 )

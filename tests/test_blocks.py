@@ -306,6 +306,7 @@ def test_every_block_has_a_count_of_its_own_on_the_lattice(block):
     assert (hp.noise_length, hp.noise_rows) == (block, blocks)
     probability, keys, _ = tm.draw_noise(hp, tm.seeded("cpu", 0))
     assert probability.shape == (blocks,) and keys.shape == (24, 16)
+    assert keys.unique().numel() == keys.numel()
     strata = ((probability - hp.mask_eps) / (1 - hp.mask_eps) * blocks).long()
     assert sorted(strata.tolist()) == list(range(blocks))
     x0 = torch.full((24, 16), 5)
@@ -318,6 +319,11 @@ def test_every_block_has_a_count_of_its_own_on_the_lattice(block):
     weights = block / counts[batch.positions[used] // block]
     assert torch.allclose(batch.weights[used], weights.float())
     assert torch.equal(batch.targets[used], x0.flatten()[batch.positions[used]])
+
+
+@pytest.mark.parametrize("block", [0, 16])
+def test_a_single_block_is_noisy_whatever_its_share(block):
+    assert hp_of(block_size=block, block_share=0.5).noisy_blocks == 1
 
 
 @pytest.mark.parametrize("masking", tm.MASKINGS)
@@ -335,8 +341,11 @@ def test_no_masked_token_is_ever_dropped(masking, sampling):
 
 
 def test_capacity_saves_work_with_blocks_too():
-    """5/8 of the tokens are masked on average, and what a count is rounded up by is paid for."""
-    assert tm.scored_capacity(tm.Hyperparameters(preset="block"), 64) < 0.76 * 64 * 1024
+    """5/8 of the noisy tokens are masked on average, and what a count is rounded up by is paid
+    for."""
+    hp = tm.Hyperparameters(preset="block")
+    noisy = 64 * hp.noisy_blocks * 4
+    assert noisy == 64 * 512 and tm.scored_capacity(hp, 64) < 0.76 * noisy
 
 
 def test_a_batch_scores_masked_tokens_and_every_clean_one(stream):
@@ -380,6 +389,8 @@ def test_a_step_masks_a_share_of_the_blocks(stream):
     _, _, columns = tm.draw_noise(hp, tm.seeded("cpu", hp.seed, "train", 1))
     assert batch.z.shape == (6, 26) and torch.equal(batch.z[:, 10:], window[:, :-1])
     assert batch.tokens == 6 * 16 and batch.dropped == 0
+    few = tm.training_batch(hp, stream, 1, range(6), 5, CPU)
+    assert few.dropped == (batch.z == hp.mask_id).sum() - 5
     before, noisy = batch.z[:, :10].view(6, 2, 5).tensor_split([1], dim=2)
     assert torch.equal(before[..., 0], window[:, columns[::4]])
     noisy = noisy.flatten(1)
@@ -513,10 +524,15 @@ def test_a_run_with_blocks_trains_packs_and_is_scored_again(trained, tiny_env, m
     val = val_split(dataclasses.replace(hp, **{k.lower(): v for k, v in paths.items()}))
     window = val.stream.windows(tm.evenly_spaced(val.stream.count_windows(32), 3), 32)
     nbytes = tm.count_bytes(window[:, 1:], window[:, 0], val.luts).sum()
-    for size in (8, 4):
-        nats = tm.chain_rule(scored_in(model, size), window[:, 1:], before=window[:, 0])
+    for size, order in itertools.product((8, 4), ("l2r", "confidence")):
+        nats = tm.chain_rule(scored_in(model, size), window[:, 1:], order, before=window[:, 0])
         bpb = (nats.double().sum() / math.log(2) / nbytes).item()
-        assert (abs(bpb - found["l2r"]) < 1e-4) is (size == 8)
+        assert (abs(bpb - found[order]) < 1e-4) is (size == 8)
+    hp = dataclasses.replace(hp, block_size=1, nelbo_passes=1)
+    bound, chain = (
+        tm.score_windows(name, scored_in(model, 1), hp, val, 3)[0] for name in ("nelbo", "l2r")
+    )
+    assert bound.bpb == pytest.approx(chain.bpb, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Shards, byte counts and data/prepare_text.py."""
 
 import contextlib
+import dataclasses
 import errno
 import gzip
 import hashlib
@@ -749,3 +750,9 @@ def test_a_shuffled_batch_has_the_shuffled_windows(tmp_path, objective):
     seen = z != hp.mask_id
     assert torch.equal(z[seen], x0[seen]) and seen.any()
     assert not torch.equal(x0, stream.windows(range(20, 24), 8)[:, : x0.shape[1]])
+    if objective == "mdlm":
+        hp = dataclasses.replace(hp, doc_chunks=True)
+        documents = tm.DocumentStream(tmp_path, "train", hp)
+        z = tm.training_batch(hp, documents, 5, range(4), 32, cpu).z
+        chunks = documents.windows(range(20, 24), 8)[:, 1:]
+        assert torch.equal(torch.where(z == hp.mask_id, chunks, z), chunks)

@@ -11,7 +11,15 @@ from conftest import random_model, tiny_hp
 
 import train_mdlm as tm
 
-SHAPE = dict(vocab_size=7, train_seq_len=12, train_batch_tokens=12, num_layers=4)
+SHAPE = dict(
+    vocab_size=7,
+    train_seq_len=12,
+    train_batch_tokens=12,
+    num_layers=4,
+    model_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+)
 X0 = torch.randint(0, 7, (5, 12), generator=torch.Generator().manual_seed(0))
 BEFORE = torch.tensor([1, 0, 3, 6, 2])
 
@@ -68,7 +76,7 @@ ORDERS = (
 
 @pytest.mark.parametrize("system", [dict(objective="ar"), dict(block_size=4)])
 def test_nothing_is_rounded_where_training_rounds(system, monkeypatch):
-    model = random_model(tiny_hp(**SHAPE, **system, model_dim=64))
+    model = random_model(tiny_hp(**SHAPE | system | dict(model_dim=64)))
     twin = decoding.cached(model)
 
     def all_nats():

@@ -55,12 +55,9 @@ def test_every_fault_has_a_name_and_tests_that_exist():
 # ---- Faults that are made
 
 
-def copy_of_the_project(folder, fault):
-    """All that the tests need, with the fault in it."""
-    ignore = shutil.ignore_patterns(*NOT_COPIED)
-    shutil.copytree(ROOT, folder, ignore=ignore)
-    source = source_of(fault).replace(fault.old, fault.new)
-    (folder / fault.file).write_text(source, encoding="utf-8")
+def copy_of_the_project(folder):
+    """All that the tests need."""
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*NOT_COPIED))
 
 
 def forget_the_project():
@@ -101,11 +98,22 @@ def parameter(fault):
     return pytest.param(fault, id=re.sub(r"\W+", "-", fault.name), marks=marks)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_without_a_fault_the_same_tests_pass(tmp_path):
+    copy_of_the_project(tmp_path / "copy")
+    tests = sorted({test for fault in FAULTS for test in fault.tests.split()})
+    status, output = run_tests(tmp_path / "copy", tests)
+    assert status == pytest.ExitCode.OK, output[-5000:]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("fault", [parameter(fault) for fault in FAULTS])
 def test_a_fault_is_noticed(fault, tmp_path):
     """By a test that fails, not by one that cannot be run."""
-    copy_of_the_project(tmp_path / "copy", fault)
+    copy_of_the_project(tmp_path / "copy")
+    source = source_of(fault).replace(fault.old, fault.new)
+    (tmp_path / "copy" / fault.file).write_text(source, encoding="utf-8")
     status, output = run_tests(tmp_path / "copy", fault.tests.split())
     assert status == pytest.ExitCode.TESTS_FAILED, output[-5000:]
     assert re.search(r"^FAILED tests/", output, re.MULTILINE), output[-5000:]

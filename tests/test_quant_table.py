@@ -7,6 +7,7 @@ from pathlib import Path
 import common
 import pytest
 import quant_table
+import torch
 from conftest import random_model, tiny_hp
 
 import train_mdlm as tm
@@ -59,14 +60,22 @@ def test_figures(tiny_env, tmp_path, tool, monkeypatch, objective):
     bits, nbytes = table.sum(1).unbind(1)
     assert given["bpb"] == pytest.approx(tm.bits_per_byte(bits, nbytes)[0], abs=1e-5)
     int4 = dataclasses.replace(hp, quant_mode="int4")
-    info = tm.save_artifact(model, int4, tmp_path / "b.mdlm")
-    packed, _ = tm.load_artifact(tmp_path / "b.mdlm")
-    _, table = tm.score_windows(hp.headline, packed, hp, val, 24)
-    cost, stderr = tm.bits_per_byte(table.sum(1)[:, 0] - bits, nbytes)
-    assert cost != 0
-    assert coarse["cost"] == pytest.approx(cost, abs=1e-6)
-    assert coarse["stderr"] == pytest.approx(stderr, abs=1e-6)
-    assert coarse["artifact_bytes"] == info["artifact_bytes"]
+    two_steps = dataclasses.replace(common.with_paths(hp), iterations=2)
+    stream = tm.TokenStream(two_steps.data_path, "train")
+    capacity = tm.scored_capacity(two_steps, 4)
+    batches = (
+        tm.training_batch(two_steps, stream, step, range(4), capacity, torch.device("cpu"))
+        for step in range(2)
+    )
+    for figures, moments in ((with_feedback, tm.input_moments(model, batches)), (coarse, {})):
+        info = tm.save_artifact(model, int4, tmp_path / "b.mdlm", moments)
+        packed, _ = tm.load_artifact(tmp_path / "b.mdlm")
+        _, table = tm.score_windows(hp.headline, packed, hp, val, 24)
+        cost, stderr = tm.bits_per_byte(table.sum(1)[:, 0] - bits, nbytes)
+        assert cost != 0
+        assert figures["cost"] == pytest.approx(cost, abs=1e-6)
+        assert figures["stderr"] == pytest.approx(stderr, abs=1e-6)
+        assert figures["artifact_bytes"] == info["artifact_bytes"]
     kinds = [kind for name, kind in info["kinds"].items() if name != "gain"]
     weights = sum(kind["weights"] for kind in kinds)
     bits = {name: sum(kind["packed_bytes"][name] for kind in kinds) for name in coarse["packers"]}

@@ -9,7 +9,9 @@ import random
 import re
 import resource
 import signal
+import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -172,7 +174,8 @@ def test_killed_at_random_moments(env, whole, tmp_path):
                 found = os.waitpid(child, 0)
             ended = os.waitstatus_to_exitcode(found[1])
             kills += ended != 0
-            assert ended in (0, 2, -signal.SIGKILL)
+            too_early = ended == -signal.SIGTERM and after < 0.1  # it had no handler yet
+            assert too_early or ended in (0, 2, -signal.SIGKILL)
         assert (tmp_path / f"logs/run{number}.mdlm").read_bytes() == whole[1]
         assert "Traceback" not in (tmp_path / f"run{number}.out").read_text()
         left = [path.name for path in (tmp_path / "logs").glob(f"run{number}.*")]
@@ -442,12 +445,20 @@ def test_odd_numbers_of_local_processes_do_not_matter(env, monkeypatch):
 
 
 def test_waiting_for_others_ends_with_a_signal(env, tmp_path):
-    group = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     child = life(env | dict(RUN_ID="w"), tmp_path, lambda: os.environ.update(group))
-    time.sleep(1.0)
-    began = time.perf_counter()
+    for _ in range(600):  # it waits once others could join
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            break
+        time.sleep(0.05)
     os.kill(child, signal.SIGTERM)
-    assert end(child) in (2, -signal.SIGTERM) and time.perf_counter() - began < 10
+    late = threading.Timer(10, os.kill, (child, signal.SIGKILL))
+    late.start()
+    assert end(child) == -signal.SIGTERM
+    late.cancel()
 
 
 # ---- Damaged checkpoints
@@ -550,7 +561,7 @@ DAMAGES = {
 def stopped(env, tmp_path_factory):
     """A run with two checkpoints: its folder."""
     folder = tmp_path_factory.mktemp("stopped")
-    often = dict(CHECKPOINT_EVERY="0.02", TRAIN_LOG_EVERY="1")
+    often = dict(CHECKPOINT_EVERY="1e-6", TRAIN_LOG_EVERY="1")
     assert run(env, folder, stop_at(20), RUN_ID="r", **often)[0] == 2
     return folder
 

@@ -69,7 +69,7 @@ def refused(done, *parts):
 # ---- Tokens as text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_pieces_are_the_decoded_text(loaded, data):
     tokens = data.draw(st.lists(st.integers(0, 383), max_size=12))
@@ -120,7 +120,7 @@ def test_a_backslash_before_brackets(text, parts):
     assert sampling.parse_infill(text) == parts
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(text=st.text(alphabet="\\[]15x ", max_size=12))
 def test_any_text_can_be_written_before_and_behind_a_gap(text):
     """Each backslash before brackets with a number twice, and another one in front of those."""
