@@ -90,6 +90,10 @@ class InputError(ValueError):
     """What the user gave is wrong: one line that names the value, the place and the remedy."""
 
 
+class ToldToStop(Exception):
+    """A process was told to stop, and all have agreed to it."""
+
+
 def ceil_div(a, b):
     return -(-a // b)
 
@@ -528,6 +532,11 @@ def all_reduce(tensor):
     return tensor
 
 
+def is_lack_of_memory(error: BaseException) -> bool:
+    told = re.search(r"(out of|allocate|not enough) memory", str(error))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(told))
+
+
 def foreseen(error: BaseException) -> str:
     """One line on an error that has a known cause, else nothing."""
     text = str(error)
@@ -535,8 +544,7 @@ def foreseen(error: BaseException) -> str:
         return " ".join(text.split())
     if isinstance(error, KeyboardInterrupt):
         return "stopped by a signal; a run that has a checkpoint goes on with its RUN_ID"
-    no_memory = re.search(r"(out of|allocate|not enough) memory", text)
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and no_memory):
+    if is_lack_of_memory(error):
         return "out of memory: lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or the size of the model"
     if isinstance(error, ImportError):
         return f"{text}: pip install -r requirements.txt"
@@ -550,7 +558,7 @@ def foreseen(error: BaseException) -> str:
 
 def explain(error: BaseException) -> str:
     """One line on any error."""
-    return foreseen(error) or " ".join(str(error).split())
+    return foreseen(error) or f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def on_first_process(work: Callable, *arguments):
@@ -590,7 +598,7 @@ def start_processes() -> torch.device:
         if device.index >= found:
             raise InputError(f"--nproc_per_node is more than {found}, the GPUs of this machine")
         torch.cuda.set_device(device)
-    elif os.path.exists("/dev/nvidiactl") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+    elif os.path.exists("/dev/nvidiactl") and os.environ.get("CUDA_VISIBLE_DEVICES", "0") >= "0":
         remedy = "install one for their driver, or give CUDA_VISIBLE_DEVICES= for CPUs"
         raise InputError(f"this torch cannot use the GPUs here: {remedy}")
     if "RANK" not in os.environ:
@@ -984,7 +992,8 @@ def text_fault(tokens: np.ndarray, sp, luts: ByteTables) -> str:
     def pairs(documents: Iterable[Sequence[int]]) -> collections.Counter:
         return collections.Counter(itertools.chain(*map(itertools.pairwise, documents)))
 
-    sample = slice(None, None, ceil_div(len(tokens), 50_000))
+    # Not what is before the first document, which may be nothing
+    sample = slice(len(parts) > 1, None, ceil_div(len(tokens), 50_000))
     stored = pairs(parts[sample])
     if (stored & pairs(sp.encode(texts[sample]))).total() < 0.99 * stored.total():
         return "splits the text differently: it did not make"
@@ -1401,7 +1410,7 @@ class Model(nn.Module):
         super().__init__()
         self.hp = hp
         self.compute_dtype = torch.float32
-        self.block_size = hp.block_size  # a score may have another one
+        self.block_size = hp.block_size  # a score may have another one; hp keeps that of training
         std = hp.tied_embed_init_std if hp.tie_embeddings else 1.0
         shape = (hp.embedding_rows, hp.model_dim)
         self.tok_emb = nn.Embedding.from_pretrained(torch.randn(shape).mul_(std), freeze=False)
@@ -1447,7 +1456,8 @@ class Model(nn.Module):
         return self.states(z, masked_fraction, positions, view)
 
     def states(self, z, masked_fraction: Tensor | None, positions: Positions, view: View):
-        """`hidden`, for the compiler: `flex_attention` takes no mask made in its graph."""
+        """`hidden`, for the compiler: what a mask of `flex_attention` looks at has to come from
+        outside of its graph."""
         x = self.embed(z, view)
         view = view._replace(rotary=[table.to(x.dtype) for table in view.rotary])
         mask = view.mask
@@ -2154,7 +2164,7 @@ def least_bytes(weights: int) -> int:
 class Artifact(NamedTuple):
     model: Model
     hp: Hyperparameters
-    storage: str
+    label: str  # of `storage_label`
 
 
 def storage_label(header: Mapping) -> str:
@@ -2199,7 +2209,9 @@ def unpack_artifact(data: bytes, path: str | Path) -> Artifact:
         return _unpack_sound(data)
     except InputError as error:
         reason = f": {error}"[:200]
-    except Exception:  # decompressors, parser and model have errors of many kinds
+    except Exception as error:  # decompressors, parser and model have errors of many kinds
+        if is_lack_of_memory(error):
+            raise
         if zstandard is None:
             reason = ", or packed with zstd: pip install -r requirements.txt"
     message = f"{path}: not an artifact of this version of train_mdlm.py{reason}"
@@ -2318,8 +2330,8 @@ def weighted_nll(model, window, masks: WeightedMasks):
     allowed = maskable(model.hp, window[:, 1:])
     nats = 0.0
     for mask, weight in masks:
-        hidden = mask.to(window.device).view(allowed.shape) & allowed
-        nll = masked_nll(model, window, hidden).double().view(mask.shape).sum(1)
+        masked = mask.to(window.device).view(allowed.shape) & allowed
+        nll = masked_nll(model, window, masked).double().view(mask.shape).sum(1)
         nats = nats + torch.as_tensor(weight, device=window.device) * nll
     return nats.view(len(window), -1).sum(1)
 
@@ -2670,8 +2682,8 @@ def score_windows(
     """The score `name` of `seqs` evenly spaced windows (0: all), shared among the processes.
 
     Also its table (windows, buckets, 2) of bits, without `boundary_bits`, and bytes: see
-    `bucket_name`; scores without positions have all nats in bucket 0. KeyboardInterrupt if a
-    process is `told_to_stop`, InputError if bits are not finite or there are no bytes.
+    `bucket_name`; scores without positions have all nats in bucket 0. ToldToStop if a process is
+    `told_to_stop`, InputError if bits are not finite or there are no bytes.
     """
     started = time.perf_counter()
     estimator = ESTIMATORS[hp.system][name]
@@ -2694,7 +2706,7 @@ def score_windows(
         if told_to_stop():
             break
     if all_reduce(torch.tensor(float(told_to_stop()))) > 0:
-        raise KeyboardInterrupt
+        raise ToldToStop
     all_reduce(table)
     ms = 1000 * (time.perf_counter() - started)
     bits, nbytes, boundaries = table.sum(1).unbind(1)
@@ -2741,7 +2753,7 @@ def score_model(artifact: Artifact, hp, val: Split, log: Log):
     model = artifact.model.on(device)
     model.block_size = hp.block_size
     model.states = compiled(model.states, hp, device)
-    label = artifact.storage.replace("+", "_")
+    label = artifact.label.replace("+", "_")
     scores = final_scores(hp)
     for name in hp.requested_scores:
         if name not in scores:  # these two are defaults
@@ -2770,13 +2782,15 @@ def score_model(artifact: Artifact, hp, val: Split, log: Log):
 # If its clock does not end it, a run that goes on ends in the same bytes as one never interrupted.
 
 
+OF_ANOTHER_VERSION = "is of another version of train_mdlm.py; use that, or another RUN_ID"
+
+
 @dataclasses.dataclass
 class Progress:
     """How far a run is, over all its lives."""
 
     step: int = 0
     train_ms: float = 0.0
-    validated: int = 0  # the step of the last validation
 
 
 class Checkpoint(NamedTuple):
@@ -2817,32 +2831,22 @@ def write_checkpoint(checkpoint: Checkpoint) -> Path:
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
-    """None if it is damaged or foreign; InputError if not readable."""
-    data = on_first_process(read_file, path)
+    """None if it is damaged; InputError if it is not readable, or of another version."""
+    body = unsealed(on_first_process(read_file, path))
+    if body is None:
+        return None
     try:
-        body = unsealed(data)
         begin = 4 + int.from_bytes(body[:4], "little")
         saved = json.loads(body[4:begin])
-        version = saved.pop("version")
+        _require(saved.pop("version") == FORMAT_VERSION, OF_ANOTHER_VERSION)
         saved["hp"] = Hyperparameters(**saved["hp"])
-        progress = saved["progress"] = Progress(**saved["progress"])
+        saved["progress"] = Progress(**saved["progress"])
         state = np.frombuffer(body, np.float32, offset=begin).reshape(4, -1)
-        checkpoint = Checkpoint(state=torch.from_numpy(state.copy()), **saved)
-        whole = (progress.step, progress.validated, checkpoint.averages, *checkpoint.counts)
-        sound = (
-            version == FORMAT_VERSION
-            and all(type(number) is int and 0 <= number < 2**53 for number in whole)
-            and len(checkpoint.counts) == 2
-            and type(progress.train_ms) is float
-            and 0 <= progress.train_ms < math.inf
-            and sum(checkpoint.counts) == progress.step <= checkpoint.hp.iterations
-            and np.isfinite(state).all()
-        )
-        return checkpoint if sound else None
-    except MemoryError:
-        raise
-    except Exception:  # of as many kinds as ways to damage it
-        return None
+        return Checkpoint(state=torch.from_numpy(state.copy()), **saved)
+    except Exception as error:  # of as many kinds as there are versions
+        if is_lack_of_memory(error):
+            raise
+    raise InputError(f"{path}: {OF_ANOTHER_VERSION}")
 
 
 # ---- Training
@@ -2899,9 +2903,7 @@ def check_memory(hp, device: torch.device):
         "noise": 4 * hp.train_batch_tokens,
     }
     if device.type == "cuda":
-        there_are = math.inf  # if the driver does not say
-        with contextlib.suppress(Exception):
-            there_are = torch.cuda.get_device_properties(device).total_memory
+        there_are = torch.cuda.get_device_properties(device).total_memory
     else:
         there_are = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         there_are /= max(environ_number("LOCAL_WORLD_SIZE", 1), 1)
@@ -2990,11 +2992,10 @@ class Trainer:
         self.optimizer.swap_average()
         try:
             score, _ = score_windows(self.hp.headline, self.model, once, val, seqs, told_to_stop)
-        except KeyboardInterrupt:
+        except ToldToStop:
             return
         finally:
             self.optimizer.swap_average()
-        self.progress.validated = self.progress.step
         self.log_step(f"{score.figures()} seqs:{score.seqs}")
 
     def log_step(self, figures: str):
@@ -3022,18 +3023,19 @@ class Trainer:
         hp = self.hp
         for path in on_first_process(checkpoint_paths, hp.run_id):
             checkpoint = read_checkpoint(path)
-            changed = checkpoint.changed_settings(hp) if checkpoint else []
-            fits = checkpoint and checkpoint.state.shape == self.optimizer.state.shape
-            if fits or changed:
+            if checkpoint:
                 break
-            self.log(f"skipped:{path}: damaged, or not of this version of train_mdlm.py")
+            self.log(f"skipped:{path}: damaged")
             on_first_process(path.replace, f"{path}.damaged")
         else:
             return
+        changed = checkpoint.changed_settings(hp)
         if changed or checkpoint.data != self.stream.digest:
             made_with = " ".join(changed) or "other shards"
             remedy = "give it the same, or start another run, with another RUN_ID"
             raise InputError(f"{path} was made with {made_with}: {remedy}")
+        if checkpoint.state.shape != self.optimizer.state.shape:
+            raise InputError(f"{path}: {OF_ANOTHER_VERSION}")
         self.progress = checkpoint.progress
         self.optimizer.averages = checkpoint.averages
         self.optimizer.state.copy_(checkpoint.state)
@@ -3067,8 +3069,7 @@ def train(trainer: Trainer, val: Split) -> Model:
             remedy = f"the same command with RUN_ID={hp.run_id} goes on from here"
             raise InputError(f"{where} stopped by a signal; {remedy}")
         every = hp.val_loss_every
-        validate = every and progress.step % every == 0 and progress.step != progress.validated
-        if finished or validate:
+        if finished or (every and progress.step and progress.step % every == 0):
             with clock.paused("validation"):
                 trainer.validate(val, lambda: clock.stopped)
             _, stopped = clock.read()
@@ -3116,26 +3117,34 @@ def peak_memory(device: torch.device) -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB"
 
 
+def requested_artifact(env: Mapping[str, str]) -> Artifact | None:
+    path = env.get("EVAL_ONLY", "")
+    first = on_first_process(lambda: path)
+    if path != first:
+        raise InputError(f"EVAL_ONLY={path}, but the first process has {first}")
+    return read_artifact(path) if path else None
+
+
 def resolve_hyperparameters(
-    asked: Hyperparameters, env: Mapping[str, str], device: torch.device, artifact: Artifact | None
+    env: Mapping[str, str], device: torch.device, artifact: Artifact | None = None
 ) -> Hyperparameters:
-    """`asked`, with the predictor of the artifact that is scored, a RUN_ID and a dtype; InputError
-    if `env` asks for another predictor."""
-    hp = asked
+    """What `env` asks for, with the predictor of the artifact that is scored, a RUN_ID and a dtype;
+    InputError for another predictor, or if another process was asked for something else."""
+    made = hp = artifact.hp if artifact else Hyperparameters.from_env(env)
     if artifact:
-        fixed = {name.upper(): getattr(artifact.hp, name) for name in PREDICTOR}
-        if artifact.hp.block_size and asked.block_size and "BLOCK_SIZE" in env:
-            del fixed["BLOCK_SIZE"]  # scores may have other blocks than training
-        for name in fixed.keys() & env.keys():
-            if getattr(asked, name.lower()) not in ("auto", fixed[name]):
-                made_with = f"{asked.eval_only} was made with {artifact.hp.shown(name.lower())}"
-                raise InputError(f"{asked.shown(name.lower())}, but {made_with}")
-        hp = Hyperparameters.from_env({"PRESET": artifact.hp.preset, **env, **fixed})
+        fixed = {name.upper(): getattr(made, name) for name in PREDICTOR}
+        hp = Hyperparameters.from_env({"PRESET": made.preset, **fixed, **env})
+    for name in PREDICTOR:
+        asked, there = getattr(hp, name), getattr(made, name)
+        other_blocks = name == "block_size" and asked and there  # than in training
+        if asked not in ("auto", there) and not other_blocks:
+            made_with = f"{hp.eval_only} was made with {made.shown(name)}"
+            raise InputError(f"{hp.shown(name)}, but {made_with}")
     for name, value in on_first_process(vars, hp).items():
         if getattr(hp, name) != value:
             raise InputError(f"{hp.shown(name)}, but the first process has {value}")
     stamp = on_first_process(lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}_{hp.preset}")
-    dtype = resolve_dtype(hp, device)  # the artifact will carry it
+    dtype = resolve_dtype(made if hp.compute_dtype == "auto" else hp, device)
     return dataclasses.replace(hp, run_id=hp.run_id or stamp, compute_dtype=dtype)
 
 
@@ -3233,10 +3242,9 @@ def run(env: Mapping[str, str]):
     if env.get("RANK", "0") == "0":
         for warning in near_misses(env):  # first, because they may explain what goes wrong next
             show(warning, sys.stderr)
-    asked = Hyperparameters.from_env(env)
     device = start_processes()
-    artifact = read_artifact(asked.eval_only) if asked.eval_only else None
-    hp = resolve_hyperparameters(asked, env, device, artifact)
+    artifact = requested_artifact(env)
+    hp = resolve_hyperparameters(env, device, artifact)
     if not artifact:
         check_memory(hp, device)
     tokenizer = load_tokenizer(hp.tokenizer_path, hp.vocab_size)

@@ -177,6 +177,17 @@ def test_a_shard_of_another_tokenizer_is_refused(copy, other, split, where):
     assert "splits the text differently: it did not make" in message and str(last) in message
 
 
+def test_a_foreign_text_of_few_long_documents_is_refused(copy, other):
+    """Of a million tokens some are looked at, whatever the first document is."""
+    _, tokenizer = copy
+    sp = tm.load_tokenizer(str(tokenizer), 384)
+    luts = tm.build_sentencepiece_luts(sp, 384)
+    foreign = np.array(tm.open_shard(sorted(other.glob("fineweb_train_*.bin"))[0]))
+    body = np.resize(foreign[foreign != tm.BOS_ID], 60_000)
+    tokens = np.concatenate([[tm.BOS_ID], body, [tm.BOS_ID], body]).astype(np.uint16)
+    assert "splits the text differently" in tm.text_fault(tokens, sp, luts)
+
+
 def test_bytes_are_compared_with_the_decoded_text(copy, monkeypatch):
     """A table that counts one byte too few for one piece in a hundred."""
     folder, tokenizer = copy
@@ -283,6 +294,8 @@ def test_processes_have_the_same_settings_and_the_same_shards(tiny_env, copy, tm
     env = tiny_env | dict(DATA_PATH="data", TOKENIZER_PATH="t.model", ITERATIONS="2", RUN_ID="m")
     status, printed = two_machines(env, tmp_path, there, "SEED=5")
     assert status == 1 and "error: SEED=5, but the first process has 1337" in printed
+    status, printed = two_machines(env, tmp_path, there, "EVAL_ONLY=a.mdlm")
+    assert status == 1 and "error: EVAL_ONLY=a.mdlm, but the first process has" in printed
     last = sorted((there / "data").glob("fineweb_val_*.bin"))[-1]
     tokens = np.array(tm.open_shard(last))
     prepare_text.write_shard(last, np.random.default_rng(0).permutation(tokens))

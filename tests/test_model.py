@@ -196,7 +196,7 @@ def test_a_file_that_claims_a_huge_model_is_refused_before_anything_is_unpacked(
 
     def unpack(packed, limit):
         asked.append(limit)
-        raise MemoryError
+        raise ValueError
 
     monkeypatch.setitem(tm.PACKERS, "zlib", tm.Packer(tm.deflate, unpack))
     with pytest.raises(tm.InputError, match="small: not an artifact"):
@@ -207,6 +207,16 @@ def test_a_file_that_claims_a_huge_model_is_refused_before_anything_is_unpacked(
     with pytest.raises(tm.InputError, match="huge: not an artifact"):
         tm.unpack_artifact(claiming(huge, 1000), "huge")
     assert max(asked, default=0) < 2**32
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory")])
+def test_a_lack_of_memory_says_nothing_against_an_artifact(monkeypatch, error):
+    def unpack(packed, limit):
+        raise error
+
+    monkeypatch.setitem(tm.PACKERS, "zlib", tm.Packer(tm.deflate, unpack))
+    with pytest.raises(type(error)):
+        tm.unpack_artifact(claiming(tiny_hp(), 100), "small")
 
 
 # ---- DiT

@@ -578,7 +578,7 @@ def test_score_lines_have_the_figures_of_the_score(split, tmp_path, monkeypatch)
     monkeypatch.setattr(tm, "score_windows", score_windows)
     monkeypatch.setattr(tm.time, "perf_counter", lambda: now[0])
     log = Lines()
-    artifact = tm.read_artifact(tmp_path / "a.mdlm")._replace(storage="int7+lzma")
+    artifact = tm.read_artifact(tmp_path / "a.mdlm")._replace(label="int7+lzma")
     tm.score_model(artifact, hp, val, log)
     assert asked == [("nelbo", 4, 4), ("l2r", 3, 4), ("tgrid", 2, 4)]
     assert log.lines == [

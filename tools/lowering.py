@@ -502,7 +502,7 @@ def lower_score(hp: tm.Hyperparameters) -> None:
         raise Done
 
     luts = types.SimpleNamespace(base_bytes=torch.zeros(1, device=absent_gpu.DEVICE))
-    artifact = types.SimpleNamespace(model=tm.build_model(hp), storage="")
+    artifact = types.SimpleNamespace(model=tm.build_model(hp), label="")
     real_windows, tm.score_windows = tm.score_windows, one_pass
     with contextlib.suppress(Done):
         tm.score_model(artifact, hp, types.SimpleNamespace(luts=luts), tm.Log())

@@ -114,10 +114,9 @@ def positive(text: str) -> float:
 def profiled(arguments: argparse.Namespace) -> str:
     """All that is printed."""
     device = tm.start_processes()
-    asked = tm.Hyperparameters.from_env(os.environ)
-    if asked.eval_only:
-        raise InputError(f"{asked.shown('eval_only')}: a step of training is measured; unset it")
-    hp = tm.resolve_hyperparameters(asked, os.environ, device, None)
+    if path := os.environ.get("EVAL_ONLY"):
+        raise InputError(f"EVAL_ONLY={path}: a step of training is measured; unset it")
+    hp = tm.resolve_hyperparameters(os.environ, device)
     tm.check_memory(hp, device)
     tokenizer, luts = common.load_tokenizer(hp)
     stream = tm.open_training(hp, tokenizer, luts)
