@@ -91,7 +91,7 @@ class InputError(ValueError):
 
 
 class ToldToStop(Exception):
-    """A process was told to stop, and all have agreed to it."""
+    """One of the processes was, and all know it."""
 
 
 def ceil_div(a, b):
@@ -992,7 +992,7 @@ def text_fault(tokens: np.ndarray, sp, luts: ByteTables) -> str:
     def pairs(documents: Iterable[Sequence[int]]) -> collections.Counter:
         return collections.Counter(itertools.chain(*map(itertools.pairwise, documents)))
 
-    # Not what is before the first document, which may be nothing
+    # The first part is what comes before the first document
     sample = slice(len(parts) > 1, None, ceil_div(len(tokens), 50_000))
     stored = pairs(parts[sample])
     if (stored & pairs(sp.encode(texts[sample]))).total() < 0.99 * stored.total():
@@ -1024,7 +1024,7 @@ def check_verified(hp, stream: TokenStream, split: str) -> bool:
 
 def check_data(hp, stream: TokenStream, split: str, sp, luts: ByteTables):
     """Against verified.json or, without it, the text: all of the validation split, the beginning of
-    every training shard."""
+    every training shard in reach."""
     if check_verified(hp, stream, split):
         return
     shards = stream.facts["shards"]
@@ -1043,8 +1043,7 @@ def open_training(hp, sp, luts: ByteTables) -> TokenStream:
         stream = DocumentStream(hp.data_path, "train", hp)
     else:
         stream = TokenStream(hp.data_path, "train")
-    batches = max(hp.iterations, hp.warmup_steps, hp.quant_feedback)
-    stream.measure(hp.vocab_size, 1 + batches * hp.train_batch_tokens)
+    stream.measure(hp.vocab_size, 1 + max(hp.iterations, 1) * hp.train_batch_tokens)
     check_data(hp, stream, "train", sp, luts)
     return stream
 
@@ -2932,7 +2931,8 @@ class Trainer:
         self.loss = compiled(batch_loss, hp, device, dynamic=False, fullgraph=True)
 
     def batches(self, step: int) -> Iterator[Batch]:
-        """This process's micro-batches of a step."""
+        """This process's micro-batches of a step; after the last comes the first."""
+        step %= max(self.hp.iterations, 1)
         for rows in self.micros:
             yield training_batch(self.hp, self.stream, step, rows, self.capacity, self.device)
 

@@ -11,6 +11,7 @@ import numpy as np
 import prepare_text
 import pytest
 import sentencepiece
+import torch
 from conftest import ROOT, WORDS, clean_env, prepare_tiny, text_of, tiny_hp
 
 import train_mdlm as tm
@@ -79,6 +80,22 @@ def test_what_is_measured_is_what_the_text_has(copy):
             checksum = tm.zlib.crc32(path.read_bytes()[tm.SHARD_HEADER_BYTES :])
             assert facts["shards"][path.name] == checksum
     assert opened(folder, tokenizer) == (verified["val"], verified["train"])
+
+
+def test_what_may_change_in_a_restart_reaches_no_other_shards(copy):
+    """More batches for the warm-up or for packing than steps are the same ones again."""
+    folder, tokenizer = copy
+    paths = dict(data_path=str(folder), tokenizer_path=str(tokenizer), vocab_size=384)
+    digests, seen = set(), []
+    for more in ({}, dict(quant_feedback=100), dict(warmup_steps=100)):
+        hp = tiny_hp(**paths, train_seq_len=32, train_batch_tokens=512, iterations=3, **more)
+        sp = tm.load_tokenizer(hp.tokenizer_path, 384)
+        stream = tm.open_training(hp, sp, tm.build_sentencepiece_luts(sp, 384))
+        digests.add(stream.digest)
+        trainer = tm.Trainer(hp, stream, torch.device("cpu"), tm.Log())
+        seen.append([next(trainer.batches(step)).targets.tolist() for step in (1, 4, 100)])
+    assert len(digests) == 1 and len(stream.facts["shards"]) < len(stream.files)
+    assert all(first == again == later for first, again, later in seen)
 
 
 def test_a_run_reads_and_compares_only_the_shards_it_can_reach(copy):

@@ -1,6 +1,7 @@
 """The script as its users run it, one and two processes, two groups, scoring again, errors; and a
 run looked at from inside, in simulated time."""
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -514,6 +515,29 @@ def test_steps_that_are_not_finite_are_allowed_as_often_as_asked(watched):
     optimizer.state[3, 0] = math.inf  # in the average
     with pytest.raises(tm.InputError, match="step:2 the weights are not finite"):
         trainer.check()
+
+
+def second_signal():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("told_to_stop", "ends"),
+    [
+        (lambda: True, contextlib.nullcontext()),
+        (second_signal, pytest.raises(KeyboardInterrupt)),
+    ],
+)
+def test_a_validation_ends_at_once_where_all_processes_agree(watched, told_to_stop, ends):
+    """Not for what happens to one of them, such as a second signal; the weights are back then."""
+    run = watched(ema_decay=0.5)
+    optimizer = run.trainer.optimizer
+    optimizer.update_average()
+    optimizer.weights += 1
+    before = optimizer.weights.clone()
+    with ends:
+        run.trainer.validate(run.val, told_to_stop)
+    assert torch.equal(optimizer.weights, before) and not run.log.found("val_bpb")
 
 
 def test_nothing_is_validated_or_saved_that_was_not_checked(watched):
