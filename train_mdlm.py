@@ -2453,7 +2453,7 @@ def reveal_surest(model, z, hidden: Callable, group: int = 1) -> Iterator[tuple[
         surest = logp.amax(-1).where(masked.gather(1, candidates), -math.inf)
         behind = ((surest.amax(1, keepdim=True) - surest) * 2**12).round()
         chosen = behind.argsort(dim=1, stable=True)[:, :group]
-        logp = logp.take_along_dim(chosen[..., None], 1)  # all of it would wait in memory
+        logp = logp.take_along_dim(chosen[..., None], 1)  # all would wait in memory
         yield candidates.gather(1, chosen), logp
 
 
@@ -2842,7 +2842,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         saved["progress"] = Progress(**saved["progress"])
         state = np.frombuffer(body, np.float32, offset=begin).reshape(4, -1)
         return Checkpoint(state=torch.from_numpy(state.copy()), **saved)
-    except Exception as error:  # of as many kinds as there are versions
+    except Exception as error:
         if is_lack_of_memory(error):
             raise
     raise InputError(f"{path}: {OF_ANOTHER_VERSION}")
@@ -3173,15 +3173,15 @@ def claim_run(hp, log: Log):
     if not begun and (not source.startswith(text) or (artifact.exists() and not hp.eval_only)):
         foreign = artifact if source.startswith(text) else path
         raise InputError(f"{foreign}: is not of this run; choose another RUN_ID than {hp.run_id}")
+    if begun and source not in text:
+        raise InputError(f"{path}: {OF_ANOTHER_VERSION}")
     for half_written in checkpoint_paths(hp.run_id, ".part"):
         half_written.unlink()  # by a process that was killed
     if not begun:
         log.lock.truncate(0)
-        text = ""
-    if text and not text.endswith("\n"):
-        log.lock.write("\n")
-    if source not in text:
         log.lock.write(source)
+    elif not text.endswith("\n"):
+        log.lock.write("\n")
     log.lock.flush()
 
 

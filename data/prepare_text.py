@@ -567,9 +567,9 @@ class Places:
             os.rename(made, self.folder)
         except BaseException:
             try:
-                if old_model is None:
+                if model and old_model is None:
                     self.model.unlink(missing_ok=True)
-                else:
+                elif model:
                     write_file(self.model, old_model)
             finally:
                 if replaced:

@@ -8,7 +8,7 @@ import numpy as np
 import prepare_text
 import pytest
 import torch
-from conftest import WORDS, random_model, run_python, text_of
+from conftest import WORDS, random_model, run_python, text_of, tiny_hp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -250,7 +250,7 @@ def test_what_cannot_be_decoded_is_said_in_one_line(files, tmp_path, tool):
     assert tool(codec, *given_to("compress", source, out, files=files)).returncode == 0
     good = out.read_bytes()
     damaged = "damaged or truncated"
-    foreign = "not a file that codec.py"
+    foreign = "not a file that this version of codec.py"
     for content, message in [
         (good[:-1], damaged),
         (good + b"\0", damaged),
@@ -455,3 +455,14 @@ def test_arithmetic_that_differs_is_detected(loaded, monkeypatch):
 def test_digest_is_that_of_the_whole_artifact(files, loaded):
     whole = files["mdlm"].read_bytes()
     assert loaded["mdlm"].artifact_id == hashlib.blake2b(whole, digest_size=8).digest()
+
+
+def test_large_models_have_fewer_windows_side_by_side(monkeypatch):
+    """As many as keys and values have room for, in both directions."""
+    hp = tiny_hp(objective="ar", train_seq_len=8, train_batch_tokens=8)
+    kept = 8 * 2 * hp.num_layers * hp.num_kv_heads * hp.head_dim
+    for room, windows in ((3 * kept + 1, 3), (kept - 1, 1), (10**9, codec.CACHED_BATCH)):
+        monkeypatch.setattr(codec, "KEPT_FLOATS", room)
+        predictor = codec.Predictor(random_model(hp), "ar", 1, 0, "cpu")
+        assert max(batch.windows for batch in predictor.batches(8 * 600)) <= windows
+        assert predictor.windows == windows

@@ -110,6 +110,10 @@ def test_rows_that_were_measured_are_kept(tiny_env, tmp_path, tool, monkeypatch)
     done = tool(quant_table, *arguments)
     assert done.returncode == 2
     assert [row["row"] for row in json.loads(out.read_text())] == ["as given", "int8"]
+    assert "table.json: 1 rows are missing" in done.stdout
+    whole = json.dumps([dict(row="as given"), dict(row="int8"), dict(row="int4")])
+    out.write_text(whole)
+    assert tool(quant_table, *arguments).returncode == 2 and out.read_text() == whole
 
 
 def test_missing_training_shards_are_found_before_the_first_row(tiny_env, tmp_path, tool):

@@ -456,8 +456,9 @@ def test_waiting_for_others_ends_with_a_signal(env, tmp_path):
     os.kill(child, signal.SIGTERM)
     late = threading.Timer(10, os.kill, (child, signal.SIGKILL))
     late.start()
-    assert end(child) == -signal.SIGTERM
+    ended = end(child)
     late.cancel()
+    assert ended == -signal.SIGTERM
 
 
 # ---- Damaged checkpoints
@@ -597,6 +598,16 @@ def test_a_checkpoint_of_another_version_is_not_damaged(env, copied, tmp_path, m
     with pytest.raises(tm.InputError, match=f"^logs/{newest.name}: is of another version of train"):
         trainer.resume()
     assert newest.exists() and older.exists() and not Path("pwned").exists()
+
+
+def test_a_run_goes_on_with_the_script_that_began_it(env, copied, stopped, tmp_path):
+    """Another one leaves the log and the checkpoints as they are, and its user may go back."""
+    log = tmp_path / "logs/r.txt"
+    log.write_bytes((stopped / "logs/r.txt").read_bytes().replace(b"Muon", b"muon"))
+    before = log.read_bytes()
+    status, printed, _ = run(env, tmp_path, RUN_ID="r")
+    assert status == 2 and "logs/r.txt: is of another version of train_mdlm.py" in printed
+    assert log.read_bytes() == before and all(path.exists() for path in copied)
 
 
 def test_a_checkpoint_for_which_there_is_no_memory_is_not_damaged(copied, monkeypatch):

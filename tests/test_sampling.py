@@ -221,7 +221,7 @@ def test_every_step_is_told_and_fixed_tokens_never_change(sampler, system):
         assert max(calls) <= (6 if options else 8) or sampler == "remdm"
 
 
-@pytest.mark.parametrize("sampler", ["l2r", "maskgit", "ancestral"])
+@pytest.mark.parametrize("sampler", ["l2r", "maskgit", "ancestral", "remdm"])
 @pytest.mark.parametrize(
     ("system", "length", "steps"),
     [

@@ -92,7 +92,7 @@ def test_what_no_sweep_wrote_stays(tmp_path, tool, name):
     assert (tmp_path / name).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_logs_of_other_settings_are_set_aside_not_replaced(in_environment, tmp_path):
+def test_logs_of_other_settings_are_set_aside_not_replaced(in_environment, tmp_path, capsys):
     in_environment()
     job = sweep.Job(dict(NUM_HEADS="4"), 1, tmp_path)
     (tmp_path / "logs").mkdir()
@@ -102,6 +102,12 @@ def test_logs_of_other_settings_are_set_aside_not_replaced(in_environment, tmp_p
     found = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
     name = f"{job.run_id}.txt"
     assert found == {f"set-aside-1-{name}": "first", f"set-aside-2-{name}": "second"}
+    assert capsys.readouterr().out.count(f"{job.run_id}: begins anew") == 2
+    log = tmp_path / f"logs/{job.run_id}.txt"
+    log.write_text("going on")
+    with common.sole_use(log), pytest.raises(tm.InputError, match="another process is using it"):
+        job.set_aside()
+    assert log.exists()
 
 
 STUBBORN = """
@@ -346,7 +352,7 @@ def test_a_folder_is_used_by_one_sweep_at_a_time(tmp_path, tool, in_environment)
     in_environment()
     with common.sole_use(tmp_path):
         done = tool(sweep, "NUM_HEADS=4,2", "--out", tmp_path)
-        assert done.returncode == 2 and "another call of this tool" in done.stderr
+        assert done.returncode == 2 and "another process is using it" in done.stderr
         assert tool(sweep, "NUM_HEADS=4,2", "--out", tmp_path, "--report").returncode == 0
     with common.sole_use(tmp_path):
         pass

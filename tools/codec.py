@@ -43,8 +43,8 @@ import train_mdlm as tm
 from train_mdlm import InputError
 
 ORDERS = ("l2r", "random", "confidence", "ar")  # a file has the number of its order
-# Windows of one model call, without and with kept keys and values: part of the format, because the
-# arithmetic depends on it
+# Windows of one model call, at most, without and with kept keys and values: part of the format,
+# because the arithmetic depends on it
 BATCH = 16
 CACHED_BATCH = 512
 BLOCK_FLOATS = 1 << 25  # probabilities in memory: as many batches advance together as have fewer
@@ -66,7 +66,7 @@ def no_note(fraction: float) -> None:
 #
 # The three numbers have as many bytes as they need.
 
-MAGIC = b"MDLc"
+MAGIC = b"MDLd"  # the last letter: of this version of the format
 BODY = 12  # where what the digest covers begins
 FIELDS = struct.Struct("<8s8s4s2sBB")
 
@@ -379,7 +379,7 @@ def compress(
 
 def check_magic(data: bytes, path: Path) -> None:
     if data[: len(MAGIC)] != MAGIC:
-        raise InputError(f"{path}: not a file that codec.py compressed")
+        raise InputError(f"{path}: not a file that this version of codec.py compressed")
 
 
 def read_header(data: bytes, loaded: Loaded, path: Path) -> Header:

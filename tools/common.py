@@ -103,7 +103,7 @@ def explain(error: Exception) -> str:
         return str(error)
     if isinstance(error, (InputError, OSError, ImportError)):
         return tm.explain(error)
-    if isinstance(error, MemoryError) or re.search(r"(out of|allocate) memory", str(error)):
+    if tm.is_lack_of_memory(error):
         return "out of memory: give less text or fewer windows, or use a larger machine"
     if isinstance(error, (RuntimeError, UnicodeError)):  # of torch, or of a text that is too deep
         last = traceback.extract_tb(error.__traceback__)[-1]
@@ -278,14 +278,14 @@ def open_validation(hp: tm.Hyperparameters) -> tm.Split:
 
 
 @contextlib.contextmanager
-def sole_use(folder: Path) -> Iterator[None]:
-    """InputError if another process uses the folder in this way."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sole_use(path: Path) -> Iterator[None]:
+    """Locks a file or folder; InputError if another process has."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise InputError(f"{folder}: another call of this tool is using it") from None
+        raise InputError(f"{path}: another process is using it") from None
     except OSError:
         pass  # some file systems cannot lock
     try:

@@ -8,7 +8,7 @@ and for as many as take `golf`'s time. What PRESET and other variables set holds
 that each adds what makes it `golf`, `block` or causal.
 
 OUT/logs has the runs, as of tools/sweep.py: what is finished there is not run again, and what was
-interrupted goes on. OUT/times.json has the times; without it they are measured again. OUT/README.md
+interrupted goes on. OUT/times.json has the times; what is missing there is measured. OUT/README.md
 is the table, OUT/frontier.json the same for programs, OUT/frontier.png the picture.
 """
 
@@ -68,7 +68,7 @@ def with_steps(model: Model, steps: int) -> sweep.Row:
 
 
 def settings_of(models: list[Model], out: Path) -> dict:
-    """What the time of a step depends on, but for the device, and is the same for all models."""
+    """Of the training, and the same for all models."""
     hp = sweep.Job(models[0].row, 1337, out).hyperparameters()
     names = {spec.name for spec in tm.KNOBS if spec.metadata["group"] in tm.RESULT_GROUPS}
     names -= {"seed", "iterations", "max_wallclock_seconds"}

@@ -56,7 +56,7 @@ class QuantTable:
     def __init__(self, model: tm.Model, hp: tm.Hyperparameters, seqs: int, feedback: int):
         """`feedback` is the largest QUANT_FEEDBACK of all rows."""
         self.model = model
-        self.hp = dataclasses.replace(hp, iterations=feedback, warmup_steps=0)
+        self.hp = dataclasses.replace(hp, iterations=feedback)
         self.seqs = seqs
         self.val = common.open_validation(hp)
         if feedback:
@@ -200,9 +200,12 @@ def main() -> None:
                 log(header(list(figures["packers"])))
             log(line(figures))
             results.append(figures)
-    finally:  # what was measured is kept, whatever ends it
-        if arguments.out:
+    finally:  # what was measured is kept, but replaces no whole table
+        missing = 1 + len(configurations) - len(results)
+        if arguments.out and not (missing and arguments.out.exists()):
             tm.write_file(arguments.out, common.to_json(results, indent=1).encode())
+            if missing:
+                log(f"{arguments.out}: {missing} rows are missing")
 
 
 if __name__ == "__main__":

@@ -413,8 +413,10 @@ class Recomputed:
 def divide_calls(hp: tm.Hyperparameters, masked: Tensor, most: int) -> dict[int, int]:
     """Calls of each part that has something to fill, by the column where it ends: one, and of the
     rest of `most` a share like that of the `masked` (N,) that it fills. Nothing for 0."""
+    if not most:
+        return {}
     counts: dict[int, int] = {}
-    done = 0
+    done, masked = 0, masked.cpu()
     for part in parts(hp, len(masked)):
         own = int(masked[max(part.start, done) : part.stop].sum())  # without what is filled before
         done = max(part.stop, done)
@@ -425,7 +427,7 @@ def divide_calls(hp: tm.Hyperparameters, masked: Tensor, most: int) -> dict[int,
     for stop, own in counts.items():
         calls[stop] = 1 + rest * (before + own) // total - rest * before // total
         before += own
-    return calls if most else {}
+    return calls
 
 
 class Rows:
@@ -897,14 +899,13 @@ def check(loaded: Loaded, request: Request) -> None:
         raise InputError(f"{other} does not go with --infill, whose template is the whole text")
 
 
-def check_steps(loaded: Loaded, request: Request, length: int) -> None:
-    """InputError for fewer steps than a text has parts."""
-    hp, steps = loaded.hp, settings_of(request).get("steps", 0)
-    ends = {part.stop for part in parts(hp, length)}
-    if 0 < steps < len(ends):
-        name = "blocks" if hp.block_size else "windows"
-        found = f"{length} tokens are {len(ends)} {name}, with a model call or more for each"
-        raise InputError(f"--steps {steps}: {found}; give {len(ends)} or more")
+def check_steps(loaded: Loaded, request: Request, template: Template) -> None:
+    """InputError for fewer steps than there are blocks to fill."""
+    steps = settings_of(request).get("steps", 0)
+    needed = len(divide_calls(loaded.hp, ~template.fixed, steps))
+    if steps < needed:
+        found = f"there are {needed} blocks to fill, with a model call or more for each"
+        raise InputError(f"--steps {steps}: {found}; give {needed} or more")
 
 
 def notes(loaded: Loaded, template: Template) -> list[str]:
@@ -961,7 +962,7 @@ def resolve(loaded: Loaded, request: Request) -> tuple[Request, Template]:
     request = request._replace(sampler=request.sampler or default_sampler(loaded))
     check(loaded, request)
     template = template_of(loaded, request)
-    check_steps(loaded, request, template.tokens.shape[1])
+    check_steps(loaded, request, template)
     return request, template
 
 

@@ -10,8 +10,9 @@ given there only.
 
 Runs go one after the other, or --jobs of them side by side, or one on each of the GPUs that --gpus
 names. Logs and artifacts are kept under OUT/logs. A run that is finished there is not run again,
-and one that was interrupted goes on from its last checkpoint. A run that failed is noted, the
-others go on, and a second call tries it again. When the sweep is stopped (Ctrl-C, SIGTERM, SIGHUP)
+and one that was interrupted goes on from its last checkpoint, if the script is still the same;
+otherwise it begins anew, and its old files get other names. A run that failed is noted, the others
+go on, and a second call tries it again. When the sweep is stopped (Ctrl-C, SIGTERM, SIGHUP)
 its runs write their checkpoints and end with it; the same command goes on from there.
 
 Afterwards, or at once with --report, there are three files:
@@ -221,10 +222,16 @@ class Job:
         return text.startswith(SCRIPT.read_text(encoding="utf-8")) and "\nfinished:" not in text
 
     def set_aside(self) -> None:
-        """Renames what another run left under this name; nothing is replaced."""
-        for old in (self.out / "logs").glob(f"{self.run_id}.*"):
+        """Renames what another run left under this name; nothing is replaced. InputError if that
+        is still going on."""
+        left = list((self.out / "logs").glob(f"{self.run_id}.*"))
+        for old in left:
             names = (f"set-aside-{number}-{old.name}" for number in itertools.count(1))
-            old.rename(next(new for name in names if not (new := old.with_name(name)).exists()))
+            new = next(new for name in names if not (new := old.with_name(name)).exists())
+            with common.sole_use(old):
+                old.rename(new)
+        if left:
+            print(f"{self.run_id}: begins anew; what was there is set-aside-… now", flush=True)
 
     def run(self, processes: int, gpu: str | None, group: Processes) -> str:
         """Runs the script; returns the reason if it failed, else an empty string."""
@@ -512,7 +519,7 @@ def draw_horizons(found: list[dict], figure) -> None:
     lines: dict[str, list[dict]] = {}
     for row in found:
         rest = {name: value for name, value in row["row"].items() if name != "ITERATIONS"}
-        lines.setdefault(label(rest), []).append(row)
+        lines.setdefault(common.plain_label(label(rest)), []).append(row)
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for name, axes in zip(names, panels, strict=True):
         for text, rows in lines.items():
