@@ -19,6 +19,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ROOT / "records/track_non_record_16mb/2026-11-25_MDLM_demo_docs"  # a record of 3 seeds
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tools")]
 
 import train_mdlm as tm  # noqa: E402
@@ -149,6 +150,19 @@ def script(monkeypatch, capfd):
         return SimpleNamespace(returncode=status, stdout=printed.out, stderr=printed.err)
 
     return call
+
+
+def body_of(log: Path) -> str:
+    """A log without the script's source, which holds the same words."""
+    separator = "\n" + "=" * 100 + "\n"
+    return log.read_text(encoding="utf-8").rpartition(separator)[2] if log.exists() else ""
+
+
+def refused(done, *parts) -> None:
+    """One line, without a traceback, that has all the parts."""
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    for part in parts:
+        assert part in done.stderr
 
 
 class Lines(tm.Log):

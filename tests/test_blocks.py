@@ -18,7 +18,7 @@ import reference
 import run_log
 import sweep
 import torch
-from conftest import random_model, run_python, tiny_hp, torchrun, val_split
+from conftest import body_of, random_model, run_python, tiny_hp, torchrun, val_split
 from reference import total_probability
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -467,11 +467,6 @@ def test_what_does_not_go_together_is_one_line(given, message):
 
 
 # ---- A run, and its tools
-
-
-def body_of(path):
-    """A log without the script's source, which holds the same words."""
-    return path.read_text(encoding="utf-8").partition(run_log.SEPARATOR)[2]
 
 
 BLOCKS = dict(PRESET="block", BLOCK_SIZE="4", NEIGHBORS="1", QUANT_FEEDBACK="1", MATRIX_LR="0.1")

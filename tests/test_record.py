@@ -11,7 +11,7 @@ import make_record
 import pytest
 import report
 import run_log
-from conftest import ROOT, run_python
+from conftest import ROOT, SHIPPED, body_of, refused, run_python
 from make_record import commands, notes, over_budget, submission
 from run_log import HEADLINES, SEPARATOR, parse_log
 
@@ -21,7 +21,6 @@ FIELDS = """
     author github_id name blurb date track val_loss seed_results bytes_total wallclock_seconds
     pytorch_version val_bpb_estimator
 """.split()
-SHIPPED = ROOT / "records/track_non_record_16mb/2026-11-25_MDLM_demo_docs"
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +52,6 @@ def record(logs, tmp_path_factory):
     return make_record.make(logs, typed, tmp_path_factory.mktemp("made") / "records", [])
 
 
-def body_of(path):
-    """The log without the script's source, which holds the same words."""
-    return path.read_text(encoding="utf-8").partition(SEPARATOR)[2]
-
-
 def edit(path, *changes, count=1):
     """Replaces patterns in the lines of a log, or in another file."""
     text = path.read_text(encoding="utf-8")
@@ -68,12 +62,6 @@ def edit(path, *changes, count=1):
         body, found = re.subn(pattern, replacement, body, count=count, flags=re.MULTILINE)
         assert found, pattern
     path.write_text(source + separator + body, encoding="utf-8")
-
-
-def refused(done, *messages):
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    for message in messages:
-        assert message in done.stderr
 
 
 def test_record_is_made_from_the_logs_and_checks(logs, tmp_path, make, tool, tiny_env):

@@ -19,7 +19,7 @@ import prepare_text
 import pytest
 import run_log
 import torch
-from conftest import FAST_BFLOAT16, byte_tables, torchrun
+from conftest import FAST_BFLOAT16, body_of, byte_tables, torchrun
 
 import train_mdlm as tm
 
@@ -81,11 +81,6 @@ def run(env, folder, prepare=lambda: None, **changes) -> tuple[int, str, str]:
     printed = out.read_text()[before:]
     assert "Traceback" not in printed, printed
     return status, printed, body_of(log)
-
-
-def body_of(log: Path) -> str:
-    """What is below the script's source."""
-    return log.read_text().rpartition(run_log.SEPARATOR)[2] if log.exists() else ""
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 import sample
 import sampling
 import torch
-from conftest import ROOT, clean_env, prepare_tiny, random_model, run_python, text_of
+from conftest import ROOT, clean_env, prepare_tiny, random_model, refused, run_python, text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,13 +57,6 @@ def call(tool, files, tiny_env, monkeypatch):
     for name in ("TOKENIZER_PATH", "DATA_PATH"):
         monkeypatch.setenv(name, tiny_env[name])
     return lambda name, *arguments: tool(sample, files[name], *arguments)
-
-
-def refused(done, *parts):
-    """One line, without a traceback, that has all the parts."""
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    for part in parts:
-        assert part in done.stderr
 
 
 # ---- Tokens as text

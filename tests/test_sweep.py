@@ -13,12 +13,12 @@ from pathlib import Path
 import common
 import pytest
 import sweep
-from conftest import ROOT
+from conftest import ROOT, SHIPPED
 from run_log import parse_log
 
 import train_mdlm as tm
 
-LOG = ROOT / "records/track_non_record_16mb/2026-11-25_MDLM_demo_docs/train_seed42.log"
+LOG = SHIPPED / "train_seed42.log"
 
 
 def test_a_grid_is_every_combination(tmp_path):

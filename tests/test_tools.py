@@ -20,13 +20,13 @@ import pytest
 import quant_table
 import report
 import torch
-from conftest import ROOT, clean_env
+from conftest import ROOT, SHIPPED, clean_env
 
 import train_mdlm as tm
 
 TOOLS = sorted(path for path in (ROOT / "tools").glob("*.py") if path.name != "common.py")
 PROGRAMS = [path for path in TOOLS if "__main__" in path.read_text(encoding="utf-8")]
-LOG = ROOT / "records/track_non_record_16mb/2026-11-25_MDLM_demo_docs/train_seed42.log"
+LOG = SHIPPED / "train_seed42.log"
 
 
 def ended(main, capsys):
