@@ -12,8 +12,10 @@ from types import SimpleNamespace
 # The models are tiny: several threads, or workers with several each, would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell lets its background jobs ignore Ctrl-C, and so would the processes that tests start.
+# A shell lets its background jobs ignore Ctrl-C, and nohup the end of a terminal; so would the
+# processes that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
