@@ -599,6 +599,7 @@ def start_processes() -> torch.device:
             raise InputError(f"--nproc_per_node is more than {found}, the GPUs of this machine")
         torch.cuda.set_device(device)
     elif os.path.exists("/dev/nvidiactl") and os.environ.get("CUDA_VISIBLE_DEVICES", "0") >= "0":
+        # not "" nor -1
         remedy = "install one for their driver, or give CUDA_VISIBLE_DEVICES= for CPUs"
         raise InputError(f"this torch cannot use the GPUs here: {remedy}")
     if "RANK" not in os.environ:
@@ -992,7 +993,7 @@ def text_fault(tokens: np.ndarray, sp, luts: ByteTables) -> str:
     def pairs(documents: Iterable[Sequence[int]]) -> collections.Counter:
         return collections.Counter(itertools.chain(*map(itertools.pairwise, documents)))
 
-    # The first part is what comes before the first document
+    # parts[0] comes before the first document
     sample = slice(len(parts) > 1, None, ceil_div(len(tokens), 50_000))
     stored = pairs(parts[sample])
     if (stored & pairs(sp.encode(texts[sample]))).total() < 0.99 * stored.total():
@@ -2453,7 +2454,7 @@ def reveal_surest(model, z, hidden: Callable, group: int = 1) -> Iterator[tuple[
         surest = logp.amax(-1).where(masked.gather(1, candidates), -math.inf)
         behind = ((surest.amax(1, keepdim=True) - surest) * 2**12).round()
         chosen = behind.argsort(dim=1, stable=True)[:, :group]
-        logp = logp.take_along_dim(chosen[..., None], 1)  # all would wait in memory
+        logp = logp.take_along_dim(chosen[..., None], 1)  # frees the rest
         yield candidates.gather(1, chosen), logp
 
 

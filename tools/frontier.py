@@ -68,7 +68,7 @@ def with_steps(model: Model, steps: int) -> sweep.Row:
 
 
 def settings_of(models: list[Model], out: Path) -> dict:
-    """Of the training, and the same for all models."""
+    """Settings of the training that all models share; times of other ones are not theirs."""
     hp = sweep.Job(models[0].row, 1337, out).hyperparameters()
     names = {spec.name for spec in tm.KNOBS if spec.metadata["group"] in tm.RESULT_GROUPS}
     names -= {"seed", "iterations", "max_wallclock_seconds"}
