@@ -1082,3 +1082,94 @@ fault(
     "test_decoding.py::test_nothing_is_rounded_where_training_rounds",
     file="tools/decoding.py",
 )
+
+fault(
+    "confidence is a random order",
+    'sliding=True),\n        "confidence": Estimator(score_by_confidence, windows=256, rows=16)',
+    'sliding=True),\n        "confidence": Estimator(score_random_order, windows=256)',
+    "test_scores.py::test_every_score_of_a_split_is_the_one_of_its_name",
+)
+
+fault(
+    "the causal half of a block model is scored in blocks",
+    '"ar": Estimator(score_causally, prefixes=True),\n        "nelbo"',
+    '"ar": Estimator(score_left_to_right, prefixes=True),\n        "nelbo"',
+    "test_scores.py::test_every_score_of_a_split_is_the_one_of_its_name",
+)
+
+fault(
+    "the host runs ahead of the device",
+    "        self.step_done.synchronize()  # one step",
+    "        # one step",
+    "test_train.py::test_the_host_is_one_step_ahead_at_most",
+)
+
+fault(
+    "a pause begins before the device is idle",
+    "        since = self.now()\n        yield\n",
+    "        since = time.perf_counter()\n        yield\n",
+    "test_train.py::test_a_pause_begins_and_ends_when_the_device_is_idle",
+)
+
+fault(
+    "one process alone leaves a validation",
+    "    if all_reduce(torch.tensor(float(told_to_stop()))) > 0:\n",
+    "    if told_to_stop():\n",
+    "test_train.py::test_one_process_that_is_told_to_stop_stops_all",
+)
+
+fault(
+    "every process looks for checkpoints of its own",
+    "on_first_process(checkpoint_paths, hp.run_id)",
+    "checkpoint_paths(hp.run_id)",
+    "test_train.py::test_the_first_process_says_where_a_run_goes_on",
+)
+
+fault(
+    "the loss of a score lacks the places of anchors",
+    "loss=bits.sum().item()",
+    "loss=table[..., 0].sum().item()",
+    "test_anchors.py::test_split_scores_pay_for_the_places_once",
+)
+
+fault(
+    "a score is written into the log of an unfinished run",
+    " or hp.eval_only\n    if finished",
+    "\n    if finished",
+    "test_train.py::test_scoring_leaves_an_unfinished_run_alone",
+)
+
+fault(
+    "a line goes on with the half line before",
+    '    elif not text.endswith("\\n"):\n        log.lock.write("\\n")\n',
+    "",
+    "test_train.py::test_half_a_line_of_an_earlier_life_is_ended",
+)
+
+fault(
+    "a model is told noise that it never saw",
+    "clamp(min=1e-3)",
+    "clamp(min=1e-6)",
+    "test_model.py::test_the_dit_is_told_no_noise_that_training_never_shows",
+)
+
+fault(
+    "skipped steps are forgotten in a restart",
+    "counts.copy_(torch.tensor(checkpoint.counts))",
+    "counts[:1].copy_(torch.tensor(checkpoint.counts[:1]))",
+    "test_train.py::test_skipped_steps_are_those_of_all_lives",
+)
+
+fault(
+    "the time of training has no limit",
+    "BUDGET_SECONDS + 1  # the",
+    "math.inf  # the",
+    "test_train.py::test_budgets_of_time_that_a_run_exceeds_are_said",
+)
+
+fault(
+    "the time of scoring has no limit",
+    '- started, BUDGET_SECONDS, "s")',
+    '- started, math.inf, "s")',
+    "test_train.py::test_budgets_of_time_that_a_run_exceeds_are_said",
+)

@@ -96,6 +96,7 @@ def test_split_scores_pay_for_the_places_once(tiny_env, name):
     bits, own = sum(places), table[..., 0].sum(1) + torch.tensor(places, dtype=torch.float64)
     assert anchors >= 2 and score.boundary_bits == pytest.approx(bits)
     assert score.bpb * score.bytes == pytest.approx(table[..., 0].sum().item() + bits)
+    assert score.loss * score.tokens == pytest.approx(score.bpb * score.bytes * math.log(2))
     assert f"boundary_bits:{bits:.1f} " in score.line()
     assert score.stderr == pytest.approx(tm.bits_per_byte(own, table[..., 1].sum(1))[1])
     without = random_model(dataclasses.replace(hp, anchor_bos=False), scale=0.1)

@@ -247,6 +247,13 @@ def test_the_dit_is_the_published_stack():
         assert (rounded - torch.from_numpy(expected)).abs().mean() < 0.05 * largest
 
 
+def test_the_dit_is_told_no_noise_that_training_never_shows():
+    features = tm.noise_features(torch.tensor([1.0, 0.9995, 0.999, 0.99]))
+    most = features[2]  # MASK_MAX
+    assert torch.allclose(features[:2], most.expand(2, -1), atol=1e-3)
+    assert not torch.allclose(features[3], most, atol=0.1)
+
+
 def test_the_dit_finds_the_noise_level_itself():
     """Without being told: the masked share of what may be masked, so neither of PAD nor, with
     ANCHOR_BOS, of <s>."""

@@ -517,6 +517,37 @@ def test_split_scores_are_their_definitions(split, name, group):
         assert table[..., 1].sum() == nbytes
 
 
+@pytest.mark.parametrize("block", [0, 4])
+def test_every_score_of_a_split_is_the_one_of_its_name(split, block):
+    """The functions that the other tests prove, on three windows."""
+    hp, val, _ = split
+    hp = dataclasses.replace(hp, block_size=block)
+    model = random_model(hp, scale=0.2)
+    window = val.stream.windows(tm.evenly_spaced(val.stream.count_windows(32), 3), 32)
+    x0, before = window[:, 1:], window[:, 0]
+
+    def keys(name):
+        rows = [tm.seeded("cpu", hp.seed, name, n) for n in range(3)]
+        return torch.stack([torch.rand(32, generator=row) for row in rows])
+
+    generator = tm.seeded("cpu", hp.seed, "nelbo offset")
+    offset = torch.rand((), generator=generator, dtype=torch.float64)
+    lattice = (hp.nelbo_passes, torch.arange(3), offset, keys("nelbo"))
+    everything = torch.ones_like(x0, dtype=torch.bool)
+    nats = dict(
+        l2r=tm.chain_rule(model, x0, before=before),
+        confidence=tm.chain_rule(model, x0, "confidence", before=before),
+        random=tm.chain_rule(model, x0, keys("random").argsort(-1), before=before),
+        ar=tm.causal_nll(model, window),
+        nelbo=tm.any_order_nll(model, window, everything, *lattice),
+    )
+    bits = {name: each.double().sum().item() / math.log(2) for name, each in nats.items()}
+    assert len({round(each, 1) for each in bits.values()}) == 5  # told apart
+    for name in bits.keys() & tm.ESTIMATORS[hp.system].keys():
+        _, table = tm.score_windows(name, model, hp, val, 3)
+        assert table[..., 0].sum().item() == pytest.approx(bits[name], rel=1e-5), name
+
+
 @pytest.mark.parametrize("passes", [1, 3])
 def test_the_bound_of_overlapping_windows_pays_for_what_it_scores(split, monkeypatch, passes):
     """If every masked token costs a nat, so does every scored one, whatever the masks."""
@@ -693,6 +724,17 @@ def test_plans_of_windows(split):
         assert plan.stride == used and plan.scored_tokens[:2] == [32, used]
         some = tm.WindowPlan(SCORES["sliding"], plan.hp, val.stream, 3)
         assert some.scored_tokens == [used] * 3 and some.numbers[0] == 0
+
+
+def test_scores_of_one_name_are_planned_alike():
+    table = tm.ESTIMATORS
+    for name in ("confidence", "random"):
+        assert table["block"][name] == SCORES[name]
+    assert table["ar"]["sliding"].windows == 4096
+    by_position = [
+        (system, name) for system, rows in table.items() for name in rows if rows[name].prefixes
+    ]
+    assert by_position == [("mdlm", "l2r"), ("ar", "ar"), ("block", "l2r"), ("block", "ar")]
 
 
 def test_buckets_are_named_by_their_positions():

@@ -10,10 +10,12 @@ import math
 import os
 import pickle
 import re
+import resource
 import signal
 import socket
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import prepare_text
@@ -54,7 +56,7 @@ def single(tiny_env, tmp_path_factory):
 # ---- A run, and scoring it again
 
 
-def test_run_trains_packs_reloads_and_scores(single):
+def test_run_trains_packs_reloads_and_scores(single, tiny_env):
     folder, printed = single
     log = (folder / "logs/one.txt").read_text(encoding="utf-8")
     source = (ROOT / "train_mdlm.py").read_text(encoding="utf-8")
@@ -80,6 +82,7 @@ def test_run_trains_packs_reloads_and_scores(single):
     model = int(re.search(r"^Serialized model \S+: (\d+)", log, re.MULTILINE)[1])
     assert code == len(source.encode()) and model == (folder / "logs/one.mdlm").stat().st_size
     assert f": {code + model} bytes\nfinal_" in log
+    assert f" train_tokens:{tm.TokenStream(tiny_env['DATA_PATH'], 'train').total}\n" in log
     assert losses(printed)[-1] < losses(printed)[0] and "\r" not in printed
     left = sorted(path.name for path in (folder / "logs").iterdir())
     assert left == ["one.00000012.ckpt", "one.mdlm", "one.txt"]
@@ -151,6 +154,34 @@ def test_a_used_run_id_is_refused(single, tiny_env, monkeypatch, script):
     done = script(RUN_ID="one", **tiny_env)
     assert done.returncode == 2 and "RUN_ID=one was used before" in done.stderr
     assert Path("logs/one.txt").read_bytes() == before
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """Hyperparameters and log of a run that has begun and ended at once."""
+    monkeypatch.chdir(tmp_path)
+    hp, log = tiny_hp(run_id="begun"), tm.Log(Path("logs/begun.txt"))
+    tm.claim_run(hp, log)
+    log("run_id:begun started:now log:logs/begun.txt", screen=False)
+    log.lock.close()
+    return hp, log.path
+
+
+def test_scoring_leaves_an_unfinished_run_alone(begun):
+    hp, path = begun
+    with pytest.raises(tm.InputError, match="RUN_ID=begun was used before"):
+        tm.claim_run(dataclasses.replace(hp, eval_only="a.mdlm"), tm.Log(path))
+    tm.claim_run(hp, tm.Log(path))
+
+
+def test_half_a_line_of_an_earlier_life_is_ended(begun):
+    hp, path = begun
+    with path.open("a") as file:
+        file.write("step:3/12 train_lo")
+    log = tm.Log(path)
+    tm.claim_run(hp, log)
+    log("run_id:begun again", screen=False)
+    assert path.read_text().endswith("\nstep:3/12 train_lo\nrun_id:begun again\n")
 
 
 def test_wall_clock_cap_stops_early_and_says_so(tiny_env, tmp_path, monkeypatch, script):
@@ -348,6 +379,16 @@ def test_rates_and_the_end_follow_the_clock(watched):
     assert not exact.log.found("^stopping_early")
 
 
+def test_the_host_is_one_step_ahead_at_most(watched):
+    """Before each step it waits for the one before, so that its clock is that of the device."""
+    run, calls = watched(iterations=2), []
+    run.trainer.step_done = SimpleNamespace(
+        synchronize=lambda: calls.append("wait"), record=lambda: calls.append("record")
+    )
+    run.train()
+    assert calls == ["wait", "record"] * 2
+
+
 def averages(weights, decay):
     """The average after each of the steps."""
     found = [weights[0]]
@@ -380,11 +421,39 @@ def test_pauses_are_not_training_time(watched):
     assert run.log.found(
         r"^step:(\d+)/12 train_loss:\S+ train_time:(\d+)ms step_avg:10000.00ms$"
     ) == [(str(step), str(10_000 * step)) for step in range(1, 13)]
-    assert run.log.found(r"^checkpoint:logs/w.000000(\d\d).ckpt") == ["05", "10", "12"]
+    saved = run.log.found(r"^checkpoint:logs/w.000000(\d\d).ckpt time:(\d+)ms$")
+    assert saved == [("05", "300000"), ("10", "300000"), ("12", "300000")]
     left = sorted(path.name for path in Path("logs").iterdir())
     assert left == ["w.00000010.ckpt", "w.00000012.ckpt"]
     pauses = "warm-up 80.0 s, checkpoints 900.0 s, validation 3000.0 s"
     assert f"Training time: 120.0 s; not counted: {pauses}" in run.log.lines
+
+
+def test_a_pause_begins_and_ends_when_the_device_is_idle(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cpu, "synchronize", lambda device=None: seen.append("wait"))
+    clock = tm.Clock(CPU)
+    seen.clear()
+    with clock.paused("validation"):
+        seen.append("work")
+    assert seen == ["wait", "work", "wait"]
+
+
+def test_budgets_of_time_that_a_run_exceeds_are_said(watched, monkeypatch):
+    run = watched(iterations=61, scores="").train()
+    assert "OVER BUDGET: Training time is 610.0 s, 9.0 more than allowed" in run.log.lines
+    score = tm.Score(
+        bpb=1.0, stderr=0.1, loss=1.0, seqs=9, tokens=36, bytes=36, ms=5.0, boundary_bits=0.0
+    )
+    found = score, torch.ones(1, 1, 2)
+    monkeypatch.setattr(tm, "score_windows", run.time.longer(lambda *_: found, 601.0))
+    tm.score_model(tm.Artifact(run.model, run.hp, "fp8+lzma"), run.hp, run.val, run.log)
+    assert run.log.lines[-1] == "OVER BUDGET: Evaluation time is 601.0 s, 1.0 more than allowed"
+
+
+def test_memory_is_in_mib():
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert int(tm.peak_memory(CPU).split()[0]) == pytest.approx(kib / 1024, abs=20)
 
 
 def test_a_resumed_run_goes_on_where_it_was(watched):
@@ -398,6 +467,16 @@ def test_a_resumed_run_goes_on_where_it_was(watched):
     assert again.trainer.progress.train_ms == 120_000
     assert equal(weights_of(again.model), weights_of(whole.model), atol=0)
     assert "Training time: 120.0 s; not counted: warm-up 70.0 s" in "\n".join(again.log.lines)
+
+
+def test_skipped_steps_are_those_of_all_lives(watched):
+    knobs = dict(checkpoint_every=50.0, iterations=5, skip_nonfinite=3)
+    run = watched(**knobs)
+    run.trainer.optimizer.counts[1] = 2
+    run.train()
+    again = watched(**knobs)
+    again.trainer.resume()
+    assert again.trainer.optimizer.counts.tolist() == [5, 2]
 
 
 def test_validations_are_short_and_logged_as_they_are(watched):
@@ -474,6 +553,9 @@ def test_what_is_packed_is_the_average_and_what_is_scored_is_the_file(watched):
     average = averages(run.live, 0.8)[-1]
     assert torch.allclose(artifact.model.tok_emb.weight, average["tok_emb.weight"], atol=1e-6)
     assert run.first_windows[-4:] == [0, 2, 4, 6]  # the batches for the error feedback
+    predicted = tm.predicted_bytes(run.hp)
+    line = f"Predicted submission size: {predicted} bytes for normal weights"
+    assert line in run.log.lines
     on_disk = weights_of(tm.load_artifact("logs/w.mdlm")[0])
     assert equal(weights_of(artifact.model), on_disk, atol=0)
     matrix = artifact.model.blocks[0].mlp.fc.weight
@@ -714,6 +796,40 @@ def test_two_processes_share_the_matrices_of_muon(tmp_path, count):
     stack = torch.randn(count, 6, 4, generator=torch.Generator().manual_seed(0))
     for found in in_two_processes(lambda rank: tm.orthogonalize_shared(stack, 5), tmp_path):
         assert torch.allclose(found, tm.orthogonalize(stack, 5), atol=1e-6)
+
+
+def test_one_process_that_is_told_to_stop_stops_all(watched, tmp_path):
+    """Where all are at the same place: their next collective is the same one."""
+
+    def stop_one(rank):
+        run = watched()
+        model = run.trainer.model
+        with pytest.raises(tm.ToldToStop):
+            tm.score_windows("nelbo", model, run.hp, run.val, 0, lambda: rank == 1)
+        return tm.all_reduce(torch.ones(3)).tolist()
+
+    assert in_two_processes(stop_one, tmp_path) == [[2.0] * 3] * 2
+
+
+def test_the_first_process_says_where_a_run_goes_on(watched, tmp_path):
+    """The other one may be on a machine without checkpoints."""
+    knobs = dict(checkpoint_every=50.0, iterations=5)
+    watched(**knobs).train()
+    (tmp_path / "there").mkdir()
+
+    def resume(rank):
+        run = watched(**knobs)
+        if rank:
+            os.chdir(tmp_path / "there")
+        run.trainer.resume()
+        return run.trainer.progress.step
+
+    assert in_two_processes(resume, tmp_path) == [5, 5]
+
+
+def test_the_hardware_line_counts_processes(tmp_path):
+    for found in in_two_processes(lambda rank: tm.hardware(CPU), tmp_path):
+        assert found.startswith("2xCPU_")
 
 
 def test_two_processes_score_every_window_once(watched, tmp_path):
