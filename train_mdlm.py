@@ -306,7 +306,7 @@ class Hyperparameters:
     # Row of ESTIMATORS, whose first score is val_bpb
     system = property(lambda self: "block" if self.block_size else self.objective)
     headline = property(lambda self: next(iter(ESTIMATORS[self.system])))
-    # Tokens the model can see: the real ones, MASK unless causal, PAD for chunks
+    # Real tokens, MASK unless causal, PAD for chunks
     embedding_rows = property(lambda self: self.vocab_size + (not self.causal) + self.doc_chunks)
 
     @property
@@ -1687,7 +1687,7 @@ def masked_batch(hp, x0, probability, keys, capacity: int) -> Batch:
 
 
 def with_clean_half(hp, batch: Batch, columns, window) -> Batch:
-    """Also every token of window (B, 1 + L) but the first, given those before it."""
+    """Adds what `causal_batch` predicts."""
     clean = causal_batch(window)
     z, positions, view = beside_clean(hp, hp.block_size, batch.z, batch.positions, window, columns)
     places = torch.arange(z.numel(), device=z.device).view(z.shape)
@@ -2330,9 +2330,10 @@ def weighted_nll(model, window, masks: WeightedMasks):
     allowed = maskable(model.hp, window[:, 1:])
     nats = 0.0
     for mask, weight in masks:
+        weight = torch.as_tensor(weight, device=window.device)  # waits: before the pass
         masked = mask.to(window.device).view(allowed.shape) & allowed
         nll = masked_nll(model, window, masked).double().view(mask.shape).sum(1)
-        nats = nats + torch.as_tensor(weight, device=window.device) * nll
+        nats = nats + weight * nll
     return nats.view(len(window), -1).sum(1)
 
 
@@ -2576,7 +2577,7 @@ class Estimator(NamedTuple):
     biased: bool = False  # not a code length, and its line says so
 
 
-# The scores of each objective, and of block models. The first is the headline, val_bpb.
+# Scores by objective, and of block models; the first is the headline, val_bpb.
 ESTIMATORS = {
     "mdlm": {
         "nelbo": Estimator(score_nelbo),
@@ -2661,7 +2662,7 @@ class WindowPlan:
             self.length if number == 0 and whole_split else self.stride for number in self.numbers
         ]
         rows = min(hp.val_batch_size // self.length, len(self.numbers)) // world_size()
-        self.rows = estimator.rows or max(rows, 1)
+        self.rows = estimator.rows or max(min(rows, hp.micro_batch_tokens // self.length), 1)
 
     def batches(self) -> Iterator[slice]:
         """The share of this process."""
@@ -2756,7 +2757,7 @@ def score_model(artifact: Artifact, hp, val: Split, log: Log):
     label = artifact.label.replace("+", "_")
     scores = final_scores(hp)
     for name in hp.requested_scores:
-        if name not in scores:  # these two are defaults
+        if name not in scores:  # the defaults
             log(f"score:{name} is not for {hp.system} models", screen=name not in ("nelbo", "l2r"))
     started = time.perf_counter()
     for name, seqs in scores.items():
@@ -2838,7 +2839,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
     try:
         begin = 4 + int.from_bytes(body[:4], "little")
         saved = json.loads(body[4:begin])
-        _require(saved.pop("version") == FORMAT_VERSION, OF_ANOTHER_VERSION)
+        _require(saved.pop("version") == FORMAT_VERSION, "version")
         saved["hp"] = Hyperparameters(**saved["hp"])
         saved["progress"] = Progress(**saved["progress"])
         state = np.frombuffer(body, np.float32, offset=begin).reshape(4, -1)
@@ -3073,7 +3074,7 @@ def train(trainer: Trainer, val: Split) -> Model:
         if finished or (every and progress.step and progress.step % every == 0):
             with clock.paused("validation"):
                 trainer.validate(val, lambda: clock.stopped)
-            _, stopped = clock.read()
+            progress.train_ms, stopped = clock.read()  # with the last step
             if stopped:
                 continue
         if finished:
@@ -3224,9 +3225,8 @@ def train_and_pack(trainer: Trainer, val: Split) -> Artifact:
     """Trains, writes the artifact, and returns it as it is on disk."""
     hp, log = trainer.hp, trainer.log
     log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())}")
-    predicted = on_first_process(predicted_bytes, hp)
-    note = " for normal weights"
-    log.budget("Predicted submission size", predicted, SIZE_LIMIT_BYTES, "bytes", note)
+    size = on_first_process(predicted_bytes, hp)
+    log.budget("Predicted submission size", size, SIZE_LIMIT_BYTES, "bytes for normal weights")
     micros, dtype = len(trainer.micros), hp.compute_dtype
     log(f"world_size:{world_size()} grad_accum_steps:{micros} compute_dtype:{dtype}")
     trainer.resume()

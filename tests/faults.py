@@ -1173,3 +1173,17 @@ fault(
     '- started, math.inf, "s")',
     "test_train.py::test_budgets_of_time_that_a_run_exceeds_are_said",
 )
+
+fault(
+    "the last step is no training time",
+    "progress.train_ms, stopped = clock.read()  # with",
+    "_, stopped = clock.read()  # with",
+    "test_train.py::test_the_step_that_is_still_running_is_training_time",
+)
+
+fault(
+    "a pass of a score takes more than MICRO_BATCH_TOKENS",
+    "max(min(rows, hp.micro_batch_tokens // self.length), 1)",
+    "max(rows, 1)",
+    "test_scores.py::test_plans_of_windows",
+)

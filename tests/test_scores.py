@@ -705,8 +705,8 @@ def test_split_scores_do_not_depend_on_the_batch(split, name):
 
 
 def test_plans_of_windows(split):
-    """Rows of one call: as many as fit, and always 16 where rounding could change the order. A
-    stride is at most a window."""
+    """Rows of one call: as many as fit, in the memory of a process too, and always 16 where
+    rounding could change the order. A stride is at most a window."""
     hp, val, _ = split
     names = ("nelbo", "tstep", "l2r", "random", "sliding", "confidence")
     for tokens, rows in (
@@ -717,6 +717,8 @@ def test_plans_of_windows(split):
         small = dataclasses.replace(hp, val_batch_size=tokens)
         plans = [tm.WindowPlan(SCORES[name], small, val.stream, 40) for name in names]
         assert [plan.rows for plan in plans] == rows
+    passes = dataclasses.replace(hp, val_batch_size=4096, micro_batch_tokens=70)
+    assert tm.WindowPlan(SCORES["nelbo"], passes, val.stream, 40).rows == 2
     for stride, used in ((8, 8), (32, 32), (100, 32)):
         plan = tm.WindowPlan(
             SCORES["sliding"], dataclasses.replace(hp, stride=stride), val.stream, 0

@@ -439,6 +439,26 @@ def test_a_pause_begins_and_ends_when_the_device_is_idle(monkeypatch):
     assert seen == ["wait", "work", "wait"]
 
 
+def test_the_step_that_is_still_running_is_training_time(watched, monkeypatch):
+    """A device that needs 5 s more for each step than the host, which waits for it in pauses."""
+    run = watched(iterations=3, warmup_steps=0)
+    step, left = run.trainer.step, []
+
+    def step_begun(*arguments):
+        left.append(5.0)
+        return step(*arguments)
+
+    def synchronize(device=None):
+        run.time.now += sum(left)
+        left.clear()
+
+    run.trainer.step = step_begun
+    monkeypatch.setattr(torch.cpu, "synchronize", synchronize)
+    run.train()
+    assert run.trainer.progress.train_ms == 45_000
+    assert run.log.found("^Training time: 45.0 s; ")
+
+
 def test_budgets_of_time_that_a_run_exceeds_are_said(watched, monkeypatch):
     run = watched(iterations=61, scores="").train()
     assert "OVER BUDGET: Training time is 610.0 s, 9.0 more than allowed" in run.log.lines
