@@ -306,7 +306,7 @@ class Hyperparameters:
     # Row of ESTIMATORS, whose first score is val_bpb
     system = property(lambda self: "block" if self.block_size else self.objective)
     headline = property(lambda self: next(iter(ESTIMATORS[self.system])))
-    # Real tokens, MASK unless causal, PAD for chunks
+    # Tokens the model can see: the real ones, MASK unless causal, PAD for chunks
     embedding_rows = property(lambda self: self.vocab_size + (not self.causal) + self.doc_chunks)
 
     @property
@@ -1116,22 +1116,20 @@ def maskable(hp, x):
 
 
 def bernoulli_mask(probability, keys, allowed) -> tuple[Tensor, Tensor]:
-    mask = keys < probability[:, None]
-    return mask & allowed, probability
+    return keys < probability[:, None], probability
 
 
 def count_mask(probability, keys, allowed) -> tuple[Tensor, Tensor]:
     count = allowed.sum(1).clamp(min=1)
     k = (probability * count).ceil().clamp(min=1)
-    mask = ranks(torch.where(allowed, keys, 2)) < k[:, None]
-    return mask & allowed, k / count
+    return ranks(torch.where(allowed, keys, 2)) < k[:, None], k / count
 
 
 class Masking(NamedTuple):
     """How rows are masked, given a probability (B,) for each.
 
-    `mask`: (probability, keys (B, L), allowed (B, L)) → mask (B, L), share of allowed (B,) that is
-    masked, or its mean.
+    `mask`: (probability, keys (B, L), allowed (B, L)) → mask (B, L), of which only the allowed part
+    counts, and the share of allowed (B,) that is masked, or its mean.
     `slack`: (rows, L) → how many more tokens than L · Σ probability a mask may have.
     """
 
@@ -1181,9 +1179,10 @@ def draw_noise(hp, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor |
 
 def apply_noise(hp, x0, probability, keys) -> tuple[Tensor, Tensor, Tensor]:
     """Mask (B, L), weight (B,) of its tokens, and masked share (B,), of x0 (B, L)."""
-    mask, share = MASKINGS[hp.masking].mask(probability, keys, maskable(hp, x0))
+    allowed = maskable(hp, x0)
+    mask, share = MASKINGS[hp.masking].mask(probability, keys, allowed)
     weight = LOSS_WEIGHTS[hp.loss_weight](hp, probability, share)
-    return mask, weight.clamp(max=hp.weight_clamp), share
+    return mask & allowed, weight.clamp(max=hp.weight_clamp), share
 
 
 def scored_capacity(hp, rows: int) -> int:
@@ -1404,7 +1403,6 @@ class Model(nn.Module):
 
     told_noise = False  # whether `trunk` uses masked_fraction, which causal models have not
     normalize_embedding = False
-    zero_head = False  # whether a head that is not tied starts at zero
 
     def __init__(self, hp):
         super().__init__()
@@ -1418,8 +1416,6 @@ class Model(nn.Module):
         self.lm_head = None
         if not hp.tie_embeddings:
             self.lm_head = Linear(hp.model_dim, hp.vocab_size, bias=False)
-            if self.zero_head:
-                nn.init.zeros_(self.lm_head.weight)
         if offsets := len(hp.neighbor_offsets):
             zeros = torch.zeros(offsets * hp.embedding_rows, hp.neighbor_dim)
             self.near = nn.Embedding.from_pretrained(zeros, freeze=False)
@@ -1485,7 +1481,11 @@ class UNet(Model):
     """The challenge's trunk: the first half of the blocks feeds skips to the second half."""
 
     normalize_embedding = True
-    zero_head = True
+
+    def __init__(self, hp):
+        super().__init__(hp)
+        if self.lm_head:
+            nn.init.zeros_(self.lm_head.weight)
 
     def build_trunk(self, hp):
         self.blocks = nn.ModuleList(UNetBlock(hp) for _ in range(hp.num_layers))
@@ -1687,7 +1687,7 @@ def masked_batch(hp, x0, probability, keys, capacity: int) -> Batch:
 
 
 def with_clean_half(hp, batch: Batch, columns, window) -> Batch:
-    """Adds what `causal_batch` predicts."""
+    """Adds what `causal_batch` predicts: every token, given the clean ones before it."""
     clean = causal_batch(window)
     z, positions, view = beside_clean(hp, hp.block_size, batch.z, batch.positions, window, columns)
     places = torch.arange(z.numel(), device=z.device).view(z.shape)
@@ -1823,10 +1823,10 @@ class Optimizer:
         by_key = {}  # names and parameters by kind and, for Muon, shape
         for name, parameter in model.named_parameters():
             kind = kind_of(name)
-            shape = tuple(parameter.shape) if self._by_muon(kind) else ()
-            by_key.setdefault((KINDS.index(kind), shape), []).append((name, parameter))
-        grouped = [by_key[key] for key in sorted(by_key)]
-        sizes = [sum(parameter.numel() for _, parameter in group) for group in grouped]
+            shape = tuple(parameter.shape) if kind.optimizer == hp.optimizer == "muon" else ()
+            by_key.setdefault((KINDS.index(kind), shape), {})[name] = parameter
+        grouped = sorted(by_key.items())
+        sizes = [sum(parameter.numel() for parameter in named.values()) for _, named in grouped]
         aligned = (64 * ceil_div(size, 64) for size in sizes)
         *begins, total = itertools.accumulate(aligned, initial=0)
         device = next(model.parameters()).device
@@ -1839,39 +1839,35 @@ class Optimizer:
         self.counts = torch.zeros(2, device=device)  # steps that were taken, and that were skipped
         self.dropped = torch.zeros((), device=device)
         self.groups = [
-            self._make_group(group, slice(begin, begin + size))
-            for group, begin, size in zip(grouped, begins, sizes, strict=True)
+            self._make_group(KINDS[index], shape, named, slice(begin, begin + size))
+            for ((index, shape), named), begin, size in zip(grouped, begins, sizes, strict=True)
         ]
         # The first step that was not finite since the last check: its number, norms and loss
         self.first_bad = torch.zeros(2 + len(self.groups), device=device)
 
-    def _by_muon(self, kind: Kind) -> bool:
-        return kind.optimizer == self.hp.optimizer == "muon"
-
-    def _make_group(self, named: list[tuple[str, nn.Parameter]], place: slice) -> ParameterGroup:
+    def _make_group(
+        self, kind: Kind, shape: tuple, named: dict[str, nn.Parameter], place: slice
+    ) -> ParameterGroup:
         """Moves parameters and gradients to their place in the flat buffers."""
         hp = self.hp
-        first_name, first_parameter = named[0]
-        kind = kind_of(first_name)
         grads = self.grads[place]
         weights, first, second = self.state[:3, place]
-        counts = [parameter.numel() for _, parameter in named]
-        views = zip(named, weights.split(counts), grads.split(counts), strict=True)
-        for (_, parameter), weight, grad in views:
+        counts = [parameter.numel() for parameter in named.values()]
+        views = zip(named.values(), weights.split(counts), grads.split(counts), strict=True)
+        for parameter, weight, grad in views:
             weight.copy_(parameter.detach().flatten())
             parameter.data = weight.view(parameter.shape)
             parameter.grad = grad.view(parameter.shape)
-        muon = self._by_muon(kind)
-        shape = (len(named), *first_parameter.shape) if muon else grads.shape
+        whole = (len(named), *shape) if shape else grads.shape
         return ParameterGroup(
-            name=f"{kind.name} ({first_name}, …)",
-            muon=muon,
+            name=f"{kind.name} ({next(iter(named))}, …)",
+            muon=bool(shape),
             lr=learning_rate(hp, kind),
             weight_decay=hp.weight_decay if kind.decays or hp.weight_decay_on == "all" else 0.0,
-            grads=grads.view(shape),
-            weights=weights.view(shape),
-            first=first.view(shape),
-            second=second.view(shape),
+            grads=grads.view(whole),
+            weights=weights.view(whole),
+            first=first.view(whole),
+            second=second.view(whole),
         )
 
     def step(self, step: int, lr_scale: float):
@@ -2064,7 +2060,7 @@ def to_planes(tensors: Iterable[Tensor]) -> np.ndarray:
     """(bytes per element, elements) uint8: all first bytes, then all second bytes, …"""
     flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
     elements = flat.view(torch.uint8).view(-1, flat.element_size())
-    return np.ascontiguousarray(elements.numpy().T)
+    return elements.numpy().T
 
 
 def from_planes(raw: bytes, dtype: torch.dtype, count: int):
@@ -2204,7 +2200,6 @@ def unpack_artifact(data: bytes, path: str | Path) -> Artifact:
     """The model in an artifact; InputError, which names `path`, if it is not sound."""
     if data.startswith(ARTIFACT_MAGIC) and unsealed(data) is None:
         raise InputError(f"{path}: checksum mismatch, the artifact is damaged or truncated")
-    reason = ""
     try:
         return _unpack_sound(data)
     except InputError as error:
@@ -2212,8 +2207,7 @@ def unpack_artifact(data: bytes, path: str | Path) -> Artifact:
     except Exception as error:  # decompressors, parser and model have errors of many kinds
         if is_lack_of_memory(error):
             raise
-        if zstandard is None:
-            reason = ", or packed with zstd: pip install -r requirements.txt"
+        reason = "" if zstandard else ", or packed with zstd: pip install -r requirements.txt"
     message = f"{path}: not an artifact of this version of train_mdlm.py{reason}"
     raise InputError(" ".join(message.split()))
 
@@ -2330,7 +2324,7 @@ def weighted_nll(model, window, masks: WeightedMasks):
     allowed = maskable(model.hp, window[:, 1:])
     nats = 0.0
     for mask, weight in masks:
-        weight = torch.as_tensor(weight, device=window.device)  # waits: before the pass
+        weight = torch.as_tensor(weight, device=window.device)  # waits, so before the pass
         masked = mask.to(window.device).view(allowed.shape) & allowed
         nll = masked_nll(model, window, masked).double().view(mask.shape).sum(1)
         nats = nats + weight * nll
@@ -2757,7 +2751,7 @@ def score_model(artifact: Artifact, hp, val: Split, log: Log):
     label = artifact.label.replace("+", "_")
     scores = final_scores(hp)
     for name in hp.requested_scores:
-        if name not in scores:  # the defaults
+        if name not in scores:  # these two are defaults
             log(f"score:{name} is not for {hp.system} models", screen=name not in ("nelbo", "l2r"))
     started = time.perf_counter()
     for name, seqs in scores.items():
@@ -2825,9 +2819,8 @@ def write_checkpoint(checkpoint: Checkpoint) -> Path:
     state = header.pop("state").cpu().numpy().tobytes()
     text = json.dumps(header, default=dataclasses.asdict).encode()
     write_file(path, sealed(len(text).to_bytes(4, "little") + text + state))
-    older = [other for other in checkpoint_paths(run_id) if other < path]
-    for other in older[1:]:
-        other.unlink()
+    for older in checkpoint_paths(run_id)[2:]:
+        older.unlink()
     return path
 
 
@@ -3074,7 +3067,7 @@ def train(trainer: Trainer, val: Split) -> Model:
         if finished or (every and progress.step and progress.step % every == 0):
             with clock.paused("validation"):
                 trainer.validate(val, lambda: clock.stopped)
-            progress.train_ms, stopped = clock.read()  # with the last step
+            _, stopped = clock.read()
             if stopped:
                 continue
         if finished:
@@ -3082,6 +3075,9 @@ def train(trainer: Trainer, val: Split) -> Model:
         loss = trainer.step(progress.step, lr_scale(hp, progress.step, progress.train_ms))
         progress.step += 1
         progress.train_ms, stopped = clock.read()
+        if run_fraction(hp, progress.step, progress.train_ms) >= 1:  # the last step, to its end
+            clock.now()
+            progress.train_ms, stopped = clock.read()
         trainer.average_if_due()
         if hp.train_log_every and (progress.step <= 10 or progress.step % hp.train_log_every == 0):
             trainer.check()
@@ -3121,10 +3117,8 @@ def peak_memory(device: torch.device) -> str:
 
 def requested_artifact(env: Mapping[str, str]) -> Artifact | None:
     path = env.get("EVAL_ONLY", "")
-    first = on_first_process(lambda: path)
-    if path != first:
-        raise InputError(f"EVAL_ONLY={path}, but the first process has {first}")
-    return read_artifact(path) if path else None
+    data = on_first_process(lambda: read_file(path) if path else None)
+    return None if data is None else unpack_artifact(data, path)
 
 
 def resolve_hyperparameters(
@@ -3132,10 +3126,9 @@ def resolve_hyperparameters(
 ) -> Hyperparameters:
     """What `env` asks for, with the predictor of the artifact that is scored, a RUN_ID and a dtype;
     InputError for another predictor, or if another process was asked for something else."""
-    made = hp = artifact.hp if artifact else Hyperparameters.from_env(env)
-    if artifact:
-        fixed = {name.upper(): getattr(made, name) for name in PREDICTOR}
-        hp = Hyperparameters.from_env({"PRESET": made.preset, **fixed, **env})
+    made = artifact.hp if artifact else Hyperparameters.from_env(env)
+    stored = {name.upper(): getattr(made, name) for name in STORED}
+    hp = Hyperparameters.from_env({**stored, **env})
     for name in PREDICTOR:
         asked, there = getattr(hp, name), getattr(made, name)
         other_blocks = name == "block_size" and asked and there  # than in training

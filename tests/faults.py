@@ -277,8 +277,8 @@ fault(
 
 fault(
     "weights are not clamped",
-    "return mask, weight.clamp(max=hp.weight_clamp), share",
-    "return mask, weight, share",
+    "return mask & allowed, weight.clamp(max=hp.weight_clamp), share",
+    "return mask & allowed, weight, share",
     "test_noise.py::test_weights_are_clamped",
 )
 
@@ -1176,8 +1176,8 @@ fault(
 
 fault(
     "the last step is no training time",
-    "progress.train_ms, stopped = clock.read()  # with",
-    "_, stopped = clock.read()  # with",
+    "            clock.now()\n            progress.train_ms",
+    "            progress.train_ms",
     "test_train.py::test_the_step_that_is_still_running_is_training_time",
 )
 
@@ -1186,4 +1186,11 @@ fault(
     "max(min(rows, hp.micro_batch_tokens // self.length), 1)",
     "max(rows, 1)",
     "test_scores.py::test_plans_of_windows",
+)
+
+fault(
+    "PAD and anchors are masked",
+    "    return mask & allowed, weight.clamp",
+    "    return mask, weight.clamp",
+    "test_documents.py::test_pad_and_anchors_are_neither_masked_nor_scored",
 )

@@ -456,6 +456,7 @@ def test_the_step_that_is_still_running_is_training_time(watched, monkeypatch):
     monkeypatch.setattr(torch.cpu, "synchronize", synchronize)
     run.train()
     assert run.trainer.progress.train_ms == 45_000
+    assert run.log.found(r"^step:3/3 (\w+):\S+ .*train_time:45000ms") == ["train_loss", "val_loss"]
     assert run.log.found("^Training time: 45.0 s; ")
 
 
