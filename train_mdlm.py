@@ -380,16 +380,17 @@ class Hyperparameters:
 # fmt: off
 MDLM16 = dict(num_layers=11, quant_mode="int7,embed:int8", quant_clip=10.0, quant_feedback=4)
 GOLF = MDLM16 | dict(
-    data_path="./data/datasets/fineweb10B_sp4096",
-    tokenizer_path="./data/tokenizers/fineweb_4096_bpe.model", vocab_size=4096,
-    num_layers=8, mlp_mult=3, num_heads=9, num_kv_heads=3, neighbors=2,
+    data_path="./data/datasets/fineweb10B_sp8192",
+    tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model", vocab_size=8192, quant_mode="int7",
+    num_layers=7, mlp_mult=3, num_heads=9, num_kv_heads=3, neighbors=2,
     masking="count", mask_dist="normal", loss_weight="flat",
     warmdown_iters=0, warmdown_frac=0.5, ema_decay=0.0, shuffle=True,
     adam_batch_tokens=524_288, embed_lr=0.2, tied_embed_init_std=0.05,
 )
 DEMO = GOLF | dict(  # two CPU cores
     data_path="./data/datasets/docs_sp4096",
-    tokenizer_path="./data/tokenizers/docs_4096_bpe.model",
+    tokenizer_path="./data/tokenizers/docs_4096_bpe.model", vocab_size=4096,
+    quant_mode="int7,embed:int8",
     num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=2, neighbor_dim=128,
     train_seq_len=128, rope_base=100.0, tied_embed_lr=0.2, embed_lr=0.4,
     iterations=500, max_wallclock_seconds=400.0, warmup_steps=0,
