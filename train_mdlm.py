@@ -865,8 +865,8 @@ class DocumentStream(TokenStream):
     """The shards as documents, from <s> to <s>, in chunks of at most L tokens, then PAD: shards and
     the chunks of each are shuffled in every epoch. A visit is one shard in one epoch."""
 
-    def __init__(self, folder: str | Path, split: str, hp):
-        super().__init__(folder, split)
+    def __init__(self, hp):
+        super().__init__(hp.data_path, "train")
         self.hp = hp
         self.first_chunks = [0]  # number of the first chunk of every visit so far
         self.visit = functools.lru_cache(maxsize=2)(self._visit)  # shards in memory
@@ -1041,10 +1041,7 @@ def check_data(hp, stream: TokenStream, split: str, sp, luts: ByteTables):
 
 def open_training(hp, sp, luts: ByteTables) -> TokenStream:
     """The training split, checked as far as the run can reach."""
-    if hp.doc_chunks:
-        stream = DocumentStream(hp.data_path, "train", hp)
-    else:
-        stream = TokenStream(hp.data_path, "train")
+    stream = DocumentStream(hp) if hp.doc_chunks else TokenStream(hp.data_path, "train")
     stream.measure(hp.vocab_size, 1 + max(hp.iterations, 1) * hp.train_batch_tokens)
     check_data(hp, stream, "train", sp, luts)
     return stream
@@ -1223,7 +1220,7 @@ class View(NamedTuple):
     rotary: tuple[Tensor, Tensor]  # of their places in the text
     neighbors: Tensor  # (offsets, L): columns of their tokens; −1: none
     causal: bool = False  # only what is to the left
-    mask: Tensor | None = None  # (L, L) bool, or these
+    mask: Tensor | None = None  # (N, L) bool: what the first N see, not the others
     tiles: BlockMask | None = None  # the same for `flex_attention`, which leaves out empty ones
 
 
@@ -1258,28 +1255,32 @@ def block_view(hp, block: int, columns, length: int) -> View:
     clean = torch.arange(length, device=columns.device)
     before_block = columns[::block, None]  # places of the tokens before the blocks
     noisy = before_block + torch.arange(block + 1, device=columns.device)
-    beyond = torch.full_like(clean, 2 * length)  # a clean token is in no block
-    first = torch.cat([before_block.expand_as(noisy).flatten(), beyond])
+    first = before_block.expand_as(noisy).flatten()
+    mask = torch.cat([first[:, None] == first, first[:, None] > clean], dim=1)
     place = torch.cat([noisy.flatten(), clean])
+    end = torch.cat([first, clean + 1])  # of the clean ones that are seen
     index = torch.arange(len(place), device=columns.device)
-    is_noisy = index < noisy.numel()
-    last_clean = torch.where(is_noisy, first - 1, place)
-    mask = torch.where(is_noisy, first[:, None] == first, place <= last_clean[:, None])
     wanted = neighbor_places(hp, place)
-    in_block = is_noisy & (wanted >= first) & (wanted <= first + block)
-    in_clean = torch.where((wanted >= 0) & (wanted <= last_clean), noisy.numel() + wanted, -1)
+    in_block = (index < len(first)) & (wanted >= end) & (wanted <= end + block)
+    in_clean = torch.where((wanted >= 0) & (wanted < end), len(first) + wanted, -1)
     neighbors = torch.where(in_block, neighbor_places(hp, index), in_clean)
-    return View(rotary_table(hp, place), neighbors, mask=mask)
+    return View(rotary_table(hp, place), neighbors, causal=True, mask=mask)
 
 
 def attend(q, k, v, view: View):
     """(B, H, L, head_dim) of queries like it, and keys and values with fewer heads."""
+    if view.mask is None:
+        options = dict(is_causal=view.causal, enable_gqa=k.shape[1] < q.shape[1])
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    first = len(view.mask)
+    others = attend(*(x[:, :, first:] for x in (q, k, v)), view._replace(mask=None))
+    q = q[:, :, :first]
     if view.tiles is not None:
-        return flex_attention(q, k, v, block_mask=view.tiles, enable_gqa=True)
-    if view.mask is not None:  # fast kernels with masks know no groups
+        y = flex_attention(q, k, v, block_mask=view.tiles, enable_gqa=True)
+    else:  # fast kernels with masks know no groups
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    options = dict(attn_mask=view.mask, is_causal=view.causal)
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=k.shape[1] < q.shape[1], **options)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=view.mask)
+    return torch.cat([y, others], dim=2)
 
 
 def rotate(x, cos, sin):

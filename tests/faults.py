@@ -941,16 +941,37 @@ fault(
 
 fault(
     "a noisy token sees the clean tokens of its own block",
-    "last_clean = torch.where(is_noisy, first - 1, place)",
-    "last_clean = torch.where(is_noisy, first + block - 1, place)",
+    "first[:, None] > clean]",
+    "first[:, None] + block > clean]",
     "test_blocks.py::test_no_gradient_comes_from_what_a_decoder_does_not_have",
 )
 
 fault(
     "the token before a block is seen twice",
-    "last_clean = torch.where(is_noisy, first - 1, place)",
-    "last_clean = torch.where(is_noisy, first, place)",
+    "first[:, None] > clean]",
+    "first[:, None] >= clean]",
     "test_blocks.py::test_the_mask_is_that_of_the_definition",
+)
+
+fault(
+    "a noisy token has clean neighbours of its own block",
+    "end = torch.cat([first, clean + 1])",
+    "end = torch.cat([first + block, clean + 1])",
+    "test_blocks.py::test_no_gradient_comes_from_what_a_decoder_does_not_have",
+)
+
+fault(
+    "a clean token of a block model sees the clean ones after it",
+    "neighbors, causal=True, mask=mask)",
+    "neighbors, mask=mask)",
+    "test_blocks.py::test_one_pass_predicts_each_block_from_the_clean_past_and_itself",
+)
+
+fault(
+    "clean tokens come before the noisy ones",
+    "torch.cat([y, others], dim=2)",
+    "torch.cat([others, y], dim=2)",
+    "test_blocks.py::test_one_pass_predicts_each_block_from_the_clean_past_and_itself",
 )
 
 fault(
@@ -969,7 +990,7 @@ fault(
 
 fault(
     "a noisy token has neighbours in the next block",
-    "(wanted <= first + block)",
+    "(wanted <= end + block)",
     "(wanted <= length)",
     "test_blocks.py::test_no_gradient_comes_from_what_a_decoder_does_not_have",
 )

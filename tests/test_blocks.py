@@ -63,7 +63,11 @@ def test_the_mask_is_that_of_the_definition(length, block):
         view.rotary, tm.rotary_table(hp, torch.tensor(row.places)), strict=True
     ):
         assert torch.equal(table, expected)
-    assert np.array_equal(view.mask.numpy(), row.sees)
+    noisy = len(view.mask)
+    assert noisy == length // block * (block + 1) and view.causal
+    assert np.array_equal(view.mask.numpy(), row.sees[:noisy])
+    assert np.array_equal(np.tri(length, dtype=bool), row.sees[noisy:, noisy:])
+    assert not row.sees[noisy:, :noisy].any()
 
 
 @pytest.mark.parametrize("neighbors", [0, 2])

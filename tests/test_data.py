@@ -752,7 +752,7 @@ def test_a_shuffled_batch_has_the_shuffled_windows(tmp_path, objective):
     assert not torch.equal(x0, stream.windows(range(20, 24), 8)[:, : x0.shape[1]])
     if objective == "mdlm":
         hp = dataclasses.replace(hp, doc_chunks=True)
-        documents = tm.DocumentStream(tmp_path, "train", hp)
+        documents = tm.DocumentStream(dataclasses.replace(hp, data_path=str(tmp_path)))
         z = tm.training_batch(hp, documents, 5, range(4), 32, cpu).z
         chunks = documents.windows(range(20, 24), 8)[:, 1:]
         assert torch.equal(torch.where(z == hp.mask_id, chunks, z), chunks)

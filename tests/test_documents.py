@@ -49,7 +49,7 @@ def shards(tmp_path_factory):
 
 def test_every_chunk_once_an_epoch_in_shard_after_shard(shards):
     folder, tokens = shards
-    stream = tm.DocumentStream(folder, "train", hp_of())
+    stream = tm.DocumentStream(hp_of(data_path=str(folder)))
     by_shard = [reference.chunks_of(part, L) for part in tokens]
     total, visits, orders = sum(map(len, by_shard)), [], []
     for epoch in range(3):
@@ -75,30 +75,31 @@ def test_every_chunk_once_an_epoch_in_shard_after_shard(shards):
     assert len(set(map(tuple, orders))) == 3
     in_order = itertools.chain(*(by_shard[number] for number in visits[0]))
     assert orders[0] != list(in_order)  # shuffled within a shard
-    other = tm.DocumentStream(folder, "train", hp_of(seed=7)).windows(range(total), L)
+    other = tm.DocumentStream(hp_of(seed=7, data_path=str(folder))).windows(range(total), L)
     assert not torch.equal(other, stream.windows(range(total), L))
 
 
 def test_a_single_shard_has_another_order_in_every_epoch(shards, tmp_path):
     write_shards(tmp_path, shards[1][4:])
     stream, count = (
-        tm.DocumentStream(tmp_path, "train", hp_of()),
+        tm.DocumentStream(hp_of(data_path=str(tmp_path))),
         len(reference.chunks_of(shards[1][4], L)),
     )
     epochs = [stream.windows(range(n * count, n * count + count), L).tolist() for n in range(3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    other = tm.DocumentStream(tmp_path, "train", hp_of(seed=7)).windows(range(count), L).tolist()
+    other = tm.DocumentStream(hp_of(seed=7, data_path=str(tmp_path)))
+    other = other.windows(range(count), L).tolist()
     assert other not in epochs and sorted(other) == sorted(epochs[0])
 
 
 def test_a_batch_depends_on_seed_and_step_only(shards):
     """Read before, read afresh, in halves and in single rows: the same batch, across shards and
     epochs."""
-    hp = hp_of()
-    worn = tm.DocumentStream(shards[0], "train", hp)
+    hp = hp_of(data_path=str(shards[0]))
+    worn = tm.DocumentStream(hp)
     for step in (0, 3, 9, 40, 2):
-        fresh = tm.DocumentStream(shards[0], "train", hp)
+        fresh = tm.DocumentStream(hp)
         whole = tm.training_batch(hp, worn, step, range(12), 12 * L, CPU)
         for size in (6, 1):
             parts = [
@@ -114,8 +115,8 @@ def test_a_batch_depends_on_seed_and_step_only(shards):
 
 @pytest.mark.parametrize("masking", ["bernoulli", "count"])
 def test_pad_and_anchors_are_neither_masked_nor_scored(shards, masking):
-    hp = hp_of(masking=masking, loss_weight="flat")
-    stream, masked = tm.DocumentStream(shards[0], "train", hp), Counter()
+    hp = hp_of(masking=masking, loss_weight="flat", data_path=str(shards[0]))
+    stream, masked = tm.DocumentStream(hp), Counter()
     for step in range(60):
         x0 = stream.windows(range(step * 12, step * 12 + 12), L)[:, 1:]
         batch = tm.training_batch(hp, stream, step, range(12), 12 * L, CPU)
@@ -134,10 +135,10 @@ def test_pad_and_anchors_are_neither_masked_nor_scored(shards, masking):
 
 
 def test_the_loss_of_a_uniform_model_is_the_uniform_code_of_the_free_tokens(shards):
-    hp = hp_of(masking="count", loss_weight="elbo", mask_max=1.0)
+    hp = hp_of(masking="count", loss_weight="elbo", mask_max=1.0, data_path=str(shards[0]))
     model = tm.build_model(hp)
     torch.nn.init.zeros_(model.lm_head.weight)
-    stream = tm.DocumentStream(shards[0], "train", hp)
+    stream = tm.DocumentStream(hp)
     x0 = stream.windows(range(12), L)[:, 1:]
     batch = tm.training_batch(hp, stream, 0, range(12), 12 * L, CPU)
     free = ((x0 != PAD) & (x0 != BOS)).sum()
@@ -149,7 +150,7 @@ def test_tokens_beyond_the_vocabulary_are_found_where_a_run_gets_first(tmp_path)
     write_shards(tmp_path, [[1, 60 if number == 2 else 3, 4] for number in range(4)])
 
     def stream(seed):
-        return tm.DocumentStream(tmp_path, "train", hp_of(seed=seed))
+        return tm.DocumentStream(hp_of(seed=seed, data_path=str(tmp_path)))
 
     seeds = {stream(seed).order(0)[0]: seed for seed in range(40)}  # by the shard that comes first
     stream(seeds[1]).measure(V, first_tokens=3)
@@ -161,7 +162,8 @@ PROBE = """
 import json, resource, sys
 import train_mdlm as tm
 
-hp = tm.Hyperparameters(preset="eos", train_seq_len=512, train_batch_tokens=512 * 64)
+hp = tm.Hyperparameters(preset="eos", train_seq_len=512, train_batch_tokens=512 * 64,
+                        data_path=sys.argv[1])
 
 def resident():  # of this process at its largest, and all that it has mapped now, in kB
     lines = open("/proc/self/status").read().split("\\n")
@@ -169,7 +171,7 @@ def resident():  # of this process at its largest, and all that it has mapped no
             if line.startswith(name)]
 
 if sys.argv[2] == "documents":
-    stream = tm.DocumentStream(sys.argv[1], "train", hp)
+    stream = tm.DocumentStream(hp)
 else:
     stream = tm.TokenStream(sys.argv[1], "train")
 stream.windows(range(64), 512)  # what the first batch needs of any stream

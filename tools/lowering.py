@@ -156,7 +156,7 @@ class Recorder:
         self.paused = before
 
     def add(self, kind: str, name: str, flops=0, nbytes=0, head_dim=0, compiled=False) -> None:
-        if kind == "attention" and self.hp.causal:
+        if kind == "attention" and (self.hp.causal or self.hp.block_size):
             flops /= 2
         if kind == "flex attention":
             flops *= self.density
