@@ -747,7 +747,7 @@ VERIFIED = "verified.json"  # what was counted when the shards were written
 BOS_ID = 1  # <s> in the challenge's tokenizers
 REMEDY = (
     "run 'python data/prepare_text.py --source docs' (demo) or "
-    "'python data/fetch_fineweb.py' (golf, block: --variant sp4096)"
+    "'python data/fetch_fineweb.py' (golf, block: --variant sp8192)"
 )
 
 

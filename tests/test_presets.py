@@ -69,7 +69,8 @@ def test_golf_and_demo_are_one_recipe_and_mdlm_stays_what_was_published():
             spec.name
             for spec in dataclasses.fields(hp)
             if spec.metadata["group"] in ("noise", "optimizer", "export")
-            and spec.name not in ("tied_embed_lr", "embed_lr", "quant_mode")  # of its batch and size
+            and spec.name
+            not in ("tied_embed_lr", "embed_lr", "quant_mode")  # of its batch and size
         ]
         return {name: getattr(hp, name) for name in [*names, "warmdown_iters", "warmdown_frac"]}
 
