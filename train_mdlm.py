@@ -1220,7 +1220,7 @@ class View(NamedTuple):
     rotary: tuple[Tensor, Tensor]  # of their places in the text
     neighbors: Tensor  # (offsets, L): columns of their tokens; −1: none
     causal: bool = False  # only what is to the left
-    mask: Tensor | None = None  # (N, L) bool: what the first N see, not the others
+    mask: Tensor | None = None  # (N, L) bool: what the first N see; no other sees these
     tiles: BlockMask | None = None  # the same for `flex_attention`, which leaves out empty ones
 
 
@@ -1253,17 +1253,15 @@ def block_view(hp, block: int, columns, length: int) -> View:
     clean ones before it. Neighbours are what is seen.
     """
     clean = torch.arange(length, device=columns.device)
-    before_block = columns[::block, None]  # places of the tokens before the blocks
-    noisy = before_block + torch.arange(block + 1, device=columns.device)
-    first = before_block.expand_as(noisy).flatten()
+    first = columns[::block].repeat_interleave(block + 1)  # of a noisy one's block
     mask = torch.cat([first[:, None] == first, first[:, None] > clean], dim=1)
-    place = torch.cat([noisy.flatten(), clean])
-    end = torch.cat([first, clean + 1])  # of the clean ones that are seen
-    index = torch.arange(len(place), device=columns.device)
+    index = torch.arange(mask.shape[1], device=columns.device)
+    place = torch.cat([first + index[: len(first)] % (block + 1), clean])
+    end = torch.cat([first, clean + 1])  # of the clean ones it sees
     wanted = neighbor_places(hp, place)
     in_block = (index < len(first)) & (wanted >= end) & (wanted <= end + block)
     in_clean = torch.where((wanted >= 0) & (wanted < end), len(first) + wanted, -1)
-    neighbors = torch.where(in_block, neighbor_places(hp, index), in_clean)
+    neighbors = torch.where(in_block, wanted + index - place, in_clean)
     return View(rotary_table(hp, place), neighbors, causal=True, mask=mask)
 
 
@@ -1272,11 +1270,12 @@ def attend(q, k, v, view: View):
     if view.mask is None:
         options = dict(is_causal=view.causal, enable_gqa=k.shape[1] < q.shape[1])
         return F.scaled_dot_product_attention(q, k, v, **options)
-    first = len(view.mask)
-    others = attend(*(x[:, :, first:] for x in (q, k, v)), view._replace(mask=None))
-    q = q[:, :, :first]
-    if view.tiles is not None:
-        y = flex_attention(q, k, v, block_mask=view.tiles, enable_gqa=True)
+    noisy = len(view.mask)
+    others = attend(*(x[:, :, noisy:] for x in (q, k, v)), view._replace(mask=None))
+    q = q[:, :, :noisy]
+    if view.tiles is not None:  # for few queries it may lack a kernel
+        options = dict(FORCE_USE_FLEX_ATTENTION=True)
+        y = flex_attention(q, k, v, None, view.tiles, enable_gqa=True, kernel_options=options)
     else:  # fast kernels with masks know no groups
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=view.mask)

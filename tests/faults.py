@@ -968,6 +968,13 @@ fault(
 )
 
 fault(
+    "flex attention chooses its kernel itself",
+    "FORCE_USE_FLEX_ATTENTION=True",
+    "FORCE_USE_FLEX_ATTENTION=False",
+    "test_cuda_paths.py::test_few_noisy_tokens_with_grouped_heads_have_a_kernel",
+)
+
+fault(
     "clean tokens come before the noisy ones",
     "torch.cat([y, others], dim=2)",
     "torch.cat([others, y], dim=2)",
