@@ -1253,7 +1253,7 @@ def block_view(hp, block: int, columns, length: int) -> View:
     clean ones before it. Neighbours are what is seen.
     """
     clean = torch.arange(length, device=columns.device)
-    first = columns[::block].repeat_interleave(block + 1)  # of a noisy one's block
+    first = columns[::block].repeat_interleave(block + 1)  # place before a noisy one's block
     mask = torch.cat([first[:, None] == first, first[:, None] > clean], dim=1)
     index = torch.arange(mask.shape[1], device=columns.device)
     place = torch.cat([first + index[: len(first)] % (block + 1), clean])
@@ -1273,7 +1273,7 @@ def attend(q, k, v, view: View):
     noisy = len(view.mask)
     others = attend(*(x[:, :, noisy:] for x in (q, k, v)), view._replace(mask=None))
     q = q[:, :, :noisy]
-    if view.tiles is not None:  # for few queries it may lack a kernel
+    if view.tiles is not None:  # it may lack the kernel it would choose
         options = dict(FORCE_USE_FLEX_ATTENTION=True)
         y = flex_attention(q, k, v, None, view.tiles, enable_gqa=True, kernel_options=options)
     else:  # fast kernels with masks know no groups
@@ -2659,17 +2659,15 @@ class WindowPlan:
         rows = min(hp.val_batch_size // self.length, len(self.numbers)) // world_size()
         self.rows = estimator.rows or max(min(rows, hp.micro_batch_tokens // self.length), 1)
 
-    def batches(self) -> Iterator[slice]:
-        """The share of this process."""
-        for start in range(rank() * self.rows, len(self.numbers), world_size() * self.rows):
-            yield slice(start, start + self.rows)
-
-    def read(self, batch: slice, split: Split) -> Windows:
+    def batches(self, split: Split) -> Iterator[tuple[slice, Windows]]:
+        """This process's share, and which windows that is."""
         device = split.luts.base_bytes.device
-        tokens = split.stream.windows(self.numbers[batch], self.length, self.stride).to(device)
-        scored_tokens = torch.tensor(self.scored_tokens[batch], device=device)[:, None]
-        scored = torch.arange(self.length, device=device) >= self.length - scored_tokens
-        return Windows(self.hp, tokens, scored, range(len(self.numbers))[batch])
+        for start in range(rank() * self.rows, len(self.numbers), world_size() * self.rows):
+            batch = slice(start, start + self.rows)
+            tokens = split.stream.windows(self.numbers[batch], self.length, self.stride).to(device)
+            scored_tokens = torch.tensor(self.scored_tokens[batch], device=device)[:, None]
+            scored = torch.arange(self.length, device=device) >= self.length - scored_tokens
+            yield batch, Windows(self.hp, tokens, scored, range(len(self.numbers))[batch])
 
 
 def score_windows(
@@ -2687,8 +2685,7 @@ def score_windows(
     bucket = torch.tensor([position.bit_length() for position in range(plan.length)])
     # bits, bytes, boundary bits
     table = torch.zeros(len(plan.numbers), int(bucket[-1]) + 1, 3, dtype=torch.float64)
-    for batch in plan.batches():
-        windows = plan.read(batch, split)
+    for batch, windows in plan.batches(split):
         nats = estimator.nats(model, windows).double()
         if nats.dim() == 1:
             nats = F.pad(nats[:, None], (0, plan.length - 1))

@@ -64,13 +64,14 @@ def test_presets_are_what_was_published(preset):
 def test_golf_and_demo_are_one_recipe_and_mdlm_stays_what_was_published():
     golf, demo, mdlm = (tm.Hyperparameters(preset=name) for name in ("golf", "demo", "mdlm"))
 
+    of_batch_and_size = ("tied_embed_lr", "embed_lr", "quant_mode")
+
     def recipe(hp):
         names = [
             spec.name
             for spec in dataclasses.fields(hp)
             if spec.metadata["group"] in ("noise", "optimizer", "export")
-            and spec.name
-            not in ("tied_embed_lr", "embed_lr", "quant_mode")  # of its batch and size
+            and spec.name not in of_batch_and_size
         ]
         return {name: getattr(hp, name) for name in [*names, "warmdown_iters", "warmdown_frac"]}
 

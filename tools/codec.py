@@ -10,7 +10,8 @@ the code; the reader needs the same artifact and tokenizer. Causal models and th
 the keys and values of what they have read (tools/decoding.py); the token before a window is <s>.
 With the order `ar` each token is coded given those before it, by a causal model or by the causal
 half of one with blocks. It is the default of both: their fastest code and, with blocks of 4 and
-more, the shortest. That of other models, and with --group of those with blocks, is `l2r`.
+more, nearly always the shortest. That of other models, and with --group of those with blocks, is
+`l2r`.
 
 Both directions run the same model calls, on batches of the same shape, with one thread each
 (several calls run at the same time). So the probabilities agree bit for bit on one machine with
