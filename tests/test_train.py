@@ -859,19 +859,19 @@ def test_two_processes_score_every_window_once(watched, tmp_path):
 
     def score(rank):
         run = watched(**hp)
-        seen, read = [], tm.WindowPlan.read
+        seen, batches = [], tm.WindowPlan.batches
 
-        def noted(plan, batch, split):
-            windows = read(plan, batch, split)
+        def noted(plan, split):
             assert plan.rows == (6 if rank is None else 3)  # VAL_BATCH_SIZE is that of all
-            seen.extend(windows.places)
-            return windows
+            for batch, windows in batches(plan, split):
+                seen.extend(windows.places)
+                yield batch, windows
 
-        tm.WindowPlan.read = noted
+        tm.WindowPlan.batches = noted
         try:
             found, table = tm.score_windows("l2r", run.trainer.model, run.hp, run.val, 0)
         finally:
-            tm.WindowPlan.read = read
+            tm.WindowPlan.batches = batches
         return seen, found._replace(ms=0), table
 
     seen, alone, table = score(None)
